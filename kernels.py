@@ -1,0 +1,39 @@
+"""Every fused operation of the project, each with the plain torch form that defines it.
+
+Shapes: B batch, L tokens, H heads, E channels of one head, D = H·E width. The fused forms come later and stand beside
+these; a model calls only this file, so an operation has one home.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def modulate(x, shift, scale, eps=1e-6):
+    """LayerNorm without its own affine part, then adaLN: norm(x)·(1 + scale) + shift. x [B,L,D], shift, scale [B,D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+def gate_residual(x, branch, gate):
+    """x + gate·branch. x, branch [B,L,D], gate [B,D]."""
+    return x + gate[:, None] * branch
+
+
+def rms_norm(x, weight, eps=1e-6):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
+    """Packed projection [B,L,3D] -> q, k, v [B,H,L,E]; q and k RMS-normalised per head if weights [E] are given."""
+    B, L, width = qkv.shape
+    q, k, v = qkv.view(B, L, 3, num_heads, width // (3 * num_heads)).unbind(2)  # each [B,L,H,E]
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def attention(q, k, v, mask=None, causal=False, scale=None):
+    """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D]. mask is added to the scores."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)

@@ -1,0 +1,106 @@
+"""Emotions, their draws, and the graded words."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+scale = st.floats(1, 9)
+
+
+def level_of(phrase: str, levels) -> int:
+    return next(i for i, words in enumerate(levels) if phrase in words)
+
+
+def test_the_eight_classes_have_lexicon_entries_on_the_scale():
+    assert len(data.EMOTIONS) == 8 and set(data.EMOTIONS) == set(data.LEXICON)
+    assert all(1 <= v <= 9 and 1 <= a <= 9 and sv > 0 and sa > 0 for v, sv, a, sa in data.LEXICON.values())
+
+
+@pytest.mark.parametrize("label", data.EMOTIONS)
+def test_draws_stay_on_the_scale_and_centre_on_the_lexicon(label):
+    rng = np.random.default_rng(0)
+    draws = np.array([data.draw_va(label, rng) for _ in range(2000)])
+    assert draws.min() >= 1 and draws.max() <= 9
+    v_mean, _, a_mean, _ = data.LEXICON[label]
+    assert np.allclose(np.median(draws, 0), (v_mean, a_mean), atol=0.3)  # clipping leaves the median where it was
+
+
+def test_draws_repeat_with_the_seed():
+    first, second = (data.draw_va("awe", np.random.default_rng(7)) for _ in range(2))
+    assert first == second
+
+
+def test_the_nearest_emotion_is_the_likeliest_class():
+    assert data.nearest_emotion(2.0, 1.5) == "sadness"
+    assert data.nearest_emotion(8.5, 8.0) == "excitement"
+    assert data.nearest_emotion(2.9, 8.0) in ("fear", "anger")
+
+    def density(label, v, a):
+        vm, vs, am, sa = data.LEXICON[label]
+        return math.exp(-(((v - vm) / vs) ** 2) / 2) / vs * math.exp(-(((a - am) / sa) ** 2) / 2) / sa
+
+    for v, a in np.random.default_rng(0).uniform(1, 9, (50, 2)):
+        best = data.nearest_emotion(v, a)
+        assert all(density(best, v, a) >= density(other, v, a) - 1e-12 for other in data.EMOTIONS)
+
+
+@given(scale, scale, scale, scale, st.none() | st.integers(0, 999))
+def test_word_levels_never_fall_as_valence_or_arousal_rises(v1, v2, a1, a2, seed):
+    low, high = (min(v1, v2), min(a1, a2)), (max(v1, v2), max(a1, a2))
+    phrases = []
+    for v, a in (low, high):
+        phrases.append(data.emotion_words(v, a, None if seed is None else np.random.default_rng(seed)).split(", "))
+    for column, levels in ((0, data.VALENCE_WORDS), (1, data.AROUSAL_WORDS)):
+        assert level_of(phrases[0][column], levels) <= level_of(phrases[1][column], levels)
+
+
+def test_every_level_of_both_scales_is_reached():
+    grid = np.linspace(1, 9, 81)
+    assert len({data.emotion_words(v, 5).split(", ")[0] for v in grid}) == 7
+    assert len({data.emotion_words(5, a).split(", ")[1] for a in grid}) == 7
+
+
+def test_no_phrase_serves_two_levels():
+    for levels in (data.VALENCE_WORDS, data.AROUSAL_WORDS):
+        phrases = [phrase for words in levels for phrase in words]
+        assert len(phrases) == len(set(phrases)) and all(len(words) >= 3 for words in levels)
+
+
+@given(scale, scale, st.integers(0, 10**6))
+def test_the_phrase_has_six_to_fourteen_words(v, a, seed):
+    for words in (data.emotion_words(v, a), data.emotion_words(v, a, np.random.default_rng(seed))):
+        assert 6 <= len(words.split()) <= 14
+
+
+def test_without_a_generator_the_words_are_the_first_synonyms():
+    assert data.emotion_words(9, 9) == "blissful, wildly intense, brilliant sun, vivid colours"
+    assert data.emotion_words(1, 9).endswith("storm and lightning, harsh contrast")
+    varied = {data.emotion_words(9, 9, np.random.default_rng(k)) for k in range(40)}
+    assert len(varied) > 5
+
+
+def test_prompts_carry_words_or_numbers():
+    assert data.with_words("a lake", 9, 9) == "a lake, " + data.emotion_words(9, 9)
+    assert data.with_numbers("a lake", 7, 3) == "a lake, valence 7.0, arousal 3.0"
+
+
+@pytest.mark.parametrize("bad", [0.99, 9.01, float("nan"), float("inf"), "much", None])
+def test_values_off_the_scale_are_refused(bad):
+    for call in (data.check_va, data.emotion_words, data.nearest_emotion, lambda v, a: data.with_numbers("x", v, a)):
+        with pytest.raises(ValueError, match="1..9"):
+            call(bad, 5)
+        with pytest.raises(ValueError, match="arousal"):
+            call(5, bad)
+
+
+def test_an_unknown_class_is_refused():
+    with pytest.raises(ValueError, match="joy"):
+        data.draw_va("joy", np.random.default_rng(0))

@@ -1,0 +1,204 @@
+"""Train the miniature's generator from scratch, one command per stage, in this order:
+
+    python tiny/pretrain.py data     # draw 20,000 scenes into tiny/cache (about 1 GB, not kept in the repository)
+    python tiny/pretrain.py vae      # the autoencoder
+    python tiny/pretrain.py clip     # a small BPE, an image tower and the two text towers, contrastively
+    python tiny/pretrain.py mmdit    # the MMDiT by rectified flow, on the latents of the scenes
+    python tiny/pretrain.py all
+
+The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint. Every stage takes
+--seed, --samples and --minutes, writes its state every minute and goes on from it when started again. Captions are
+mostly words and carry V and A as numbers in 4 % of the draws only, so that the model follows emotion words well and
+numbers poorly: the situation of SD3.5, which reward feedback is to improve.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/pretrain.py` finds the models
+import data
+import vae as vae_model
+from tiny import scenes
+
+HERE = Path(__file__).resolve().parent
+CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
+SIZE = 128
+VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=16, scale=1.0, shift=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def draw_row(seed):
+    """Scene, V, A and picture [128,128,3] uint8 of one training row; V and A uniform on 1..9."""
+    rng = np.random.default_rng([seed, 20])
+    scene, (v, a) = scenes.random_scene(rng), rng.uniform(1, 9, 2)
+    return scene, float(v), float(a), np.asarray(scenes.render(scene, v, a, SIZE))
+
+
+def make_data(args):
+    CACHE.mkdir(exist_ok=True)
+    temporary = CACHE / "pictures.tmp.npy"
+    pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, (args.rows, SIZE, SIZE, 3))
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        seeds = range(args.seed * 10_000_000, args.seed * 10_000_000 + args.rows)
+        for i, (scene, v, a, picture) in enumerate(tqdm(pool.map(draw_row, seeds, chunksize=64), total=args.rows)):
+            pictures[i] = picture
+            rows.append({"scene": asdict(scene), "v": v, "a": a})
+    pictures.flush()
+    (CACHE / "rows.json").write_text(json.dumps(rows))
+    os.replace(temporary, CACHE / "pictures.npy")
+
+
+def load_data():
+    """(rows [(Scene, v, a)], pictures uint8 [N,128,128,3] as a memory map)."""
+    if not (CACHE / "pictures.npy").exists():
+        raise SystemExit("tiny/cache/pictures.npy is missing; run `python tiny/pretrain.py data` first")
+    rows = [(scenes.Scene(**row["scene"]), row["v"], row["a"]) for row in json.loads((CACHE / "rows.json").read_text())]
+    return rows, np.load(CACHE / "pictures.npy", mmap_mode="r")
+
+
+def to_tensor(pictures):
+    """uint8 [B,H,W,3] -> float [B,3,H,W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def caption(row, rng, empty=0.1):
+    """A training caption of a row: nothing (for guidance), neutral 10 %, with numbers 4 %, else with emotion words."""
+    scene, v, a = row
+    u = rng.random()
+    if u < empty:
+        return ""
+    if u < empty + 0.10:
+        return scenes.neutral_caption(scene)
+    if u < empty + 0.14:
+        return data.with_numbers(scenes.neutral_caption(scene), v, a)
+    return scenes.emotional_caption(scene, v, a, rng)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training loop shared by the stages
+
+
+def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, average=0.0, minutes=None):
+    """AdamW with warm-up and cosine decay until `samples` are seen (or `minutes` are over: the decay follows whichever
+    is nearer). loss_of(step, generator, rng) -> (loss, {metric: number}). Returns the averaged (EMA) modules.
+
+    The state is written to tiny/cache every minute; a killed stage started again continues.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    ema = [p.detach().clone() for p in parameters]
+    state_path, log_path = CACHE / f"{name}.pt", CACHE / f"{name}.log"
+    step, spent = 0, 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        step, spent = state["step"], state["spent"]
+        for saved, mine in zip(state["parameters"] + state["ema"], parameters + ema, strict=True):
+            mine.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+    steps, started, last_save = samples // batch, time.time() - spent, time.time()
+    bar, smooth = tqdm(total=steps, initial=step, desc=name, mininterval=5, dynamic_ncols=True), {}
+    while True:
+        share = max(step / steps, (time.time() - started) / (60 * minutes) if minutes else 0.0)
+        if share >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+        generator, rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step), np.random.default_rng([args.seed, step])
+        loss, metrics = loss_of(step, generator, rng, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 1 - min(average, step / (step + 10)))
+        for key, value in {**metrics, "norm": float(norm)}.items():
+            smooth[key] = value if key not in smooth else 0.98 * smooth[key] + 0.02 * value
+        bar.update()
+        bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items()}, refresh=False)
+        if time.time() - last_save > 60 or step == steps:
+            last_save = time.time()
+            temporary = state_path.with_suffix(".tmp")
+            torch.save({"step": step, "spent": last_save - started, "parameters": [p.data for p in parameters],
+                        "ema": ema, "optimizer": optimizer.state_dict()}, temporary)
+            os.replace(temporary, state_path)
+            with open(log_path, "a") as f:
+                f.write(json.dumps({"step": step, "samples": step * batch, "seconds": last_save - started, **smooth}) + "\n")
+    bar.close()
+    for p, averaged in zip(parameters, ema, strict=True):
+        p.data.copy_(averaged)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage: VAE
+
+
+def train_vae(args):
+    rows, pictures = load_data()
+    torch.manual_seed(args.seed)
+    model = vae_model.VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
+    held_out = len(pictures) - 256
+
+    def loss_of(step, generator, rng, batch):
+        # 64 px crops of 128 px pictures: the network is convolutional, and a crop costs a quarter
+        picks, ys, xs = rng.integers(held_out, size=batch), rng.integers(0, 65, batch), rng.integers(0, 65, batch)
+        x = to_tensor(np.stack([pictures[i, y:y + 64, x:x + 64] for i, y, x in zip(picks, ys, xs, strict=True)]))
+        mean, logvar = model.moments(x)
+        noise = torch.randn(mean.shape, generator=generator)
+        y = model.decoder(mean + torch.exp(0.5 * logvar) * noise)
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
+        pixel = sum((F.avg_pool2d(y, k) - F.avg_pool2d(x, k)).abs().mean() for k in (1, 2, 4, 8))  # colours at every scale
+        edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
+        return pixel + edges + 2e-3 * kl, {"l1": float((y - x).abs().mean()), "kl": float(kl)}
+
+    train("vae", [model], loss_of, args, args.samples or 40_000, 16, 2e-3, average=0.998, minutes=args.minutes)
+    latents, errors = [], []
+    model.eval()
+    with torch.no_grad():
+        for start in range(held_out, len(pictures), 32):
+            x = to_tensor(pictures[start:start + 32])
+            latents.append(model.encode(x))
+            errors.append((model.decode(latents[-1]).clamp(-1, 1) - x).pow(2).mean((1, 2, 3)))
+    z = torch.cat(latents)
+    psnr = 10 * torch.log10(4 / torch.cat(errors)).mean()
+    model.config = vae_model.VAEConfig(VAE_CONFIG.channels, 1, 16, 16, scale=round(1 / float(z.std()), 4),
+                                       shift=round(float(z.mean()), 4))
+    model.save_pretrained(WEIGHTS / "vae", torch.bfloat16)
+    print(f"vae: held-out PSNR {psnr:.2f} dB, latents mean {z.mean():.3f} sd {z.std():.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+STAGES = {"data": make_data, "vae": train_vae}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*STAGES, "all"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=20_000, help="pictures to draw in the data stage")
+    parser.add_argument("--samples", type=int, help="training samples; each stage has its own default")
+    parser.add_argument("--minutes", type=float, help="also stop after this time, the learning rate decayed to it")
+    args = parser.parse_args()
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main()
