@@ -313,7 +313,7 @@ def position_table(width, side, base):
 
 def read_config(folder):
     """MMDiTConfig of a diffusers folder's config.json."""
-    raw = weights.read_json(Path(folder) / "config.json")
+    raw = weights.read_config(folder)
     try:
         if raw.get("qk_norm") not in (None, "rms_norm"):
             raise ValueError(f"qk_norm {raw['qk_norm']!r} is not supported")

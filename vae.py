@@ -232,7 +232,7 @@ class VAE(nn.Module):
 
 def read_config(folder):
     """VAEConfig of a diffusers folder's config.json; refuses options that this file does not implement."""
-    raw = weights.read_json(Path(folder) / "config.json")
+    raw = weights.read_config(folder)
     if raw.get("use_quant_conv", True) or raw.get("use_post_quant_conv", True):
         raise weights.CheckpointError(f"{folder}: an autoencoder with quant_conv is not SD3's; give an SD3 or SD3.5 vae/")
     return VAEConfig(tuple(raw["block_out_channels"]), raw["layers_per_block"], raw["latent_channels"],

@@ -39,32 +39,45 @@ def find(source, component=None):
     source: a file, a folder (of the whole pipeline or of the component itself), or a hub id "owner/name".
     Returns a file, or a folder that holds the component's files. Raises CheckpointError.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        name = str(source)
-        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
-            raise CheckpointError(f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id "
-                                  f"like stabilityai/stable-diffusion-3.5-medium")
-        path = download(name, component)
+    path = root(source, f"{component}/*" if component else "*")
     if path.is_file() or component is None:
         return path
     if (path / component).is_dir():
         return path / component
-    if (path / "config.json").exists() or (path / "tokenizer.json").exists() or (path / "vocab.json").exists():
+    if any((path / name).exists() for name in ("config.json", "tokenizer.json", "vocab.json")):
         return path
     raise CheckpointError(f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again "
                           f"or point to a complete one")
 
 
-def download(hub_id, component=None):
-    """Fetch a hub repository (or one component's folder) into the local cache; returns the folder."""
+def find_file(source, name):
+    """Local path of one file (`model_index.json`, `scheduler/…`) of a folder or hub id. Raises CheckpointError."""
+    path = root(source, name)
+    if path.is_file() or not (path / name).is_file():
+        raise CheckpointError(f"{path}: no {name} in it; give the folder of a whole pipeline in the diffusers layout")
+    return path / name
+
+
+def root(source, wanted):
+    """Local path of a whole checkpoint; of a hub id the files that match the pattern `wanted` are downloaded."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
+        raise CheckpointError(f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id "
+                              f"like stabilityai/stable-diffusion-3.5-medium")
+    return download(name, wanted)
+
+
+def download(hub_id, wanted):
+    """Fetch the files of a hub repository that match a pattern into the local cache; returns the repository's folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [f"{component}/*"] if component else ["*.json", "*.txt", "*.safetensors", "*.model"]
-    unwanted = ["*.fp16.*", "*fp16.safetensors", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
+    unwanted = ["*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=unwanted))
+        return Path(snapshot_download(hub_id, allow_patterns=[wanted], ignore_patterns=unwanted))
     except GatedRepoError as error:
         raise CheckpointError(f"{hub_id}: access is gated; accept its licence at https://huggingface.co/{hub_id} and "
                               f"run `hf auth login`") from error
@@ -83,6 +96,11 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or not valid JSON; download the checkpoint again") from error
+
+
+def read_config(folder):
+    """The content of a folder's config.json."""
+    return read_json(Path(folder) / "config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,23 +18,30 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/pretrain.py` finds the models
+import clip
 import data
+import mmdit
+import text_encoders
 import vae as vae_model
+import weights
 from tiny import scenes
 
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
-SIZE = 128
-VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=16, scale=1.0, shift=0.0)
+SIZE, TEXT_LENGTH = 128, 40
+VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
+MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
+                                 positions=16, sample_size=SIZE // 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +80,7 @@ def load_data():
 
 def to_tensor(pictures):
     """uint8 [B,H,W,3] -> float [B,3,H,W] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def caption(row, rng, empty=0.1):
@@ -118,7 +125,8 @@ def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, av
             break
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
-        generator, rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step), np.random.default_rng([args.seed, step])
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        rng = np.random.default_rng([args.seed, step])
         loss, metrics = loss_of(step, generator, rng, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -149,7 +157,7 @@ def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, av
 
 
 def train_vae(args):
-    rows, pictures = load_data()
+    _, pictures = load_data()
     torch.manual_seed(args.seed)
     model = vae_model.VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     held_out = len(pictures) - 256
@@ -164,9 +172,9 @@ def train_vae(args):
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         pixel = sum((F.avg_pool2d(y, k) - F.avg_pool2d(x, k)).abs().mean() for k in (1, 2, 4, 8))  # colours at every scale
         edges = (y.diff(dim=-1) - x.diff(dim=-1)).abs().mean() + (y.diff(dim=-2) - x.diff(dim=-2)).abs().mean()
-        return pixel + edges + 2e-3 * kl, {"l1": float((y - x).abs().mean()), "kl": float(kl)}
+        return pixel + edges + 2e-3 * kl, {"l1": float((y - x).detach().abs().mean()), "kl": float(kl.detach())}
 
-    train("vae", [model], loss_of, args, args.samples or 40_000, 16, 2e-3, average=0.998, minutes=args.minutes)
+    train("vae", [model], loss_of, args, args.samples or 64_000, 16, 2e-3, average=0.998, minutes=args.minutes)
     latents, errors = [], []
     model.eval()
     with torch.no_grad():
@@ -176,16 +184,141 @@ def train_vae(args):
             errors.append((model.decode(latents[-1]).clamp(-1, 1) - x).pow(2).mean((1, 2, 3)))
     z = torch.cat(latents)
     psnr = 10 * torch.log10(4 / torch.cat(errors)).mean()
-    model.config = vae_model.VAEConfig(VAE_CONFIG.channels, 1, 16, 16, scale=round(1 / float(z.std()), 4),
-                                       shift=round(float(z.mean()), 4))
+    model.config = replace(VAE_CONFIG, scale=round(1 / float(z.std()), 4), shift=round(float(z.mean()), 4))
     model.save_pretrained(WEIGHTS / "vae", torch.bfloat16)
     print(f"vae: held-out PSNR {psnr:.2f} dB, latents mean {z.mean():.3f} sd {z.std():.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage: CLIP
 
 
-STAGES = {"data": make_data, "vae": train_vae}
+def write_tokenizers(captions):
+    """Learn a byte-level BPE from the captions and write it as tokenizer/ (pads with the end) and tokenizer_2/ (with !).
+
+    The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that close a word, the merges, start and end.
+    """
+    tokenizer = text_encoders.clip_tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
+    trainer = trainers.BpeTrainer(vocab_size=1500, end_of_word_suffix="</w>", show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    letters = text_encoders.byte_alphabet()
+    tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        weights.write_json(WEIGHTS / name / "vocab.json", {token: i for i, token in enumerate(tokens)})
+        (WEIGHTS / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        weights.write_json(WEIGHTS / name / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad})
+    return len(tokens)
+
+
+def train_clip(args):
+    rows, pictures = load_data()
+    rng = np.random.default_rng(args.seed)
+    vocab = write_tokenizers([caption(row, rng, empty=0) for row in rows])
+    tokenize = [text_encoders.PromptTokenizer(WEIGHTS / name) for name in ("tokenizer", "tokenizer_2")]
+    torch.manual_seed(args.seed)
+    shared = {"projection": 96, "vocab": vocab, "positions": TEXT_LENGTH, "end_token": vocab - 1}
+    small = clip.TextTower(clip.TextConfig(64, 3, 2, 256, "quick_gelu", **shared))
+    model = clip.CLIP(clip.TextConfig(96, 4, 3, 384, "gelu", **shared), clip.VisionConfig(96, 4, 3, 384, "gelu", 96, 64, 8))
+    for module in (small, model):
+        for p in module.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.02 if p.shape[0] > 512 else p[0].numel() ** -0.5)
+    held_out = len(pictures) - 512
+
+    def embed(picks, rng):
+        pixels = F.avg_pool2d(to_tensor(pictures[np.sort(picks)]), 2)  # 64 px; -1..1 serves as the normalisation
+        captions = [caption(rows[i], rng, empty=0) for i in np.sort(picks)]
+        large = model.embed_text(tokenize[1](captions))
+        return model.embed_images(pixels), large, F.normalize(small(tokenize[0](captions))[1], dim=-1)
+
+    def loss_of(step, generator, rng, batch):
+        image, *texts = embed(rng.choice(held_out, batch, replace=False), rng)
+        target, loss = torch.arange(batch), 0.0
+        for text in texts:
+            logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
+            loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 4
+        return loss, {"loss": float(loss.detach()), "top1": float((logits.argmax(1) == target).float().mean())}
+
+    train("clip", [small, model], loss_of, args, args.samples or 120_000, 128, 1.5e-3, 0.02, average=0.99,
+          minutes=args.minutes)
+    with torch.no_grad():
+        image, *texts = embed(np.arange(held_out, len(pictures)), np.random.default_rng(0))
+        top1 = [float(((image @ text.T).argmax(1) == torch.arange(512)).float().mean()) for text in texts]
+    small.save_pretrained(WEIGHTS / "text_encoder", torch.bfloat16)
+    model.text.save_pretrained(WEIGHTS / "text_encoder_2", torch.bfloat16)
+    model.save_pretrained(WEIGHTS / "clip", torch.bfloat16)
+    print(f"clip: picture finds its caption among 512 held-out ones: bigG's part {top1[0]:.1%}, CLIP-L's part {top1[1]:.1%}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage: MMDiT
+
+
+def encode_latents():
+    """Scaled latents of all pictures as a float16 memory map [N,16,16,16] beside them."""
+    path = CACHE / "latents.npy"
+    if not path.exists():
+        _, pictures = load_data()
+        autoencoder = vae_model.VAE.from_pretrained(WEIGHTS)
+        latents = np.empty((len(pictures), 16, SIZE // 8, SIZE // 8), np.float16)
+        with torch.no_grad():
+            for start in tqdm(range(0, len(pictures), 32), desc="latents"):
+                latents[start:start + 32] = autoencoder.encode(to_tensor(pictures[start:start + 32])).numpy()
+        np.save(path.with_suffix(".tmp.npy"), latents)
+        os.replace(path.with_suffix(".tmp.npy"), path)
+    return np.load(path, mmap_mode="r")
+
+
+def write_pipeline_files():
+    """model_index.json and the scheduler's configuration: what makes the folder a pipeline in diffusers' layout."""
+    weights.write_json(WEIGHTS / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
+    weights.write_json(WEIGHTS / "model_index.json", {
+        "_class_name": "StableDiffusion3Pipeline", "t5_tokens": 0,  # no T5, and no zeros in its place
+        "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_3": [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "tokenizer_3": [None, None]})
+
+
+def train_mmdit(args):
+    rows, _ = load_data()
+    latents = encode_latents()
+    torch.manual_seed(args.seed)
+    with torch.device("meta"):
+        model = mmdit.MMDiT(MMDIT_CONFIG)
+    model = model.to_empty(device="cpu").initialise()
+    model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)  # so that the folder is whole from the start
+    write_pipeline_files()
+    encoders = text_encoders.TextEncoders.from_pretrained(WEIGHTS)
+    held_out = len(rows) - 512
+
+    def loss_of(step, generator, rng, batch):
+        picks = np.sort(rng.integers(held_out, size=batch))
+        x = torch.from_numpy(latents[picks].astype(np.float32))
+        context, pooled = encoders.encode([caption(rows[i], rng) for i in picks])
+        # logit-normal noise levels (Esser et al. 2024), their middle moved up: composition is settled in the noise
+        sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(batch, generator=generator))
+        noise = torch.randn(x.shape, generator=generator)
+        at = sigma[:, None, None, None]
+        velocity = model((1 - at) * x + at * noise, sigma * 1000, context, pooled)
+        loss = (velocity - (noise - x)).pow(2).mean()
+        return loss, {"loss": float(loss.detach())}
+
+    train("mmdit", [model], loss_of, args, args.samples or 160_000, 32, 2e-3, 0.01, average=0.999, minutes=args.minutes)
+    model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+STAGES = {"data": make_data, "vae": train_vae, "clip": train_clip, "mmdit": train_mmdit}
 
 
 def main():

@@ -1,0 +1,252 @@
+"""Draw pictures at a wanted valence and arousal (EmoFeedback², section 3.3, round 0).
+
+    python sample.py --v 7 --a 3                                   # the miniature, on any laptop
+    python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
+    python sample.py --grid 5                                      # the valence-arousal plane as one picture
+    python sample.py --v 7 --a 3 --preset paper                    # SD3.5-Medium, on a GPU
+
+The target enters the prompt as words; a generator trained by feedback follows them better. Every PNG carries its
+prompt, V, A, seed and model. Left out here: rounds of feedback.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+import data
+import flow_grpo
+import mmdit
+import text_encoders
+import vae
+import weights
+
+TINY = Path(__file__).resolve().parent / "tiny" / "weights"
+PAPER = "stabilityai/stable-diffusion-3.5-medium"
+PRESETS = {  # model, side in pixels
+    "tiny": (TINY, 128),
+    "paper": (PAPER, 512),
+}
+PAPER_NEEDS = "SD3.5-Medium from the hub (17 GB, licence to accept) and a GPU with 24 GB, or 12 GB with --no-t5"
+DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
+MAX_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+class UsageError(Exception):
+    """A wish that cannot be fulfilled; the message is one line that says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The generator: MMDiT, autoencoder and text encoders together
+
+
+@dataclass
+class Generator:
+    mmdit: mmdit.MMDiT
+    vae: vae.VAE
+    encoders: text_encoders.TextEncoders
+    shift: float  # of the noise schedule
+    name: str
+
+    @property
+    def device(self):
+        return self.mmdit.pos_embed.device
+
+    @torch.no_grad()
+    def draw(self, prompts, seeds, size, steps=25, guidance=4.5, noise=None, progress=iter):
+        """Pictures [B,3,size,size] uint8 of B prompts; picture i depends on its own prompt and seed only.
+
+        noise [B,16,size/8,size/8]: in place of that of the seeds. progress: wraps the steps, e.g. in tqdm.
+        """
+        B, cells = len(prompts), size // self.vae.factor
+        if noise is None:
+            noise = torch.cat([torch.randn(1, self.mmdit.config.channels, cells, cells,
+                                           generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        context, pooled = self.encoders.encode([""] * B + list(prompts) if guidance > 1 else list(prompts))
+        dtype = self.mmdit.pos_embed.dtype
+        latents = flow_grpo.sample_ode(
+            self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
+            guidance, self.shift, progress)
+        images = torch.cat([self.vae.decode(z[None].to(dtype)) for z in latents]).float()  # one by one: memory
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None):
+    """A Generator from a diffusers folder, a hub id or Stability's single file. Raises weights.CheckpointError.
+
+    encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
+    All headers are checked before the first tensor is read.
+    """
+    rest = encoders_from or source
+    if Path(rest).expanduser().is_file():
+        raise weights.CheckpointError(f"{source}: a single file holds no text encoders; add --text-encoders with a "
+                                      f"folder or hub id that does, such as {PAPER}")
+    listed = weights.read_json(weights.find_file(rest, "model_index.json"))
+    shift = weights.read_json(weights.find_file(rest, "scheduler/scheduler_config.json")).get("shift", 3.0)
+    for component in COMPONENTS:
+        absent = component == "text_encoder_3" and not (use_t5 and listed.get(component, [None])[0])
+        if not absent:
+            weights.index(weights.find(source if component in ("transformer", "vae") else rest, component))
+    return Generator(
+        mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype),
+        text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5), shift, str(source))
+
+
+def to_images(pixels):
+    """[B,3,H,W] uint8 -> list of B PIL images."""
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_png(image, path, **facts):
+    """Write a PNG with its facts as text chunks, under a temporary name that is then renamed."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, "PNG", pnginfo=info)
+    os.replace(temporary, path)
+    return path
+
+
+def va_grid(pictures, levels, size):
+    """One picture of n² PIL pictures, row by row from the highest arousal down, with both axes labelled."""
+    n, margin, gap = len(levels), max(28, size // 4), max(2, size // 32)
+    font = ImageFont.load_default(max(12, size // 9))
+    side = n * size + (n - 1) * gap
+    grid = Image.new("RGB", (margin + side + gap, side + margin + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    centres = [i * (size + gap) + size / 2 for i in range(n)]
+    for k, picture in enumerate(pictures):
+        row, column = divmod(k, n)
+        grid.paste(picture, (margin + column * (size + gap), gap + row * (size + gap)))
+    for i, level in enumerate(levels):
+        draw.text((margin + centres[i], side + gap + margin / 2), f"V {level:g}", "black", font, anchor="mm")
+        draw.text((margin / 2, gap + centres[n - 1 - i]), f"A\n{level:g}", "black", font, anchor="mm", align="center")
+    return grid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(say(f"error: {message}; see --help") or 2)  # one line, no usage
+    parser.add_argument("--v", help="valence, 1 (unpleasant) to 9 (pleasant)")
+    parser.add_argument("--a", help="arousal, 1 (calm) to 9 (excited)")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what to draw, without emotion (default: %(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: the miniature; paper: SD3.5-Medium")
+    parser.add_argument("--model", help="folder, .safetensors file or hub id in place of the preset's model")
+    parser.add_argument("--text-encoders", help="folder or hub id of the text encoders, if --model is a single file")
+    parser.add_argument("--no-t5", action="store_true", help="leave T5 out: less memory, long prompts read less well")
+    parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 128 for tiny, 512 for paper)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
+    parser.add_argument("--n", type=int, default=1, help="how many pictures (default: %(default)s)")
+    parser.add_argument("--grid", type=int, metavar="K", help="a labelled K×K picture of the valence-arousal plane")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Refuse senseless wishes before anything is loaded; fills in the preset's defaults. Raises UsageError."""
+    if args.grid is None:
+        if args.v is None or args.a is None:
+            raise UsageError("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
+        try:
+            args.v, args.a = data.check_va(args.v, args.a)
+        except ValueError as error:
+            raise UsageError(f"--v, --a: {error}") from error
+    elif not 2 <= args.grid <= 9:
+        raise UsageError(f"--grid {args.grid}: expected 2..9 rows and columns")
+    if not args.prompt.strip() or len(args.prompt) > MAX_PROMPT:
+        raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {MAX_PROMPT:,} "
+                         f"(the text encoders read about 250 words)")
+    args.model, size = args.model or PRESETS[args.preset][0], PRESETS[args.preset][1]
+    args.size = args.size or size
+    for name, value, low, high in (("steps", args.steps, 1, 1000), ("n", args.n, 1, 1000),
+                                   ("guidance", args.guidance, 0, 100), ("seed", args.seed, 0, 2**63 - 1001)):
+        if not low <= value <= high:
+            raise UsageError(f"--{name} {value}: expected {low}..{high}")
+    if args.size % 16 or not 16 <= args.size <= 4096:
+        raise UsageError(f"--size {args.size}: expected a multiple of 16, 16..4096")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        probe = args.out / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from error
+
+
+def say(text):
+    print(text, file=sys.stderr)
+
+
+def run(args):
+    generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders)
+    limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
+    if args.size > limit:
+        raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
+    millions = weights.count_parameters(generator.mmdit) / 1e6
+    say(f"{args.model}: {millions:,.1f} M parameter generator on {args.device} "
+        f"({str(generator.mmdit.pos_embed.dtype).removeprefix('torch.')}), {args.size} px, {args.steps} steps"
+        + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
+    draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance,
+                   progress=partial(tqdm, desc="drawing", unit="step", leave=False))
+    facts = {"model": args.model, "steps": args.steps, "guidance": args.guidance, "size": args.size}
+    if args.grid:
+        levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)]
+        targets = [(v, a) for a in reversed(levels) for v in levels]  # row by row, the highest arousal first
+        prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
+        pictures = []
+        for start in tqdm(range(0, len(prompts), args.grid), desc="grid", unit="row", leave=False):
+            row = prompts[start:start + args.grid]  # one seed for all: only the emotion changes
+            pictures += to_images(draw(row, [args.seed] * len(row)))
+        path = save_png(va_grid(pictures, levels, args.size), args.out / f"grid{args.grid}_seed{args.seed}.png",
+                        prompt=args.prompt, seed=args.seed, **facts)
+        print(path)
+        return
+    prompt = data.with_words(args.prompt, args.v, args.a)
+    say(f"prompt: {prompt}")
+    for seed in range(args.seed, args.seed + args.n):
+        image = to_images(draw([prompt], [seed]))[0]
+        print(save_png(image, args.out / f"v{args.v:g}_a{args.a:g}_seed{seed}.png", prompt=prompt, valence=args.v,
+                       arousal=args.a, seed=seed, **facts))
+
+
+def main(argv=None):
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    args = parse_args(argv)
+    try:
+        check(args)
+        run(args)
+    except (UsageError, weights.CheckpointError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the pictures finished so far are kept")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The MMDiT against diffusers' SD3Transformer2DModel, full-size names and counts, file layouts, bad input."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import save_file
+
+import mmdit
+import weights
+
+SMALL = mmdit.MMDiTConfig(depth=3, heads=4, head_dim=16, dual_blocks=(0, 1), context_dim=40, pooled_dim=24,
+                          positions=12, sample_size=16)
+
+
+def reference(c, device="cpu"):
+    with torch.device(device):
+        return SD3Transformer2DModel(
+            sample_size=c.sample_size, patch_size=c.patch, in_channels=c.channels, out_channels=c.channels,
+            num_layers=c.depth, num_attention_heads=c.heads, attention_head_dim=c.head_dim,
+            joint_attention_dim=c.context_dim, caption_projection_dim=c.width, pooled_projection_dim=c.pooled_dim,
+            pos_embed_max_size=c.positions, dual_attention_layers=c.dual_blocks,
+            qk_norm="rms_norm" if c.qk_norm else None).eval()
+
+
+def shake(model, seed=0):
+    """Random weights everywhere: norms away from one, biases away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=generator) * (0.1 if p.dim() > 1 else 0.5) + (p.dim() == 1) * 0.3)
+    return model
+
+
+def inputs(c, batch=2, height=8, width=12, length=7):
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(batch, c.channels, height, width, generator=g), torch.rand(batch, generator=g) * 1000,
+            torch.randn(batch, length, c.context_dim, generator=g), torch.randn(batch, c.pooled_dim, generator=g))
+
+
+def relative_error(ours, theirs):
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, dual_blocks=()), replace(SMALL, qk_norm=False)],
+                         ids=["medium", "large", "sd3"])
+def test_the_velocity_equals_diffusers(config, tmp_path):
+    theirs = shake(reference(config))
+    theirs.save_pretrained(tmp_path / "transformer")
+    ours = mmdit.MMDiT.from_pretrained(tmp_path)
+    assert ours.config == config
+    latents, timestep, context, pooled = inputs(config)
+    expected = theirs(latents, context, pooled, timestep).sample
+    assert relative_error(ours(latents, timestep, context, pooled), expected) < 1e-4
+
+
+@pytest.mark.parametrize("config, count", [(mmdit.SD35_MEDIUM, 2_243_171_520), (mmdit.SD35_LARGE, 8_056_627_520)],
+                         ids=["medium", "large"])
+def test_full_size_names_shapes_and_counts_equal_the_published_models(config, count):
+    with torch.device("meta"):
+        ours = mmdit.MMDiT(config)
+    assert weights.count_parameters(ours) == count
+    expected = {name: tuple(t.shape) for name, t in reference(config, "meta").state_dict().items()}
+    found = {name: (sum(t.shape[0] for t in parts), *parts[0].shape[1:]) for name, parts in ours.diffusers_views().items()}
+    assert found == expected
+
+
+def test_full_size_single_file_has_stabilitys_names():
+    with torch.device("meta"):
+        names = {name: tuple(t.shape) for name, t in mmdit.MMDiT(mmdit.SD35_MEDIUM).state_dict().items()}
+    # a sample of Stability's sd3.5_medium.safetensors, written down from its header
+    for name, shape in {
+        "pos_embed": (1, 147456, 1536), "x_embedder.proj.weight": (1536, 16, 2, 2), "t_embedder.mlp.0.weight": (1536, 256),
+        "y_embedder.mlp.2.bias": (1536,), "context_embedder.weight": (1536, 4096),
+        "joint_blocks.0.x_block.adaLN_modulation.1.weight": (13824, 1536),
+        "joint_blocks.12.x_block.attn2.qkv.weight": (4608, 1536), "joint_blocks.12.x_block.attn2.ln_k.weight": (64,),
+        "joint_blocks.13.x_block.adaLN_modulation.1.weight": (9216, 1536),
+        "joint_blocks.23.context_block.adaLN_modulation.1.weight": (3072, 1536),
+        "joint_blocks.23.context_block.attn.qkv.bias": (4608,), "joint_blocks.22.context_block.mlp.fc1.weight": (6144, 1536),
+        "final_layer.adaLN_modulation.1.weight": (3072, 1536), "final_layer.linear.weight": (64, 1536),
+    }.items():
+        assert names.pop(name) == shape
+    assert "joint_blocks.23.context_block.attn.proj.weight" not in names
+    assert "joint_blocks.13.x_block.attn2.qkv.weight" not in names
+
+
+@torch.no_grad()
+def test_saving_and_the_single_file_give_the_same_model(tmp_path):
+    theirs = shake(reference(SMALL))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = mmdit.MMDiT.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    again = SD3Transformer2DModel.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in theirs.state_dict().items())
+    file = tmp_path / "sd3.5_medium.safetensors"
+    save_file({f"model.diffusion_model.{n}": t.clone() for n, t in ours.state_dict().items()}, file)
+    single = mmdit.MMDiT.from_pretrained(file)
+    assert replace(single.config, sample_size=SMALL.sample_size) == SMALL
+    assert all(torch.equal(t, single.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+def test_shards_are_read_like_one_file(tmp_path):
+    theirs = shake(reference(SMALL))
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    whole, shards = (mmdit.MMDiT.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "shards"))
+    assert all(torch.equal(whole[name], shards[name]) for name in whole)
+
+
+@torch.no_grad()
+def test_a_new_model_starts_at_zero_velocity_with_diffusers_position_table():
+    with torch.device("meta"):
+        model = mmdit.MMDiT(SMALL)
+    model = model.to_empty(device="cpu").initialise()
+    assert torch.equal(model(*inputs(SMALL)), torch.zeros(2, 16, 8, 12))
+    table = reference(SMALL).pos_embed.pos_embed
+    assert (model.pos_embed - table).abs().max() < 1e-5
+
+
+def test_gradients_flow_to_every_parameter():
+    model = shake(mmdit.MMDiT(SMALL))
+    model.pos_embed.normal_()
+    model(*inputs(SMALL)).square().mean().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # the last block's text queries are computed for nobody: their rows of the bias get no gradient, nor does their norm
+    assert idle == ["joint_blocks.2.context_block.attn.ln_q.weight"]
+
+
+def test_latents_that_do_not_fit_are_refused():
+    model = mmdit.MMDiT(SMALL)
+    for size in ((7, 8), (8, 26)):
+        with pytest.raises(ValueError, match="multiples of 2"):
+            model(torch.zeros(1, 16, *size), torch.zeros(1), torch.zeros(1, 7, 40), torch.zeros(1, 24))

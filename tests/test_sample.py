@@ -1,0 +1,197 @@
+"""The whole pipeline against diffusers, and sample.py as its users meet it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+import data
+import sample
+from tests.checkpoint import make_pipeline
+from tiny import scenes
+
+ROOT = Path(sample.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd3")
+    make_pipeline().save_pretrained(folder)
+    return folder
+
+
+def diffusers_picture(pipeline, prompt, noise, **options):
+    images = pipeline(prompt, latents=noise.clone(), output_type="np", **options).images  # [1,H,W,3] in 0..1
+    return torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+
+
+def difference(ours, theirs):
+    return int((ours.int() - theirs.int()).abs().max())
+
+
+@pytest.mark.parametrize("use_t5", [True, False])
+def test_a_folder_written_by_diffusers_gives_the_same_picture(folder, use_t5):
+    parts = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = sample.load_generator(folder, use_t5=use_t5)
+    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    prompt = "a lone tree over the lake at night"
+    for guidance in (4.5, 1.0):
+        theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=6, guidance_scale=guidance, height=128,
+                                   width=128)
+        ours = generator.draw([prompt], [0], 128, steps=6, guidance=guidance, noise=noise)
+        assert theirs.float().std() > 20  # a picture, not a flat colour
+        assert difference(ours, theirs) <= 2
+
+
+def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sample.TINY)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = sample.load_generator(sample.TINY)
+    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    prompt = data.with_words("a castle in the hills at noon", 8, 7)
+    theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=8, guidance_scale=4.5, height=128, width=128,
+                               max_sequence_length=generator.encoders.t5_tokens)
+    assert difference(generator.draw([prompt], [0], 128, steps=8, noise=noise), theirs) <= 2
+
+
+def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
+    whole = sample.load_generator(folder)
+    tensors = {f"model.diffusion_model.{n}": t for n, t in whole.mmdit.state_dict().items()}
+    tensors |= {f"first_stage_model.{n}": t for n, t in whole.vae.state_dict().items()}
+    file = tmp_path / "sd3.5.safetensors"
+    save_file({name: t.clone().contiguous() for name, t in tensors.items()}, file)
+    with pytest.raises(sample.weights.CheckpointError, match="--text-encoders"):
+        sample.load_generator(file)
+    single = sample.load_generator(file, encoders_from=folder)
+    single.vae.config = whole.vae.config
+    for module, reference in zip(single.vae.modules(), whole.vae.modules()):
+        if isinstance(module, torch.nn.GroupNorm):  # not visible in a file: Stability's has 32 groups, the test's has 8
+            module.num_groups = reference.num_groups
+    pictures = [g.draw(["a lake"], [1], 64, steps=2) for g in (whole, single)]
+    assert torch.equal(*pictures)
+
+
+def test_a_picture_depends_on_its_own_seed_only():
+    generator = sample.load_generator(sample.TINY)
+    prompts = ["a swan on the lake at noon", "a tent in the hills at night"]
+    together = generator.draw(prompts, [5, 6], 64, steps=3)
+    alone = torch.cat([generator.draw([p], [s], 64, steps=3) for p, s in zip(prompts, (5, 6))])
+    assert difference(together, alone) <= 1
+    assert difference(generator.draw(prompts[:1], [7], 64, steps=3), together[:1]) > 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def run(*arguments):
+    """Exit code of sample.py; argparse ends by SystemExit."""
+    try:
+        return sample.main([str(a) for a in arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
+    for name in ("one", "two"):
+        assert run("--v", 7, "--a", 3, "--steps", 3, "--seed", 4, "--out", tmp_path / name) == 0
+    out, err = capsys.readouterr()
+    paths = [tmp_path / name / "v7_a3_seed4.png" for name in ("one", "two")]
+    assert out.split() == [str(p) for p in paths] and "preset paper would need" in err
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    image = Image.open(paths[0])
+    assert image.size == (128, 128)
+    assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
+    facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
+    assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
+    assert image.text["model"].endswith("weights")
+
+
+def test_several_pictures_and_the_grid(tmp_path, capsys):
+    assert run("--v", 2, "--a", 8.5, "--n", 2, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"v2_a8.5_seed0.png", "v2_a8.5_seed1.png"}
+    assert run("--grid", 3, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
+    grid = Image.open(tmp_path / "grid3_seed0.png")
+    assert grid.width > 3 * 64 and grid.height > 3 * 64
+
+
+def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
+    read = {}
+    for v, a in ((8, 7), (2, 3), (8, 3), (2, 7)):
+        assert run("--v", v, "--a", a, "--n", 4, "--out", tmp_path) == 0
+        pictures = [Image.open(tmp_path / f"v{v}_a{a}_seed{s}.png") for s in range(4)]
+        read[v, a] = np.mean([scenes.measure_va(p) for p in pictures], axis=0)
+    assert min(read[8, 7][0], read[8, 3][0]) > max(read[2, 7][0], read[2, 3][0]) + 1.5
+    assert read[8, 7][1] > read[8, 3][1] + 0.75 and read[2, 7][1] > read[2, 3][1] + 0.75
+
+
+BAD = {
+    "v too high": (("--v", 12, "--a", 3), "1..9"),
+    "v not a number": (("--v", "nan", "--a", 3), "finite"),
+    "v a word": (("--v", "happy", "--a", 3), "must be a number"),
+    "no target": ((), "--v and --a"),
+    "no arousal": (("--v", 5), "--v and --a"),
+    "long prompt": (("--v", 5, "--a", 5, "--prompt", "x" * 10_000), "10,000 characters"),
+    "empty prompt": (("--v", 5, "--a", 5, "--prompt", "  "), "characters"),
+    "odd size": (("--v", 5, "--a", 5, "--size", 100), "multiple of 16"),
+    "huge size": (("--v", 5, "--a", 5, "--size", 2048), "at most"),
+    "no steps": (("--v", 5, "--a", 5, "--steps", 0), "--steps"),
+    "steps a word": (("--v", 5, "--a", 5, "--steps", "many"), "--steps"),
+    "one-cell grid": (("--grid", 1), "2..9"),
+    "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_wishes_end_with_code_2_and_one_line(case, tmp_path, capsys):
+    arguments, message = BAD[case]
+    assert run(*arguments, "--out", tmp_path) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--v", 5, "--a", 5, "--out", tmp_path / "file") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    def refused(change, message):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        change(Path(shutil.copytree(sample.TINY, tmp_path / "model")))
+        assert run("--v", 5, "--a", 5, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+    def truncate(folder):
+        os.truncate(folder / "transformer/diffusion_pytorch_model.safetensors", 1_000_000)
+
+    refused(truncate, "truncated")
+    refused(lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"not a checkpoint"), "not a readable")
+    for part in ("transformer", "vae", "text_encoder_2", "tokenizer"):
+        refused(lambda f, part=part: shutil.rmtree(f / part), part)
+    refused(lambda f: (f / "model_index.json").unlink(), "model_index.json")
+    refused(lambda f: (f / "text_encoder/config.json").write_text("{"), "config.json")
+    index = json.loads((sample.TINY / "vae/config.json").read_text())
+    refused(lambda f: (f / "vae/config.json").write_text(json.dumps(index | {"layers_per_block": 2})), "missing")
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "sample.py", "--v", "5", "--a", "5", "--preset", "paper", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "hub cannot be reached" in done.stderr

@@ -1,0 +1,264 @@
+"""The three text encoders of Stable Diffusion 3.5 and their tokenizers, joined as the MMDiT expects them.
+
+Each prompt becomes a sequence of 77 CLIP tokens (CLIP-L's hidden states beside OpenCLIP-bigG's, padded with zeros to
+T5's width) followed by T T5 tokens, and one pooled vector (CLIP-L's beside bigG's) (Esser et al. 2024, section 4).
+T5 may be left out: zeros stand in its place, as in training, where it is dropped at random.
+
+Shapes: B batch, L CLIP tokens (77), T T5 tokens (256), D width of a tower, C context width (4096).
+"""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import nn
+
+import clip
+import kernels
+import weights
+
+T5_TOKENS = 256  # of SD3.5's pipeline
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T5's encoder (Raffel et al. 2020, version 1.1)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    width: int = 4096
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    mlp: int = 10_240
+    vocab: int = 32_128
+    buckets: int = 32  # of relative distance, half of them for each direction
+    distance: int = 128  # from where on all distances share the last bucket
+    eps: float = 1e-6
+
+
+T5_XXL = T5Config()
+
+
+class Scale(nn.Module):
+    """The learned scale of an RMSNorm under its published name."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class T5Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        inner = c.heads * c.head_dim
+        self.norm1, self.norm2 = Scale(c.width, c.eps), Scale(c.width, c.eps)
+        self.qkv, self.out = nn.Linear(c.width, 3 * inner, bias=False), nn.Linear(inner, c.width, bias=False)
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)  # wi_0 (through GELU) and wi_1
+        self.down = nn.Linear(c.mlp, c.width, bias=False)
+        self.heads = c.heads
+
+    def forward(self, x, bias):  # x [B,T,D], bias [1,H,T,T]
+        q, k, v = kernels.split_qkv(self.qkv(self.norm1(x)), self.heads)
+        x = x + self.out(kernels.attention(q, k, v, mask=bias, scale=1.0))  # T5 does not scale its scores
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.down(F.gelu(gate, approximate="tanh") * up)
+
+
+class T5Encoder(nn.Module):
+    def __init__(self, config=T5_XXL):
+        super().__init__()
+        c = self.config = config
+        self.tokens = nn.Embedding(c.vocab, c.width)
+        self.distance_bias = nn.Embedding(c.buckets, c.heads)
+        self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.layers))
+        self.norm = Scale(c.width, c.eps)
+
+    def forward(self, ids):
+        """ids [B,T] -> hidden states [B,T,D]. No mask: SD3.5 lets tokens attend to the padding."""
+        x, length = self.tokens(ids), ids.shape[1]
+        position = torch.arange(length, device=ids.device)
+        bucket = distance_bucket(position[None, :] - position[:, None], self.config)  # [T,T]
+        bias = self.distance_bias(bucket).permute(2, 0, 1)[None]  # [1,H,T,T]
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+    def views(self):
+        views = {"shared.weight": [self.tokens.weight], "encoder.final_layer_norm.weight": [self.norm.weight],
+                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": [self.distance_bias.weight]}
+        for i, block in enumerate(self.blocks):
+            at = f"encoder.block.{i}.layer"
+            for name, rows in zip("qkv", weights.split_rows(block.qkv.weight, 3), strict=True):
+                views[f"{at}.0.SelfAttention.{name}.weight"] = [rows]
+            gate, up = weights.split_rows(block.gate_up.weight, 2)
+            views |= {f"{at}.0.SelfAttention.o.weight": [block.out.weight],
+                      f"{at}.0.layer_norm.weight": [block.norm1.weight],
+                      f"{at}.1.DenseReluDense.wi_0.weight": [gate], f"{at}.1.DenseReluDense.wi_1.weight": [up],
+                      f"{at}.1.DenseReluDense.wo.weight": [block.down.weight],
+                      f"{at}.1.layer_norm.weight": [block.norm2.weight]}
+        return views
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", dtype=None, component=None):
+        """A folder or hub id with T5EncoderModel (its `component`, e.g. `text_encoder_3`, if one is named)."""
+        path = weights.find(source, component)
+        raw = weights.read_config(path)
+        try:
+            if raw.get("feed_forward_proj") != "gated-gelu":
+                raise ValueError(f"feed_forward_proj {raw.get('feed_forward_proj')!r}, expected 'gated-gelu'")
+            config = T5Config(raw["d_model"], raw["num_layers"], raw["num_heads"], raw["d_kv"], raw["d_ff"],
+                              raw["vocab_size"], raw.get("relative_attention_num_buckets", 32),
+                              raw.get("relative_attention_max_distance", 128), raw.get("layer_norm_epsilon", 1e-6))
+        except (KeyError, ValueError) as error:
+            raise weights.CheckpointError(f"{path}/config.json: not T5 version 1.1 ({error}); give an SD3.5 "
+                                          f"text_encoder_3/ folder") from error
+        model = weights.build(functools.partial(cls, config), device, dtype)
+        entries = weights.index(path)
+        if "shared.weight" not in entries and "encoder.embed_tokens.weight" in entries:  # the same table, tied
+            entries["shared.weight"] = entries.pop("encoder.embed_tokens.weight")
+        weights.load(model.views(), entries, path, optional=("encoder.embed_tokens.weight",))
+        return model
+
+
+def distance_bucket(offset, c):
+    """Bucket of each key − query offset: exact for small distances, logarithmic up to c.distance, then one for all."""
+    half = c.buckets // 2
+    exact, far = half // 2, offset.abs()
+    ratio = torch.log(far.clamp(min=1).float() / exact) / math.log(c.distance / exact)
+    logarithmic = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(far < exact, far, logarithmic) + half * (offset > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class PromptTokenizer:
+    """A published tokenizer that pads and cuts to one length, and warns with the words it cut."""
+
+    def __init__(self, folder, max_length=None, pad=None):
+        """folder: holds tokenizer.json, or CLIP's vocab.json and merges.txt. max_length, pad: default to its config."""
+        folder = Path(folder)
+        config, self.name = weights.read_json(folder / "tokenizer_config.json"), "T5" if max_length else "CLIP"
+        try:
+            if (folder / "tokenizer.json").exists():
+                self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            else:
+                self.tokenizer = clip_tokenizer(weights.read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"))
+        except weights.CheckpointError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exception for a malformed file
+            raise weights.CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.max_length = max_length or config["model_max_length"]
+        pad = pad or config.get("pad_token") or "<|endoftext|>"
+        self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
+        if self.pad is None:
+            raise weights.CheckpointError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
+
+    def __call__(self, prompts, warn=True):
+        """list of B strings -> ids [B, max_length]."""
+        rows = []
+        for prompt, encoding in zip(prompts, self.tokenizer.encode_batch(list(prompts)), strict=True):
+            ids = encoding.ids
+            if len(ids) > self.max_length:
+                cut = encoding.offsets[self.max_length - 1][0]  # the end token takes the last place
+                if warn:
+                    warnings.warn(f"prompt longer than {self.max_length} tokens; {self.name} does not see "
+                                  f"{prompt[cut:].strip()!r}", stacklevel=3)
+                ids = ids[: self.max_length - 1] + ids[-1:]
+            rows.append(ids + [self.pad] * (self.max_length - len(ids)))
+        return torch.tensor(rows)
+
+
+def clip_tokenizer(vocab, merges):
+    """CLIP's byte-level BPE over lower-cased words, each closed by `</w>`. vocab {token: id}, merges [(left, right)]."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=end))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(start, special=True), AddedToken(end, special=True)])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (end, vocab[end]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False)
+    return tokenizer
+
+
+def byte_alphabet():
+    """The 256 characters that stand for bytes in a byte-level BPE, in CLIP's order: printable bytes first."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    own = sorted(c for c in alphabet if ord(c) < 256)  # a printable byte stands for itself
+    return own + sorted(alphabet - set(own))
+
+
+def read_merges(path):
+    """[(left, right)] of a merges.txt, whose first line is a version."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise weights.CheckpointError(f"{path}: missing; download the tokenizer again") from error
+    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three together
+
+
+class TextEncoders:
+    """Not a module: three frozen encoders that may live on another device than the MMDiT."""
+
+    def __init__(self, clip_l, clip_g, t5, tokenizers, context_width=4096, t5_tokens=T5_TOKENS):
+        """tokenizers: of CLIP-L, bigG and T5 (None without T5). t5 None: t5_tokens rows of zeros in its place."""
+        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
+        self.context_width, self.t5_tokens = context_width, t5_tokens
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """list of B strings -> (context [B, 77 + T, 4096], pooled [B, 2048]). Warns about what a prompt is cut by."""
+        device = self.clip_l.tokens.weight.device
+        hidden_l, pooled_l = self.clip_l(self.tokenizers[0](prompts).to(device))
+        hidden_g, pooled_g = self.clip_g(self.tokenizers[1](prompts, warn=False).to(device))  # it cuts where CLIP-L does
+        context = torch.cat([hidden_l, hidden_g], dim=-1)  # [B,L,D_l+D_g]
+        context = F.pad(context, (0, self.context_width - context.shape[-1]))  # [B,L,C]
+        if self.t5 is None:
+            long = context.new_zeros(len(prompts), self.t5_tokens, self.context_width)
+        else:
+            long = self.t5(self.tokenizers[2](prompts).to(self.t5.tokens.weight.device)).to(context)  # [B,T,C]
+        return torch.cat([context, long], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
+
+    def parameters(self):
+        return [p for m in (self.clip_l, self.clip_g, self.t5) if m is not None for p in m.parameters()]
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", dtype=None, use_t5=True):
+        """A diffusers folder or hub id: text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/, as its model_index.json lists them.
+
+        use_t5 False: T5 is not loaded and zeros stand in its place. `t5_tokens` in model_index.json overrides T = 256.
+        """
+        index = weights.read_json(weights.find_file(source, "model_index.json"))
+        use_t5 = use_t5 and index.get("text_encoder_3", [None])[0] is not None
+        t5_tokens = index.get("t5_tokens", T5_TOKENS)
+        tokenizers = [PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
+        if use_t5:
+            tokenizers.append(PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens, pad="<pad>"))
+        clip_l, clip_g = (clip.TextTower.from_pretrained(source, device, dtype, component)
+                          for component in ("text_encoder", "text_encoder_2"))
+        t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3") if use_t5 else None
+        if t5 is not None:
+            width = t5.config.width
+        else:
+            width = weights.read_json(weights.find_file(source, "transformer/config.json"))["joint_attention_dim"]
+        return cls(clip_l, clip_g, t5, tokenizers, width, t5_tokens)
