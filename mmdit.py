@@ -208,9 +208,11 @@ class MMDiT(nn.Module):
         """Random weights to train from: zero gates and output (adaLN-zero), so that every block starts as identity."""
         c = self.config
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch is one long input
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSWeight):
+                nn.init.ones_(module.weight)
         for block in self.joint_blocks:
             for stream in (block.context_block, block.x_block):
                 nn.init.zeros_(stream.adaLN_modulation[1].weight)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 
 import mmdit
@@ -66,23 +67,15 @@ def test_full_size_names_shapes_and_counts_equal_the_published_models(config, co
     assert found == expected
 
 
-def test_full_size_single_file_has_stabilitys_names():
-    with torch.device("meta"):
-        names = {name: tuple(t.shape) for name, t in mmdit.MMDiT(mmdit.SD35_MEDIUM).state_dict().items()}
-    # a sample of Stability's sd3.5_medium.safetensors, written down from its header
-    for name, shape in {
-        "pos_embed": (1, 147456, 1536), "x_embedder.proj.weight": (1536, 16, 2, 2), "t_embedder.mlp.0.weight": (1536, 256),
-        "y_embedder.mlp.2.bias": (1536,), "context_embedder.weight": (1536, 4096),
-        "joint_blocks.0.x_block.adaLN_modulation.1.weight": (13824, 1536),
-        "joint_blocks.12.x_block.attn2.qkv.weight": (4608, 1536), "joint_blocks.12.x_block.attn2.ln_k.weight": (64,),
-        "joint_blocks.13.x_block.adaLN_modulation.1.weight": (9216, 1536),
-        "joint_blocks.23.context_block.adaLN_modulation.1.weight": (3072, 1536),
-        "joint_blocks.23.context_block.attn.qkv.bias": (4608,), "joint_blocks.22.context_block.mlp.fc1.weight": (6144, 1536),
-        "final_layer.adaLN_modulation.1.weight": (3072, 1536), "final_layer.linear.weight": (64, 1536),
-    }.items():
-        assert names.pop(name) == shape
-    assert "joint_blocks.23.context_block.attn.proj.weight" not in names
-    assert "joint_blocks.13.x_block.attn2.qkv.weight" not in names
+def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for():
+    """The single file's layout, read by diffusers' own converter, gives the tensors that our diffusers layout has."""
+    model = shake(mmdit.MMDiT(SMALL))
+    model.pos_embed.normal_()
+    converted = convert_sd3_transformer_checkpoint_to_diffusers({n: t.clone() for n, t in model.state_dict().items()})
+    views = model.diffusers_views()
+    assert set(converted) == set(views)
+    for name, parts in views.items():
+        assert torch.equal(converted[name], torch.cat([p.detach() for p in parts])), name
 
 
 @torch.no_grad()

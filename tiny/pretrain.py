@@ -14,6 +14,7 @@ numbers poorly: the situation of SD3.5, which reward feedback is to improve.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -56,7 +57,7 @@ def draw_row(seed):
 
 
 def make_data(args):
-    CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     temporary = CACHE / "pictures.tmp.npy"
     pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, (args.rows, SIZE, SIZE, 3))
     rows = []
@@ -76,6 +77,11 @@ def load_data():
         raise SystemExit("tiny/cache/pictures.npy is missing; run `python tiny/pretrain.py data` first")
     rows = [(scenes.Scene(**row["scene"]), row["v"], row["a"]) for row in json.loads((CACHE / "rows.json").read_text())]
     return rows, np.load(CACHE / "pictures.npy", mmap_mode="r")
+
+
+def training_rows(count):
+    """How many of the rows are trained on; the last ones are held out."""
+    return count - min(512, count // 8)
 
 
 def to_tensor(pictures):
@@ -124,7 +130,7 @@ def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, av
         if share >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+            group["lr"] = lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rng = np.random.default_rng([args.seed, step])
         loss, metrics = loss_of(step, generator, rng, batch)
@@ -139,7 +145,7 @@ def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, av
             smooth[key] = value if key not in smooth else 0.98 * smooth[key] + 0.02 * value
         bar.update()
         bar.set_postfix({k: f"{v:.4f}" for k, v in smooth.items()}, refresh=False)
-        if time.time() - last_save > 60 or step == steps:
+        if time.time() - last_save >= args.save_every or step == steps:
             last_save = time.time()
             temporary = state_path.with_suffix(".tmp")
             torch.save({"step": step, "spent": last_save - started, "parameters": [p.data for p in parameters],
@@ -160,7 +166,7 @@ def train_vae(args):
     _, pictures = load_data()
     torch.manual_seed(args.seed)
     model = vae_model.VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
-    held_out = len(pictures) - 256
+    held_out = training_rows(len(pictures))
 
     def loss_of(step, generator, rng, batch):
         # 64 px crops of 128 px pictures: the network is convolutional, and a crop costs a quarter
@@ -227,7 +233,7 @@ def train_clip(args):
         for p in module.parameters():
             if p.dim() > 1:
                 torch.nn.init.normal_(p, std=0.02 if p.shape[0] > 512 else p[0].numel() ** -0.5)
-    held_out = len(pictures) - 512
+    held_out = training_rows(len(pictures))
 
     def embed(picks, rng):
         pixels = F.avg_pool2d(to_tensor(pictures[np.sort(picks)]), 2)  # 64 px; -1..1 serves as the normalisation
@@ -247,11 +253,12 @@ def train_clip(args):
           minutes=args.minutes)
     with torch.no_grad():
         image, *texts = embed(np.arange(held_out, len(pictures)), np.random.default_rng(0))
-        top1 = [float(((image @ text.T).argmax(1) == torch.arange(512)).float().mean()) for text in texts]
+        top1 = [float(((image @ text.T).argmax(1) == torch.arange(len(image))).float().mean()) for text in texts]
     small.save_pretrained(WEIGHTS / "text_encoder", torch.bfloat16)
     model.text.save_pretrained(WEIGHTS / "text_encoder_2", torch.bfloat16)
     model.save_pretrained(WEIGHTS / "clip", torch.bfloat16)
-    print(f"clip: picture finds its caption among 512 held-out ones: bigG's part {top1[0]:.1%}, CLIP-L's part {top1[1]:.1%}")
+    print(f"clip: a picture finds its own among {len(image)} held-out captions: {top1[0]:.1%} (tower in CLIP-L's place: "
+          f"{top1[1]:.1%}; chance {1 / len(image):.1%})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,13 +298,11 @@ def train_mmdit(args):
     rows, _ = load_data()
     latents = encode_latents()
     torch.manual_seed(args.seed)
-    with torch.device("meta"):
-        model = mmdit.MMDiT(MMDIT_CONFIG)
-    model = model.to_empty(device="cpu").initialise()
+    model = mmdit.MMDiT(MMDIT_CONFIG).initialise()
     model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)  # so that the folder is whole from the start
     write_pipeline_files()
     encoders = text_encoders.TextEncoders.from_pretrained(WEIGHTS)
-    held_out = len(rows) - 512
+    held_out = training_rows(len(rows))
 
     def loss_of(step, generator, rng, batch):
         picks = np.sort(rng.integers(held_out, size=batch))
@@ -321,14 +326,15 @@ def train_mmdit(args):
 STAGES = {"data": make_data, "vae": train_vae, "clip": train_clip, "mmdit": train_mmdit}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=20_000, help="pictures to draw in the data stage")
     parser.add_argument("--samples", type=int, help="training samples; each stage has its own default")
     parser.add_argument("--minutes", type=float, help="also stop after this time, the learning rate decayed to it")
-    args = parser.parse_args()
+    parser.add_argument("--save-every", type=float, default=60, help="seconds between states on disk (default: %(default)s)")
+    args = parser.parse_args(argv)
     for stage in STAGES if args.stage == "all" else [args.stage]:
         STAGES[stage](args)
 

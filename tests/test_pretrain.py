@@ -1,0 +1,72 @@
+"""The miniature's training, from drawing its data to a folder that sample.py draws from; and going on after a kill."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+from tiny import pretrain
+
+WEIGHT_FILES = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model", "clip/model",
+                "transformer/diffusion_pytorch_model")
+
+
+def stage(name, folder, monkeypatch, *arguments):
+    monkeypatch.setattr(pretrain, "CACHE", folder / "cache")
+    monkeypatch.setattr(pretrain, "WEIGHTS", folder / "weights")
+    pretrain.main([name, *map(str, arguments)])
+
+
+def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypatch, capsys):
+    stage("all", tmp_path, monkeypatch, "--rows", 160, "--samples", 256)
+    printed = capsys.readouterr().out
+    assert "PSNR" in printed and "20 held-out captions" in printed
+    for name in WEIGHT_FILES:
+        assert (tmp_path / "weights" / f"{name}.safetensors").exists()
+    generator = sample.load_generator(tmp_path / "weights")
+    pictures = generator.draw(["a swan on the lake at noon"], [0], 64, steps=2)
+    assert pictures.shape == (1, 3, 64, 64)
+    # the data: drawn scenes with their V and A over the whole square, captions mostly of words
+    rows, pixels = pretrain.load_data()
+    assert len(rows) == 160 and pixels.shape == (160, 128, 128, 3)
+    rng = np.random.default_rng(0)
+    captions = [pretrain.caption(rows[i % 160], rng) for i in range(4000)]
+    share = {"empty": np.mean([c == "" for c in captions]), "numbers": np.mean(["valence" in c for c in captions])}
+    assert abs(share["empty"] - 0.10) < 0.02 and abs(share["numbers"] - 0.04) < 0.01
+
+
+def tiny_run(tmp_path, monkeypatch, stop_at=None):
+    """Train a small regression for 12 steps with pretrain.train, killed inside step `stop_at` if given."""
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+
+    def loss_of(step, generator, rng, batch):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(batch, 4, generator=generator) * float(rng.uniform(0.5, 1))
+        loss = (model(x) - x[:, :3]).pow(2).mean()
+        return loss, {"loss": float(loss.detach())}
+
+    args = type("Arguments", (), {"seed": 0, "save_every": 0})
+    pretrain.train("small", [model], loss_of, args, 12 * 8, 8, 1e-2, average=0.9)
+    return model
+
+
+def test_a_killed_stage_goes_on_and_ends_where_it_would_have(tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = tiny_run(tmp_path / "whole", monkeypatch)
+    (tmp_path / "killed").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "killed", monkeypatch, stop_at=7)
+    again = tiny_run(tmp_path / "killed", monkeypatch)
+    assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "small.log").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_a_stage_without_data_says_what_to_run(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"pretrain.py data"):
+        stage("vae", tmp_path, monkeypatch)
