@@ -71,7 +71,10 @@ class Generator:
         if noise is None:
             noise = torch.cat([torch.randn(1, self.mmdit.config.channels, cells, cells,
                                            generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        context, pooled = self.encoders.encode([""] * B + list(prompts) if guidance > 1 else list(prompts))
+        texts = [""] * B + list(prompts) if guidance > 1 else list(prompts)
+        unique = list(dict.fromkeys(texts))  # each text is encoded once
+        rows = [unique.index(text) for text in texts]
+        context, pooled = (z[rows] for z in self.encoders.encode(unique))
         dtype = self.mmdit.pos_embed.dtype
         latents = flow_grpo.sample_ode(
             self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
