@@ -93,16 +93,15 @@ class TextTower(nn.Module):
         return {"text_model.embeddings.token_embedding.weight": [self.tokens.weight],
                 "text_model.embeddings.position_embedding.weight": [self.positions.weight],
                 **layer_views("text_model.encoder.layers", self.layers),
-                **affine_views("text_model.final_layer_norm", self.norm),
+                **weights.affine_views("text_model.final_layer_norm", self.norm),
                 "text_projection.weight": [self.projection.weight]}
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None, component=None):
         """A folder or hub id with CLIPTextModelWithProjection (its `component`, e.g. `text_encoder`, if one is named)."""
         path = weights.find(source, component)
-        model = weights.build(functools.partial(cls, text_config(weights.read_config(path))), device, dtype)
-        weights.load(model.views(), weights.index(path), path, OPTIONAL)
-        return model
+        make = functools.partial(cls, text_config(weights.read_config(path)))
+        return weights.build(make, cls.views, weights.index(path), path, device, dtype, OPTIONAL)
 
     def save_pretrained(self, folder, dtype=None):
         weights.write_json(Path(folder) / "config.json", {
@@ -136,9 +135,9 @@ class VisionTower(nn.Module):
         return {"vision_model.embeddings.class_embedding": [self.class_token],
                 "vision_model.embeddings.patch_embedding.weight": [self.patches.weight],
                 "vision_model.embeddings.position_embedding.weight": [self.positions.weight],
-                **affine_views("vision_model.pre_layrnorm", self.norm_in),
+                **weights.affine_views("vision_model.pre_layrnorm", self.norm_in),
                 **layer_views("vision_model.encoder.layers", self.layers),
-                **affine_views("vision_model.post_layernorm", self.norm_out),
+                **weights.affine_views("vision_model.post_layernorm", self.norm_out),
                 "visual_projection.weight": [self.projection.weight]}
 
 
@@ -173,9 +172,8 @@ class CLIP(nn.Module):
                                           f"holds a CLIPModel")
         shared = {"projection_dim": raw.get("projection_dim", 512)}
         text, vision = text_config({**raw["text_config"], **shared}), vision_config({**raw["vision_config"], **shared})
-        model = weights.build(functools.partial(cls, text, vision), device, dtype)
-        weights.load(model.views(), weights.index(path), path, OPTIONAL[:1])
-        return model
+        make = functools.partial(cls, text, vision)
+        return weights.build(make, cls.views, weights.index(path), path, device, dtype, OPTIONAL[:1])
 
     def save_pretrained(self, folder, dtype=None):
         c = self.vision.config
@@ -192,10 +190,6 @@ class CLIP(nn.Module):
 # Checkpoints
 
 
-def affine_views(theirs, module):
-    return {f"{theirs}.weight": [module.weight], f"{theirs}.bias": [module.bias]}
-
-
 def layer_views(prefix, layers):
     views = {}
     for i, layer in enumerate(layers):
@@ -205,7 +199,7 @@ def layer_views(prefix, layers):
                 views[f"{at}.self_attn.{name}_proj.{kind}"] = [rows]
         for theirs, module in (("self_attn.out_proj", layer.out), ("layer_norm1", layer.norm1),
                                ("layer_norm2", layer.norm2), ("mlp.fc1", layer.fc1), ("mlp.fc2", layer.fc2)):
-            views.update(affine_views(f"{at}.{theirs}", module))
+            views.update(weights.affine_views(f"{at}.{theirs}", module))
     return views
 
 

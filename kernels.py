@@ -6,6 +6,7 @@ these; a model calls only this file, so an operation has one home.
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def modulate(x, shift, scale, eps=1e-6):
@@ -22,6 +23,17 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learned scale [D]."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
 
 
 def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):

@@ -85,19 +85,11 @@ class Attention(nn.Module):
             self.proj = nn.Linear(c.width, c.width)
         self.heads = c.heads
         if c.qk_norm:
-            self.ln_q, self.ln_k = RMSWeight(c.head_dim), RMSWeight(c.head_dim)
+            self.ln_q, self.ln_k = kernels.RMSNorm(c.head_dim), kernels.RMSNorm(c.head_dim)  # applied in split_qkv
 
     def forward(self, x):  # [B,L,D] -> q, k, v [B,H,L,E]
         norms = (self.ln_q.weight, self.ln_k.weight) if hasattr(self, "ln_q") else (None, None)
         return kernels.split_qkv(self.qkv(x), self.heads, *norms)
-
-
-class RMSWeight(nn.Module):
-    """Holds the learned scale of an RMSNorm under its published name."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
 
 
 class Stream(nn.Module):
@@ -211,7 +203,7 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch is one long input
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSWeight):
+            elif isinstance(module, kernels.RMSNorm):
                 nn.init.ones_(module.weight)
         for block in self.joint_blocks:
             for stream in (block.context_block, block.x_block):
@@ -228,7 +220,7 @@ class MMDiT(nn.Module):
         views = {}
 
         def linear(theirs, module):
-            views[f"{theirs}.weight"], views[f"{theirs}.bias"] = [module.weight], [module.bias]
+            views.update(weights.affine_views(theirs, module))
 
         def swapped(theirs, module):  # ours: shift, scale; theirs: scale, shift
             for kind in ("weight", "bias"):
@@ -274,12 +266,10 @@ class MMDiT(nn.Module):
         path = weights.find(source, "transformer")
         if Path(path).is_file():
             entries = weights.index(path, "model.diffusion_model.")
-            model = weights.build(functools.partial(cls, infer_config(entries, path)), device, dtype)
-            weights.load(weights.identity_views(model), entries, path)
-            return model
-        model = weights.build(functools.partial(cls, read_config(path)), device, dtype)
-        weights.load(model.diffusers_views(), weights.index(path), path)
-        return model
+            make = functools.partial(cls, infer_config(entries, path))
+            return weights.build(make, weights.identity_views, entries, path, device, dtype)
+        make = functools.partial(cls, read_config(path))
+        return weights.build(make, cls.diffusers_views, weights.index(path), path, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write the diffusers layout: config.json and diffusion_pytorch_model.safetensors."""

@@ -242,8 +242,12 @@ def main(argv=None):
     try:
         check(args)
         run(args)
-    except (UsageError, weights.CheckpointError) as error:
+    except (UsageError, weights.CheckpointError, OSError) as error:
         say(f"error: {error}")
+        return 2
+    except torch.OutOfMemoryError:
+        say(f"error: the GPU has too little memory for {args.model} at {args.size} px; try --no-t5, a smaller --size or "
+            f"--device cpu")
         return 2
     except KeyboardInterrupt:
         say("stopped; the pictures finished so far are kept")

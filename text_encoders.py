@@ -45,22 +45,11 @@ class T5Config:
 T5_XXL = T5Config()
 
 
-class Scale(nn.Module):
-    """The learned scale of an RMSNorm under its published name."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return kernels.rms_norm(x, self.weight, self.eps)
-
-
 class T5Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         inner = c.heads * c.head_dim
-        self.norm1, self.norm2 = Scale(c.width, c.eps), Scale(c.width, c.eps)
+        self.norm1, self.norm2 = kernels.RMSNorm(c.width, c.eps), kernels.RMSNorm(c.width, c.eps)
         self.qkv, self.out = nn.Linear(c.width, 3 * inner, bias=False), nn.Linear(inner, c.width, bias=False)
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)  # wi_0 (through GELU) and wi_1
         self.down = nn.Linear(c.mlp, c.width, bias=False)
@@ -80,7 +69,7 @@ class T5Encoder(nn.Module):
         self.tokens = nn.Embedding(c.vocab, c.width)
         self.distance_bias = nn.Embedding(c.buckets, c.heads)
         self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.layers))
-        self.norm = Scale(c.width, c.eps)
+        self.norm = kernels.RMSNorm(c.width, c.eps)
 
     def forward(self, ids):
         """ids [B,T] -> hidden states [B,T,D]. No mask: SD3.5 lets tokens attend to the padding."""
@@ -121,12 +110,11 @@ class T5Encoder(nn.Module):
         except (KeyError, ValueError) as error:
             raise weights.CheckpointError(f"{path}/config.json: not T5 version 1.1 ({error}); give an SD3.5 "
                                           f"text_encoder_3/ folder") from error
-        model = weights.build(functools.partial(cls, config), device, dtype)
         entries = weights.index(path)
         if "shared.weight" not in entries and "encoder.embed_tokens.weight" in entries:  # the same table, tied
             entries["shared.weight"] = entries.pop("encoder.embed_tokens.weight")
-        weights.load(model.views(), entries, path, optional=("encoder.embed_tokens.weight",))
-        return model
+        return weights.build(functools.partial(cls, config), cls.views, entries, path, device, dtype,
+                             optional=("encoder.embed_tokens.weight",))
 
 
 def distance_bucket(offset, c):
@@ -160,7 +148,7 @@ class PromptTokenizer:
             raise weights.CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.max_length = max_length or config["model_max_length"]
+        self.max_length = max_length or config.get("model_max_length", 77)
         pad = pad or config.get("pad_token") or "<|endoftext|>"
         self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
         if self.pad is None:

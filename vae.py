@@ -208,15 +208,10 @@ class VAE(nn.Module):
         path = weights.find(source, "vae")
         if Path(path).is_file():
             entries = weights.index(path, "first_stage_model.")
-            if not entries:
-                raise weights.CheckpointError(f"{path}: no first_stage_model.* in it, so no autoencoder; give a file "
-                                              f"that holds one or a folder with vae/")
-            model = weights.build(functools.partial(cls, infer_config(entries, path)), device, dtype)
-            weights.load(weights.identity_views(model), entries, path)
-            return model
-        model = weights.build(functools.partial(cls, read_config(path)), device, dtype)
-        weights.load(model.diffusers_views(), weights.index(path), path)
-        return model
+            make = functools.partial(cls, infer_config(entries, path))
+            return weights.build(make, weights.identity_views, entries, path, device, dtype)
+        make = functools.partial(cls, read_config(path))
+        return weights.build(make, cls.diffusers_views, weights.index(path), path, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write the diffusers layout: config.json and diffusion_pytorch_model.safetensors."""
@@ -233,10 +228,14 @@ class VAE(nn.Module):
 def read_config(folder):
     """VAEConfig of a diffusers folder's config.json; refuses options that this file does not implement."""
     raw = weights.read_config(folder)
-    if raw.get("use_quant_conv", True) or raw.get("use_post_quant_conv", True):
-        raise weights.CheckpointError(f"{folder}: an autoencoder with quant_conv is not SD3's; give an SD3 or SD3.5 vae/")
-    return VAEConfig(tuple(raw["block_out_channels"]), raw["layers_per_block"], raw["latent_channels"],
-                     raw.get("norm_num_groups", 32), raw["scaling_factor"], raw.get("shift_factor") or 0.0)
+    try:
+        if raw.get("use_quant_conv", True) or raw.get("use_post_quant_conv", True):
+            raise ValueError("it has a quant_conv")
+        return VAEConfig(tuple(raw["block_out_channels"]), raw["layers_per_block"], raw["latent_channels"],
+                         raw.get("norm_num_groups", 32), raw["scaling_factor"], raw.get("shift_factor") or 0.0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise weights.CheckpointError(f"{folder}/config.json: not a configuration of SD3's autoencoder ({error}); give the "
+                                      f"vae/ of an SD3 or SD3.5 checkpoint") from error
 
 
 def infer_config(entries, path):
@@ -247,4 +246,5 @@ def infer_config(entries, path):
         blocks = 1 + max(int(name.split(".")[4]) for name in entries if name.startswith("encoder.down.0.block."))
         return VAEConfig(channels, blocks, entries["decoder.conv_in.weight"].shape[1])
     except (KeyError, ValueError, IndexError) as error:
-        raise weights.CheckpointError(f"{path}: its first_stage_model.* is not an SD3 autoencoder ({error})") from error
+        raise weights.CheckpointError(f"{path}: no SD3 autoencoder under first_stage_model.* ({error}); give "
+                                      f"sd3.5_medium.safetensors or a diffusers folder") from error

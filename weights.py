@@ -91,11 +91,14 @@ def download(hub_id, wanted):
 
 
 def read_json(path):
-    """The content of a JSON file. Raises CheckpointError that names the file."""
+    """The object in a JSON file, as a dict. Raises CheckpointError that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing or not valid JSON; download the checkpoint again") from error
+        raise CheckpointError(f"{path}: missing or not a JSON object; download the checkpoint again") from error
+    return content
 
 
 def read_config(folder):
@@ -197,16 +200,20 @@ def check(views, entries, what, optional=()):
 # Read and write
 
 
-def build(make, device="cpu", dtype=None):
-    """A model with uninitialised memory: built on the meta device, then allocated once, in its final dtype.
+def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
+    """The model that `make()` returns, filled from a checkpoint: allocated once, in its final dtype, frozen.
 
+    views: function of the model that gives its views. entries, what, optional: as for `load`.
     dtype None: float32 on a CPU (bfloat16 is emulated there), bfloat16 elsewhere.
     """
     device = torch.device(device)
     with torch.device("meta"):
         model = make()
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    return model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    check(views(model), entries, what, optional)  # before any memory is taken
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    load(views(model), entries, what, optional)
+    return model
 
 
 @torch.no_grad()
@@ -264,6 +271,11 @@ def write_json(path, value):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def affine_views(name, module):
+    """Views of a linear layer or norm that the file calls `name`."""
+    return {f"{name}.weight": [module.weight], f"{name}.bias": [module.bias]}
 
 
 def identity_views(module):

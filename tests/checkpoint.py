@@ -55,7 +55,7 @@ def make_pipeline(seed=0):
             dual_attention_layers=(0, 1), qk_norm="rms_norm"),
         vae=AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[16, 32, 32, 32], layers_per_block=1, latent_channels=16, norm_num_groups=8,
+            block_out_channels=[32, 32, 64, 64], layers_per_block=1, latent_channels=16, norm_num_groups=32,
             scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clips[0], text_encoder_2=clips[1], text_encoder_3=T5EncoderModel(T5Config(**T5)),
         tokenizer=CLIPTokenizer(vocab, merges, model_max_length=77),

@@ -55,7 +55,8 @@ def test_a_folder_written_by_diffusers_gives_the_same_picture(folder, use_t5):
 
 
 def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sample.TINY)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sample.TINY, text_encoder_3=None, tokenizer_3=None,
+                                                       dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     generator = sample.load_generator(sample.TINY)
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -74,10 +75,6 @@ def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
     with pytest.raises(sample.weights.CheckpointError, match="--text-encoders"):
         sample.load_generator(file)
     single = sample.load_generator(file, encoders_from=folder)
-    single.vae.config = whole.vae.config
-    for module, reference in zip(single.vae.modules(), whole.vae.modules()):
-        if isinstance(module, torch.nn.GroupNorm):  # not visible in a file: Stability's has 32 groups, the test's has 8
-            module.num_groups = reference.num_groups
     pictures = [g.draw(["a lake"], [1], 64, steps=2) for g in (whole, single)]
     assert torch.equal(*pictures)
 
@@ -134,6 +131,20 @@ def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
         read[v, a] = np.mean([scenes.measure_va(p) for p in pictures], axis=0)
     assert min(read[8, 7][0], read[8, 3][0]) > max(read[2, 7][0], read[2, 3][0]) + 1.5
     assert read[8, 7][1] > read[8, 3][1] + 0.75 and read[2, 7][1] > read[2, 3][1] + 0.75
+
+
+def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, capsys):
+    draw = sample.Generator.draw
+
+    def interrupted(self, prompts, seeds, **options):
+        if seeds == [1]:
+            raise KeyboardInterrupt
+        return draw(self, prompts, seeds, **options)
+
+    monkeypatch.setattr(sample.Generator, "draw", interrupted)
+    assert run("--v", 5, "--a", 5, "--n", 3, "--steps", 2, "--size", 64, "--out", tmp_path) == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["v5_a5_seed0.png"]
+    assert "kept" in capsys.readouterr().err
 
 
 BAD = {

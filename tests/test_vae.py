@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
 import vae
@@ -86,6 +87,17 @@ def test_saving_and_the_single_file_give_the_same_model(pair, tmp_path):
     assert all(torch.equal(t, single.state_dict()[n]) for n, t in ours.state_dict().items())
 
 
+def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for(pair):
+    """The single file's layout, read by diffusers' own converter, gives the tensors that our diffusers layout has."""
+    _, ours, _ = pair
+    converted = convert_ldm_vae_checkpoint(
+        {f"first_stage_model.{n}": t for n, t in ours.state_dict().items()}, dict.fromkeys(("down_block_types", "up_block_types"), [""] * 4))
+    views = ours.diffusers_views()
+    assert set(converted) == set(views)
+    for name, (tensor,) in views.items():
+        assert torch.equal(converted[name], tensor), name
+
+
 def test_bad_images_and_foreign_files_are_refused(pair, tmp_path):
     _, ours, _ = pair
     with pytest.raises(ValueError, match="multiples of 8"):
@@ -94,3 +106,7 @@ def test_bad_images_and_foreign_files_are_refused(pair, tmp_path):
     save_file({"model.weight": torch.zeros(2)}, file)
     with pytest.raises(weights.CheckpointError, match="first_stage_model"):
         vae.VAE.from_pretrained(file)
+    for config in ("{}", "[]", '{"use_quant_conv": true}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(weights.CheckpointError, match="config.json"):
+            vae.VAE.from_pretrained(tmp_path)

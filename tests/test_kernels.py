@@ -1,0 +1,59 @@
+"""The plain forms against torch's own modules and the formulas written out."""
+
+import pytest
+import torch
+from torch import nn
+
+import kernels
+
+
+@pytest.mark.parametrize("width", [7, 64])
+def test_modulate_is_layer_norm_with_a_shift_and_scale_for_each_picture(width):
+    x, shift, scale = torch.randn(3, 5, width), torch.randn(3, width), torch.randn(3, width)
+    normed = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)(x)
+    expected = torch.stack([normed[i] * (1 + scale[i]) + shift[i] for i in range(3)])
+    assert torch.allclose(kernels.modulate(x, shift, scale), expected, atol=1e-6)
+
+
+def test_gate_residual_gates_each_picture():
+    x, branch, gate = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4)
+    expected = torch.stack([x[i] + gate[i] * branch[i] for i in range(2)])
+    assert torch.allclose(kernels.gate_residual(x, branch, gate), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_torchs_and_takes_the_mean_in_float32(dtype):
+    x, weight = (torch.randn(2, 3, 48) * 10).to(dtype), torch.randn(48).to(dtype)
+    module = kernels.RMSNorm(48, eps=1e-5)
+    module.weight.data = weight
+    reference = nn.functional.rms_norm(x.double(), (48,), weight.double(), 1e-5)
+    ours = module(x)
+    assert ours.dtype == dtype
+    assert torch.allclose(ours.double(), reference, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_split_qkv_unpacks_heads_and_normalises_queries_and_keys_only():
+    B, L, H, E = 2, 5, 3, 4
+    qkv, wq, wk = torch.randn(B, L, 3 * H * E), torch.randn(E), torch.randn(E)
+    for weights in ((None, None), (wq, wk)):
+        parts = kernels.split_qkv(qkv, H, *weights)
+        for j, (part, weight) in enumerate(zip(parts, (*weights, None))):
+            for h in range(H):
+                expected = qkv[:, :, (j * H + h) * E:(j * H + h + 1) * E]
+                if weight is not None:
+                    expected = kernels.rms_norm(expected, weight)
+                assert torch.equal(part[:, h], expected)
+
+
+@pytest.mark.parametrize("causal, biased, scale", [(False, False, None), (True, False, None), (False, True, 1.0)])
+def test_attention_is_softmax_of_scores_times_values_heads_joined(causal, biased, scale):
+    q, k, v = torch.randn(3, 2, 4, 6, 8).unbind(0)  # each [B,H,L,E]
+    bias = torch.randn(1, 4, 6, 6) if biased else None
+    scores = q.double() @ k.double().transpose(-1, -2) * (8 ** -0.5 if scale is None else scale)
+    if biased:
+        scores = scores + bias
+    if causal:
+        scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    out = scores.softmax(-1) @ v.double()  # [B,H,L,E]
+    expected = torch.cat(list(out.unbind(1)), dim=-1)
+    assert torch.allclose(kernels.attention(q, k, v, bias, causal, scale).double(), expected, atol=1e-5)
