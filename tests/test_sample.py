@@ -79,6 +79,13 @@ def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
     assert torch.equal(*pictures)
 
 
+def test_half_precision_weights_draw_nearly_the_same_picture(folder):
+    full, half = (sample.load_generator(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert {p.dtype for m in (half.mmdit, half.vae) for p in m.parameters()} == {torch.bfloat16}
+    pictures = [g.draw(["a lake"], [1], 64, steps=3, guidance=2.0) for g in (full, half)]
+    assert (pictures[0].float() - pictures[1].float()).abs().mean() < 6
+
+
 def test_a_picture_depends_on_its_own_seed_only():
     generator = sample.load_generator(sample.TINY)
     prompts = ["a swan on the lake at noon", "a tent in the hills at night"]

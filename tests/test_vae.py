@@ -90,8 +90,8 @@ def test_saving_and_the_single_file_give_the_same_model(pair, tmp_path):
 def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for(pair):
     """The single file's layout, read by diffusers' own converter, gives the tensors that our diffusers layout has."""
     _, ours, _ = pair
-    converted = convert_ldm_vae_checkpoint(
-        {f"first_stage_model.{n}": t for n, t in ours.state_dict().items()}, dict.fromkeys(("down_block_types", "up_block_types"), [""] * 4))
+    tensors = {f"first_stage_model.{n}": t for n, t in ours.state_dict().items()}
+    converted = convert_ldm_vae_checkpoint(tensors, dict.fromkeys(("down_block_types", "up_block_types"), [""] * 4))
     views = ours.diffusers_views()
     assert set(converted) == set(views)
     for name, (tensor,) in views.items():
