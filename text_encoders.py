@@ -133,8 +133,8 @@ def distance_bucket(offset, c):
 class PromptTokenizer:
     """A published tokenizer that pads and cuts to one length, and warns with the words it cut."""
 
-    def __init__(self, folder, max_length=None, pad=None):
-        """folder: holds tokenizer.json, or CLIP's vocab.json and merges.txt. max_length, pad: default to its config."""
+    def __init__(self, folder, max_length=None):
+        """folder: holds tokenizer.json, or CLIP's vocab.json and merges.txt. max_length: of T5; CLIP's is in its config."""
         folder = Path(folder)
         config, self.name = weights.read_json(folder / "tokenizer_config.json"), "T5" if max_length else "CLIP"
         try:
@@ -149,7 +149,7 @@ class PromptTokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.max_length = max_length or config.get("model_max_length", 77)
-        pad = pad or config.get("pad_token") or "<|endoftext|>"
+        pad = config.get("pad_token") or "<|endoftext|>"
         self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
         if self.pad is None:
             raise weights.CheckpointError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
@@ -241,7 +241,7 @@ class TextEncoders:
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
         tokenizers = [PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
         if use_t5:
-            tokenizers.append(PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens, pad="<pad>"))
+            tokenizers.append(PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens))
         clip_l, clip_g = (clip.TextTower.from_pretrained(source, device, dtype, component)
                           for component in ("text_encoder", "text_encoder_2"))
         t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3") if use_t5 else None

@@ -1,10 +1,8 @@
 """A small random StableDiffusion3Pipeline, written by the reference libraries, for tests to read."""
 
-import json
-
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -14,22 +12,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-import text_encoders
+from tiny.pretrain import learn_bpe
 
 T5 = {"d_model": 96, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 64, "vocab_size": 384,
       "feed_forward_proj": "gated-gelu"}
 WORDS = "a the lake tree storm storms horse horses cafe lone over in at night morning bright dark calm wild".split()
-
-
-def clip_vocabulary():
-    """(vocab, merges) of a small CLIP-like BPE with every byte, learned from a few words."""
-    trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", show_progress=False)
-    tokenizer = text_encoders.clip_tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    letters = text_encoders.byte_alphabet()
-    tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def t5_tokenizer():
@@ -43,7 +30,7 @@ def t5_tokenizer():
 
 def make_pipeline(seed=0):
     torch.manual_seed(seed)
-    vocab, merges = clip_vocabulary()
+    vocab, merges = learn_bpe([" ".join(WORDS)] * 3, 700)
     sizes = {"vocab_size": len(vocab), "num_hidden_layers": 3, "num_attention_heads": 4, "eos_token_id": 2}
     clips = [CLIPTextModelWithProjection(CLIPTextConfig(
         hidden_size=width, intermediate_size=2 * width, hidden_act=activation, projection_dim=width, **sizes))

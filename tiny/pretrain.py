@@ -217,34 +217,39 @@ def train_decoder(args):
 # Stage: CLIP
 
 
-def write_tokenizers(captions):
-    """Learn a byte-level BPE from the captions and write it as tokenizer/ (pads with the end) and tokenizer_2/ (with !).
+def learn_bpe(texts, size):
+    """(vocab {token: id}, merges [(left, right)]) of a byte-level BPE with at most about `size` tokens.
 
-    The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that close a word, the merges, start and end.
+    Laid out as CLIP's: 256 bytes, 256 bytes that close a word, the merges, start and end. So no text is unknown to it.
     """
     tokenizer = text_encoders.clip_tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
-    trainer = trainers.BpeTrainer(vocab_size=1500, end_of_word_suffix="</w>", show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, end_of_word_suffix="</w>", show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = text_encoders.byte_alphabet()
     tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def write_tokenizers(vocab, merges):
+    """Write tokenizer/ (pads with the end token, as CLIP-L) and tokenizer_2/ (pads with !, as bigG)."""
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        weights.write_json(WEIGHTS / name / "vocab.json", {token: i for i, token in enumerate(tokens)})
+        weights.write_json(WEIGHTS / name / "vocab.json", vocab)
         (WEIGHTS / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
         weights.write_json(WEIGHTS / name / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad})
-    return len(tokens)
 
 
 def train_clip(args):
     rows, pictures = load_data()
     rng = np.random.default_rng(args.seed)
-    vocab = write_tokenizers([caption(row, rng, empty=0) for row in rows])
+    vocab, merges = learn_bpe([caption(row, rng, empty=0) for row in rows], 1500)
+    write_tokenizers(vocab, merges)
     tokenize = [text_encoders.PromptTokenizer(WEIGHTS / name) for name in ("tokenizer", "tokenizer_2")]
     torch.manual_seed(args.seed)
-    shared = {"projection": 96, "vocab": vocab, "positions": TEXT_LENGTH, "end_token": vocab - 1}
+    shared = {"projection": 96, "vocab": len(vocab), "positions": TEXT_LENGTH, "end_token": len(vocab) - 1}
     small = clip.TextTower(clip.TextConfig(64, 3, 2, 256, "quick_gelu", **shared))
     model = clip.CLIP(clip.TextConfig(96, 4, 3, 384, "gelu", **shared), clip.VisionConfig(96, 4, 3, 384, "gelu", 96, 64, 8))
     for module in (small, model):
