@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evaluate
+import sample
 from tiny import scenes
 
 
@@ -52,6 +53,16 @@ def test_a_generator_that_draws_the_scenes_themselves_is_measured_as_nearly_perf
     measured = evaluate.measure(draw, cases, "words", batch=7, seed=0)
     result = evaluate.scores([case[1:] for case in cases], measured)
     assert result["v_error"] < 0.5 and result["a_error"] < 0.5 and min(result["v_spearman"], result["a_spearman"]) > 0.9
+
+
+def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well():
+    generator, cases = sample.load_generator(sample.TINY), evaluate.held_out_cases(40, seed=9)
+    result = {}
+    for form in evaluate.FORMS:
+        measured = evaluate.measure(lambda p, s: generator.draw(p, s, 128, steps=10), cases, form, batch=20, seed=0)
+        result[form] = evaluate.scores([case[1:] for case in cases], measured)
+    assert min(result["words"]["v_spearman"], result["words"]["a_spearman"]) >= 0.7
+    assert result["numbers"]["a_error"] > result["words"]["a_error"]
 
 
 def test_the_program_prints_a_table_and_writes_json(tmp_path, capsys):

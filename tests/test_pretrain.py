@@ -67,6 +67,12 @@ def test_a_killed_stage_goes_on_and_ends_where_it_would_have(tmp_path, monkeypat
     assert steps == list(range(1, 13))
 
 
+def test_the_shipped_weights_fit_the_repository():
+    files = [p for p in sample.TINY.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 24 * 2**20
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
+
+
 def test_a_stage_without_data_says_what_to_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"pretrain.py data"):
         stage("vae", tmp_path, monkeypatch)
