@@ -109,9 +109,11 @@ def caption(row, rng, empty=0.1):
 
 def train(name, modules, loss_of, args, samples, batch, lr, weight_decay=0.0, average=0.0, minutes=None):
     """AdamW with warm-up and cosine decay until `samples` are seen (or `minutes` are over: the decay follows whichever
-    is nearer). loss_of(step, generator, rng) -> (loss, {metric: number}). Returns the averaged (EMA) modules.
+    is nearer). loss_of(step, generator, rng, batch) -> (loss, {metric: number}). In the end the modules hold the running
+    average (EMA) of their weights.
 
-    The state is written to tiny/cache every minute; a killed stage started again continues.
+    The state is written to tiny/cache every minute. A killed stage goes on from there, and so does a finished one that is
+    given more samples; delete the state to start over.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
@@ -322,7 +324,8 @@ def train_mmdit(args):
     latents = encode_latents()
     torch.manual_seed(args.seed)
     model = mmdit.MMDiT(MMDIT_CONFIG).initialise()
-    model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)  # so that the folder is whole from the start
+    if not (WEIGHTS / "transformer" / "config.json").exists():  # the text encoders are read from a whole folder
+        model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)
     write_pipeline_files()
     encoders = text_encoders.TextEncoders.from_pretrained(WEIGHTS)
     forward = torch.compile(model) if args.compile else model
