@@ -209,7 +209,7 @@ class TextEncoders:
     """Not a module: three frozen encoders that may live on another device than the MMDiT."""
 
     def __init__(self, clip_l, clip_g, t5, tokenizers, context_width=4096, t5_tokens=T5_TOKENS):
-        """tokenizers: of CLIP-L, bigG and T5 (None without T5). t5 None: t5_tokens rows of zeros in its place."""
+        """tokenizers: of CLIP-L, bigG and, unless t5 is None, T5. t5 None: t5_tokens rows of zeros in its place."""
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.context_width, self.t5_tokens = context_width, t5_tokens
 
@@ -226,9 +226,6 @@ class TextEncoders:
         else:
             long = self.t5(self.tokenizers[2](prompts).to(self.t5.tokens.weight.device)).to(context)  # [B,T,C]
         return torch.cat([context, long], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
-
-    def parameters(self):
-        return [p for m in (self.clip_l, self.clip_g, self.t5) if m is not None for p in m.parameters()]
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None, use_t5=True):
