@@ -1,15 +1,12 @@
 """Emotions, their draws, and the graded words."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 
 scale = st.floats(1, 9)

@@ -1,15 +1,12 @@
 """The miniature world: pictures, captions and the meter."""
 
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from tiny import scenes
 
