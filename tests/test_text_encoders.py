@@ -111,7 +111,7 @@ def published(openai):
 
 
 def strings():
-    """About 1,700 strings of many kinds: prompts, scripts, emoji, code, punctuation, spacing, long and empty ones."""
+    """1,648 strings of many kinds: prompts, scripts, emoji, code, punctuation, spacing, long and empty ones."""
     rng = random.Random(0)
     words = ("a painting of the old lighthouse, misty morning; it's vivid & bright! don't we'll I'd they've 3.14 1,000 x² "
              "HDR 4k (8k) café naïve Ångström façade señor Zürich über smørrebrød Łódź İstanbul ΑΒΓΔ σοφός привет мир "
@@ -142,7 +142,7 @@ def test_clip_tokenization_equals_openais_on_their_vocabulary(openai, published)
         expected = [49406, *theirs.encode(text), 49407]
         if ours != expected:
             different.append((text, ours, expected))
-    assert compared > 1500
+    assert compared == 1648
     assert not different, (len(different), different[:5])
 
 
