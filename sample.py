@@ -209,13 +209,14 @@ def run(args):
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
         raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
+    name = "tiny/weights" if args.model == TINY else args.model  # not where this machine keeps it
     millions = weights.count_parameters(generator.mmdit) / 1e6
-    say(f"{args.model}: {millions:,.1f} M parameter generator on {args.device} "
+    say(f"{name}: {millions:,.1f} M parameter generator on {args.device} "
         f"({str(generator.mmdit.pos_embed.dtype).removeprefix('torch.')}), {args.size} px, {args.steps} steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
     draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance,
                    progress=partial(tqdm, desc="drawing", unit="step", leave=False))
-    facts = {"model": args.model, "steps": args.steps, "guidance": args.guidance, "size": args.size}
+    facts = {"model": name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
     if args.grid:
         levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)]
         targets = [(v, a) for a in reversed(levels) for v in levels]  # row by row, the highest arousal first
