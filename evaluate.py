@@ -9,7 +9,6 @@ figures of another model mean little. Left out here: judges, CLIP-Score, CLIP-IQ
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -107,7 +106,7 @@ def main(argv=None):
         results[form] = {**scores([case[1:] for case in cases], measured), "seconds_per_picture": seconds}
     print(table(results))
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = {key: str(value) if isinstance(value, Path | os.PathLike) else value for key, value in vars(args).items()}
+    facts = {**vars(args), "model": generator.name, "out": str(args.out)}
     weights.write_json(args.out / "evaluate.json", {"arguments": facts, "results": results})
     return 0
 

@@ -264,7 +264,7 @@ class MMDiT(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=None):
         """A diffusers folder or hub id (its `transformer/`), or Stability's single file (`model.diffusion_model.*`)."""
         path = weights.find(source, "transformer")
-        if Path(path).is_file():
+        if path.is_file():
             entries = weights.index(path, "model.diffusion_model.")
             make = functools.partial(cls, infer_config(entries, path))
             return weights.build(make, weights.identity_views, entries, path, device, dtype)

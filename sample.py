@@ -38,7 +38,6 @@ PRESETS = {  # model, side in pixels
 PAPER_NEEDS = "SD3.5-Medium from the hub (17 GB, licence to accept) and a GPU with 24 GB, or 12 GB with --no-t5"
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 MAX_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
-COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class UsageError(Exception):
@@ -55,7 +54,7 @@ class Generator:
     vae: vae.VAE
     encoders: text_encoders.TextEncoders
     shift: float  # of the noise schedule
-    name: str
+    name: str  # for people and files: not the folder where this machine keeps the miniature
 
     @property
     def device(self):
@@ -95,13 +94,14 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
                                       f"folder or hub id that does, such as {PAPER}")
     listed = weights.read_json(weights.find_file(rest, "model_index.json"))
     shift = weights.read_json(weights.find_file(rest, "scheduler/scheduler_config.json")).get("shift", 3.0)
-    for component in COMPONENTS:
-        absent = component == "text_encoder_3" and not (use_t5 and listed.get(component, [None])[0])
-        if not absent:
-            weights.index(weights.find(source if component in ("transformer", "vae") else rest, component))
+    use_t5 = use_t5 and text_encoders.has_t5(listed)
+    components = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
+    for component, where in (components | ({"text_encoder_3": rest} if use_t5 else {})).items():
+        weights.index(weights.find(where, component))
+    encoders = text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5)  # its tokenizers first
     return Generator(
-        mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype),
-        text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5), shift, str(source))
+        mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
+        "tiny/weights" if source == TINY else str(source))
 
 
 def to_images(pixels):
@@ -209,14 +209,13 @@ def run(args):
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
         raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
-    name = "tiny/weights" if args.model == TINY else args.model  # not where this machine keeps it
     millions = weights.count_parameters(generator.mmdit) / 1e6
-    say(f"{name}: {millions:,.1f} M parameter generator on {args.device} "
+    say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} "
         f"({str(generator.mmdit.pos_embed.dtype).removeprefix('torch.')}), {args.size} px, {args.steps} steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
     draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance,
                    progress=partial(tqdm, desc="drawing", unit="step", leave=False))
-    facts = {"model": name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
+    facts = {"model": generator.name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
     if args.grid:
         levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)]
         targets = [(v, a) for a in reversed(levels) for v in levels]  # row by row, the highest arousal first

@@ -205,6 +205,11 @@ def read_merges(path):
 # The three together
 
 
+def has_t5(index):
+    """Whether a pipeline's model_index.json lists T5."""
+    return index.get("text_encoder_3", [None])[0] is not None
+
+
 class TextEncoders:
     """Not a module: three frozen encoders that may live on another device than the MMDiT."""
 
@@ -234,7 +239,7 @@ class TextEncoders:
         use_t5 False: T5 is not loaded and zeros stand in its place. `t5_tokens` in model_index.json overrides T = 256.
         """
         index = weights.read_json(weights.find_file(source, "model_index.json"))
-        use_t5 = use_t5 and index.get("text_encoder_3", [None])[0] is not None
+        use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
         tokenizers = [PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
         if use_t5:

@@ -206,7 +206,7 @@ class VAE(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=None):
         """A diffusers folder or hub id (its `vae/`), or Stability's single file (`first_stage_model.*`)."""
         path = weights.find(source, "vae")
-        if Path(path).is_file():
+        if path.is_file():
             entries = weights.index(path, "first_stage_model.")
             make = functools.partial(cls, infer_config(entries, path))
             return weights.build(make, weights.identity_views, entries, path, device, dtype)

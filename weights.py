@@ -175,14 +175,19 @@ def read_header(file):
     return entries
 
 
+def shapes(views):
+    """{tensor name: shape} of the file that `views` describe."""
+    return {name: (sum(t.shape[0] for t in targets), *targets[0].shape[1:]) if targets[0].dim() else ()
+            for name, targets in views.items()}
+
+
 def check(views, entries, what, optional=()):
     """Compare what a model needs with what a checkpoint holds; every difference is named in one CheckpointError.
 
     optional: patterns of tensors that a published file may carry although no model uses them.
     """
     problems = []
-    for name, targets in views.items():
-        expected = (sum(t.shape[0] for t in targets), *targets[0].shape[1:]) if targets[0].dim() else ()
+    for name, expected in shapes(views).items():
         if name not in entries:
             problems.append(f"missing {name} {list(expected)}")
         elif entries[name].shape != expected:
@@ -210,7 +215,6 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     with torch.device("meta"):
         model = make()
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    check(views(model), entries, what, optional)  # before any memory is taken
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     load(views(model), entries, what, optional)
     return model

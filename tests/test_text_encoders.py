@@ -34,7 +34,7 @@ def test_full_size_t5_has_the_published_names_shapes_and_count():
         theirs = T5EncoderModel(T5Config(d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240,
                                          vocab_size=32128, feed_forward_proj="gated-gelu"))
     assert weights.count_parameters(ours) == 4_762_310_656
-    found = {name: (sum(t.shape[0] for t in parts), *parts[0].shape[1:]) for name, parts in ours.views().items()}
+    found = weights.shapes(ours.views())
     expected = {name: tuple(t.shape) for name, t in theirs.state_dict().items()}
     expected.pop("encoder.embed_tokens.weight")  # tied to shared.weight
     assert found == expected

@@ -85,6 +85,12 @@ def training_rows(count):
     return count - min(512, count // 8)
 
 
+def split(pictures):
+    """(pictures to train on, held-out ones)."""
+    seen = training_rows(len(pictures))
+    return pictures[:seen], pictures[seen:]
+
+
 def to_tensor(pictures):
     """uint8 [B,H,W,3] -> float [B,3,H,W] in -1..1."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -189,8 +195,7 @@ def reconstruct(model, pictures):
 
 
 def train_vae(args):
-    _, pictures = load_data()
-    seen, held_out = pictures[:training_rows(len(pictures))], pictures[training_rows(len(pictures)):]
+    seen, held_out = split(load_data()[1])
     torch.manual_seed(args.seed)
     model = vae_model.VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     train("vae", [model], lambda step, *draw: reconstruction_loss(model, seen, *draw), args, args.samples or 64_000, 16,
@@ -203,8 +208,7 @@ def train_vae(args):
 
 def train_decoder(args):
     """The decoder alone, further: what an MMDiT was trained on stays as it is, and pictures get sharper."""
-    _, pictures = load_data()
-    seen, held_out = pictures[:training_rows(len(pictures))], pictures[training_rows(len(pictures)):]
+    seen, held_out = split(load_data()[1])
     model = vae_model.VAE.from_pretrained(WEIGHTS).to(memory_format=torch.channels_last)
     before, _ = reconstruct(model, held_out)
     model.decoder.requires_grad_(True)
@@ -261,8 +265,9 @@ def train_clip(args):
     held_out = training_rows(len(pictures))
 
     def embed(picks, rng):
-        pixels = F.avg_pool2d(to_tensor(pictures[np.sort(picks)]), 2)  # 64 px; -1..1 serves as the normalisation
-        captions = [caption(rows[i], rng, empty=0) for i in np.sort(picks)]
+        picks = np.sort(picks)
+        pixels = F.avg_pool2d(to_tensor(pictures[picks]), 2)  # 64 px; -1..1 serves as the normalisation
+        captions = [caption(rows[i], rng, empty=0) for i in picks]
         large = model.embed_text(tokenize[1](captions))
         return model.embed_images(pixels), large, F.normalize(small(tokenize[0](captions))[1], dim=-1)
 
@@ -290,11 +295,10 @@ def train_clip(args):
 # Stage: MMDiT
 
 
-def encode_latents():
+def encode_latents(pictures):
     """Scaled latents of all pictures as a float16 memory map [N,16,16,16] beside them."""
     path = CACHE / "latents.npy"
     if not path.exists():
-        _, pictures = load_data()
         autoencoder = vae_model.VAE.from_pretrained(WEIGHTS)
         latents = np.empty((len(pictures), 16, SIZE // 8, SIZE // 8), np.float16)
         with torch.no_grad():
@@ -320,8 +324,8 @@ def write_pipeline_files():
 
 
 def train_mmdit(args):
-    rows, _ = load_data()
-    latents = encode_latents()
+    rows, pictures = load_data()
+    latents = encode_latents(pictures)
     torch.manual_seed(args.seed)
     model = mmdit.MMDiT(MMDIT_CONFIG).initialise()
     if not (WEIGHTS / "transformer" / "config.json").exists():  # the text encoders are read from a whole folder
