@@ -45,7 +45,25 @@ def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def rotate(x, cos, sin):
+    """Rotary position embedding: the two halves of a head are the parts of complex numbers, turned by an angle.
+
+    x [..., H, E], cos, sin [..., 1, E] (each angle twice, once per half).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def swiglu(gate_up):
+    """silu(gate)·up of a packed projection [..., 2M] -> [..., M]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def attention(q, k, v, mask=None, causal=False, scale=None):
-    """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D]. mask is added to the scores."""
+    """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D].
+
+    mask: added to the scores, or boolean (True: may attend).
+    """
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(2)

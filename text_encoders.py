@@ -141,7 +141,8 @@ class PromptTokenizer:
             if (folder / "tokenizer.json").exists():
                 self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             else:
-                self.tokenizer = clip_tokenizer(weights.read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"))
+                self.tokenizer = clip_tokenizer(weights.read_json(folder / "vocab.json"),
+                                                weights.read_merges(folder / "merges.txt"))
         except weights.CheckpointError:
             raise
         except Exception as error:  # tokenizers raises plain Exception for a malformed file
@@ -190,15 +191,6 @@ def byte_alphabet():
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     own = sorted(c for c in alphabet if ord(c) < 256)  # a printable byte stands for itself
     return own + sorted(alphabet - set(own))
-
-
-def read_merges(path):
-    """[(left, right)] of a merges.txt, whose first line is a version."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise weights.CheckpointError(f"{path}: missing; download the tokenizer again") from error
-    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -101,6 +101,15 @@ def read_json(path):
     return content
 
 
+def read_merges(path):
+    """[(left, right)] of a merges.txt, whose first line is a version."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: missing; download the tokenizer again") from error
+    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+
+
 def read_config(folder):
     """The content of a folder's config.json."""
     return read_json(Path(folder) / "config.json")
