@@ -4,11 +4,25 @@ Valence V (unpleasant to pleasant) and arousal A (calm to excited) lie on the sc
 The paper draws V and A for each picture from the lexicon's Gaussians of the picture's emotion label; `draw_va` does
 that. `emotion_words` says a V-A pair in plain graded English, for the miniature captions and for prompts of the real
 model alike.
+
+A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, image (path within the folder), label, v, a,
+neutral and, in the training rows, emotional. `load_rows` reads it; the miniature's is written by
+
+    python data.py tiny --out tiny/cache/dataset
 """
 
+import argparse
+import json
 import math
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -119,3 +133,102 @@ def with_numbers(prompt: str, v: float, a: float) -> str:
     """The prompt followed by the figures of (v, a), one decimal each."""
     v, a = check_va(v, a)
     return f"{prompt}, valence {v:.1f}, arousal {a:.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+
+class DatasetError(Exception):
+    """A dataset cannot be used; the message is one line that names the file and row and says what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    image: Path
+    label: str
+    v: float
+    a: float
+    neutral: str
+    emotional: str | None = None
+
+
+def load_rows(folder, split):
+    """The rows of a dataset folder's `split` ("train" or "test"). Raises DatasetError at the first unusable row."""
+    path = Path(folder) / f"{split}.jsonl"
+    if not path.is_file():
+        raise DatasetError(f"{path}: missing; give a dataset folder, or make the miniature's with "
+                           f"`python data.py tiny --out {folder}`")
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                raw = json.loads(line)
+                v, a = check_va(raw["v"], raw["a"])
+                row = Row(str(raw["id"]), Path(folder) / raw["image"], raw["label"], v, a, raw["neutral"],
+                          raw.get("emotional"))
+                if row.label not in LEXICON:
+                    raise ValueError(f"unknown label {row.label!r}")
+                if not row.image.is_file():
+                    raise ValueError(f"no picture {row.image}")
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"no {error}" if isinstance(error, KeyError) else error
+                raise DatasetError(f"{path}, line {number}: {reason}; mend or remove the line") from error
+            rows.append(row)
+    if not rows:
+        raise DatasetError(f"{path}: no rows")
+    return rows
+
+
+def tiny_row(out, split, labels, seed):
+    """Draw one scene of the miniature world, V and A uniform on 1..9, into `out`; its row as a dict."""
+    from tiny import scenes
+
+    rng = np.random.default_rng([seed, 30])
+    scene, (v, a) = scenes.random_scene(rng), map(float, rng.uniform(VA_MIN, VA_MAX, 2))
+    label, name = nearest_emotion(v, a), f"images/{split}_{seed}.png"
+    scenes.render(scene, v, a).save(out / name)
+    row = {"id": f"{split}_{seed}", "image": name, "label": label, "v": round(v, 4), "a": round(a, 4),
+           "neutral": scenes.neutral_caption(scene)}
+    if split == "train":
+        row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
+        if labels == "drawn":
+            row["v"], row["a"] = (round(x, 4) for x in draw_va(label, rng))
+    return row
+
+
+def write_tiny(out, train, test, labels="true", seed=0):
+    """The miniature's dataset: rendered scenes, labelled with the class nearest to the V and A they were drawn with.
+
+    labels: v and a of the training rows; "true" those of the scene, "drawn" from the class's Gaussians as in section 4.1.
+    Those of the test rows are always true.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for split, count, first in (("test", test, 0), ("train", train, 1_000_000)):
+        seeds = range(seed * 10_000_000 + first, seed * 10_000_000 + first + count)
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            rows = list(tqdm(pool.map(partial(tiny_row, out, split, labels), seeds, chunksize=16), total=count, desc=split))
+        temporary = out / f"{split}.jsonl.tmp"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(temporary, out / f"{split}.jsonl")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tiny"])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    parser.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=500, help="test pictures (default: %(default)s)")
+    parser.add_argument("--labels", choices=["true", "drawn"], default="true",
+                        help="V and A of the training rows: the scene's own, or drawn from its class as in the paper")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if min(args.train, args.test) < 1 or max(args.train, args.test) > 1_000_000:
+        parser.error("--train and --test: expected 1..1,000,000")
+    write_tiny(args.out, args.train, args.test, args.labels, args.seed)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -632,10 +632,31 @@ class QwenVL(nn.Module):
                     views[f"{at}self_attn.{name}_proj.{kind}"] = [part]
         return views
 
+    def lora_targets(self):
+        """{module path: {peft's name: rows}} of the language model's linear layers; see weights.add_lora."""
+        c, targets = self.config, {}
+        for i, block in enumerate(self.blocks):
+            at = f"model.language_model.layers.{i}."
+            heads = [n * c.head_dim for n in block.split]
+            for name, parts in (("qkv", dict(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), heads))),
+                                ("out", {"self_attn.o_proj": c.width}), ("down", {"mlp.down_proj": c.width}),
+                                ("gate_up", {"mlp.gate_proj": c.mlp, "mlp.up_proj": c.mlp})):
+                targets[f"blocks.{i}.{name}"] = {at + part: rows for part, rows in parts.items()}
+        return targets
+
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None):
-        """A folder or hub id of Qwen2.5-VL, in either published naming scheme. Raises weights.CheckpointError."""
+        """A folder or hub id of Qwen2.5-VL, in either published naming scheme, or of a LoRA adapter, which is merged into
+        the model it names. Raises weights.CheckpointError."""
         folder = Path(weights.find(source))
+        if (folder / "adapter_config.json").exists():
+            base = weights.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            if not base:
+                raise weights.CheckpointError(f"{folder}/adapter_config.json: no base_model_name_or_path; add the folder or "
+                                              f"hub id of the model this adapter belongs to")
+            model = cls.from_pretrained(base, device, dtype)
+            weights.load_lora(folder, model, model.lora_targets())
+            return model
         config = read_config(folder)
         processor = Processor.from_pretrained(folder, config.image_token)
         entries = {published_name(name): entry for name, entry in weights.index(folder).items()}

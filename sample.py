@@ -1,19 +1,20 @@
-"""Draw pictures at a wanted valence and arousal (EmoFeedback², section 3.3, round 0).
+"""Draw pictures at a wanted valence and arousal, and have them judged (EmoFeedback², section 3.3, round 0).
 
     python sample.py --v 7 --a 3                                   # the miniature, on any laptop
     python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
     python sample.py --grid 5                                      # the valence-arousal plane as one picture
-    python sample.py --v 7 --a 3 --preset paper                    # SD3.5-Medium, on a GPU
+    python sample.py --v 7 --a 3 --preset paper                    # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
-The target enters the prompt as words; a generator trained by feedback follows them better. Every PNG carries its
-prompt, V, A, seed and model. Left out here: rounds of feedback.
+The target enters the prompt as words; a generator trained by feedback follows them better. The judge says what valence,
+arousal and emotion it sees and why; several pictures are ordered by how near they come. Every PNG carries its prompt, V,
+A, seed, model and judgement. Left out here: rounds of feedback.
 """
 
 import argparse
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,19 +24,22 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
+import feedback
 import flow_grpo
 import mmdit
+import qwen_vl
 import text_encoders
 import vae
 import weights
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
-PRESETS = {  # model, side in pixels
-    "tiny": (TINY, 128),
-    "paper": (PAPER, 512),
+PRESETS = {  # model, side in pixels, judge
+    "tiny": (TINY, 128, TINY / "judge"),
+    "paper": (PAPER, 512, "Qwen/Qwen2.5-VL-7B-Instruct"),
 }
-PAPER_NEEDS = "SD3.5-Medium from the hub (17 GB, licence to accept) and a GPU with 24 GB, or 12 GB with --no-t5"
+PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a GPU with 48 GB, or 12 GB "
+               "with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 MAX_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
 
@@ -101,7 +105,13 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     encoders = text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5)  # its tokenizers first
     return Generator(
         mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
-        "tiny/weights" if source == TINY else str(source))
+        name_of(source))
+
+
+def name_of(source):
+    """What a checkpoint is called in files and on the screen: not where this machine keeps the miniature."""
+    path = Path(source)
+    return f"tiny/weights/{path.relative_to(TINY)}".removesuffix("/.") if path.is_relative_to(TINY) else str(source)
 
 
 def to_images(pixels):
@@ -154,6 +164,7 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: the miniature; paper: SD3.5-Medium")
     parser.add_argument("--model", help="folder, .safetensors file or hub id in place of the preset's model")
     parser.add_argument("--text-encoders", help="folder or hub id of the text encoders, if --model is a single file")
+    parser.add_argument("--judge", help="folder or hub id of the judge in place of the preset's, or none")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out: less memory, long prompts read less well")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance (default: %(default)s)")
@@ -180,8 +191,10 @@ def check(args):
     if not args.prompt.strip() or len(args.prompt) > MAX_PROMPT:
         raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {MAX_PROMPT:,} "
                          f"(the text encoders read about 250 words)")
-    args.model, size = args.model or PRESETS[args.preset][0], PRESETS[args.preset][1]
-    args.size = args.size or size
+    model, size, judge = PRESETS[args.preset]
+    args.model, args.size, args.judge = args.model or model, args.size or size, args.judge or judge
+    if args.grid or args.judge == "none":
+        args.judge = None
     for name, value, low, high in (("steps", args.steps, 1, 1000), ("n", args.n, 1, 1000),
                                    ("guidance", args.guidance, 0, 100), ("seed", args.seed, 0, 2**63 - 1001)):
         if not low <= value <= high:
@@ -204,7 +217,18 @@ def say(text):
     print(text, file=sys.stderr)
 
 
+def load_judge(args):
+    """The judge, its pictures limited to the size they are drawn at; None without one. Its headers are checked first."""
+    if args.judge is None:
+        return None
+    judge = qwen_vl.QwenVL.from_pretrained(args.judge, args.device)
+    image = judge.processor.image
+    judge.processor.image = replace(image, max_pixels=max(image.min_pixels, min(image.max_pixels, args.size**2)))
+    return judge
+
+
 def run(args):
+    judge = load_judge(args)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders)
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
@@ -230,10 +254,32 @@ def run(args):
         return
     prompt = data.with_words(args.prompt, args.v, args.a)
     say(f"prompt: {prompt}")
+    stem, facts = f"v{args.v:g}_a{args.a:g}", {"prompt": prompt, "valence": args.v, "arousal": args.a, **facts}
+    pictures = []  # (path, image, seed)
     for seed in range(args.seed, args.seed + args.n):
         image = to_images(draw([prompt], [seed]))[0]
-        print(save_png(image, args.out / f"v{args.v:g}_a{args.a:g}_seed{seed}.png", prompt=prompt, valence=args.v,
-                       arousal=args.a, seed=seed, **facts))
+        pictures.append((save_png(image, args.out / f"{stem}_seed{seed}.png", seed=seed, **facts), image, seed))
+        if judge is None:
+            print(pictures[-1][0])
+    if judge is not None:
+        judge_and_order(judge, pictures, args, stem, facts)
+
+
+def judge_and_order(judge, pictures, args, stem, facts):
+    """Print what the judge sees in each picture, the nearest to the target first; write that into the files, and among
+    several their place into the names."""
+    judgements = feedback.judge_images(judge, [image for _, image, _ in pictures])
+    order = sorted(range(len(pictures)), key=lambda i: judgements[i].distance(args.v, args.a))
+    for place, i in enumerate(order, 1):
+        (path, image, seed), seen = pictures[i], judgements[i]
+        target = args.out / f"{stem}_{place}_seed{seed}.png" if len(pictures) > 1 else path
+        said = {"judge": name_of(args.judge), "judged_valence": seen.v, "judged_arousal": seen.a,
+                "judged_emotion": seen.emotion, "reasoning": seen.reasoning}
+        save_png(image, target, seed=seed, **facts, **said)
+        if target != path:
+            path.unlink()
+        numbers = "its V-A answer cannot be read" if seen.v is None else f"V {seen.v:.2f}  A {seen.a:.2f}"
+        print(f"{target}  {numbers}  {seen.emotion or 'no emotion named'}\n    {seen.reasoning}")
 
 
 def main(argv=None):

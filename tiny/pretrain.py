@@ -1,10 +1,11 @@
-"""Train the miniature's generator from scratch, one command per stage, in this order:
+"""Train the miniature from scratch, one command per stage, in this order:
 
     python tiny/pretrain.py data     # draw 20,000 scenes into tiny/cache (about 1 GB, not kept in the repository)
     python tiny/pretrain.py vae      # the autoencoder
     python tiny/pretrain.py clip     # a small BPE, an image tower and the two text towers, contrastively
     python tiny/pretrain.py mmdit    # the MMDiT by rectified flow, on the latents of the scenes
     python tiny/pretrain.py decoder  # the autoencoder's decoder again, with the encoder as it is: sharper pictures
+    python tiny/pretrain.py judge    # a small Qwen2.5-VL by supervised answers; train_judge.py goes on from there
     python tiny/pretrain.py all
 
 The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint. Every stage takes
@@ -26,24 +27,31 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/pretrain.py` finds the models
 import clip
 import data
+import feedback
 import mmdit
+import qwen_vl
 import text_encoders
 import vae as vae_model
 import weights
-from tiny import scenes
+from tiny import lessons, scenes
 
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
+SUPERVISED = CACHE / "judge"  # the judge before GRPO; weights/judge is the one after it
 SIZE, TEXT_LENGTH = 128, 40
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
                                  positions=16, sample_size=SIZE // 8)
+JUDGE_CONFIG = qwen_vl.QwenVLConfig(
+    width=160, layers=4, heads=5, kv_heads=1, mlp=448, tied=True, theta=1e4, sections=(4, 6, 6), vision_width=96,
+    vision_layers=4, vision_heads=3, vision_mlp=288, patch=16, window=64, full_blocks=(1, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,10 +360,68 @@ def train_mmdit(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage: judge
+
+
+def judge_processor(rows, rng):
+    """Qwen's tokenizer with a small vocabulary learned on prompts, answers and captions; pictures of 128 px as they are."""
+    texts = list(feedback.PROMPTS.values()) * 20 + [lessons.DESCRIBE]
+    for scene, v, a in rows:
+        texts += [lessons.answer(task, scene, v, a, rng) for task in feedback.TASKS]
+        texts.append(scenes.emotional_caption(scene, v, a, rng))
+    learner = qwen_vl.byte_bpe({}, [], special=())
+    learner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1200, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = qwen_vl.byte_bpe(learned["vocab"], [tuple(pair) for pair in learned["merges"]])
+    image = qwen_vl.ImageConfig(JUDGE_CONFIG.patch, min_pixels=64 * 64, max_pixels=SIZE * SIZE)
+    return qwen_vl.Processor(tokenizer, image, tokenizer.token_to_id("<|image_pad|>"))
+
+
+def train_judge(args):
+    """Supervised answers. Most pictures are only described: short sequences, from which the eye learns most."""
+    rows, pictures = load_data()
+    held_out = training_rows(len(rows))
+    processor = judge_processor(rows[:held_out:4], np.random.default_rng(args.seed))
+    vocab = processor.tokenizer.get_vocab_size()
+    torch.manual_seed(args.seed)
+    model = qwen_vl.QwenVL(replace(JUDGE_CONFIG, vocab=vocab, image_token=processor.image_token), processor)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.02 if p.shape[0] == vocab else p.shape[1] ** -0.5)
+    blank = Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8))
+    questions = {task: processor(feedback.ask(task, blank)) for task in feedback.TASKS}
+    questions["describe"] = processor([{"role": "user", "content": [
+        {"type": "image", "image": blank}, {"type": "text", "text": lessons.DESCRIBE}]}])
+
+    def lesson(task, picks, answers, rng):
+        """(prompts, answers as ids [P,answers,C], -1 as padding) about the pictures of some rows."""
+        prompts = [replace(questions[task], pixels=qwen_vl.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
+                   for i in picks]
+        texts = [lessons.thought(*rows[i], rng) if task == "describe" else lessons.answer(task, *rows[i], rng)
+                 for i in picks for _ in range(answers)]
+        ids = [torch.tensor([*e.ids, processor.stop[0]]) for e in processor.tokenizer.encode_batch(texts)]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+        return prompts, ids.view(len(picks), answers, -1)
+
+    def loss_of(step, generator, rng, batch):
+        task = ("describe", "regression", "describe", "describe", "class", "describe")[step % 6]
+        picks = np.sort(rng.integers(held_out, size=batch if task == "describe" else batch // 2))
+        prompts, ids = lesson(task, picks, 1 if task == "describe" else 3, rng)
+        hidden = model.completion_hidden(prompts, ids.clamp(min=0))
+        loss = F.cross_entropy(F.linear(hidden, model.head_weight).flatten(0, 2), ids.flatten(), ignore_index=-1)
+        return loss, {task: float(loss.detach())}
+
+    train("judge", [model], loss_of, args, args.samples or 64_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
+    model.requires_grad_(False)
+    model.save_pretrained(SUPERVISED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 STAGES = {"data": make_data, "vae": train_vae, "clip": train_clip, "mmdit": train_mmdit,
-          "decoder": train_decoder}
+          "decoder": train_decoder, "judge": train_judge}
 
 
 def main(argv=None):

@@ -1,0 +1,23 @@
+"""The side-by-side programs run at a tiny size and print their tables."""
+
+import pytest
+
+from bench import judge_generate
+
+
+def test_judge_generate_compares_greedy_tokens_and_prints_a_table(capsys):
+    size = "--width 64 --layers 2 --vocabulary 1000 --image 112 --text-tokens 30 --new-tokens 6 --group 2 --repeats 1"
+    assert judge_generate.main([*size.split(), "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "112×112 pixels, 46 prompt tokens, 2 answers of 6 (torch " in lines[0] and "1 threads" in lines[0]
+    rows = [line.strip("| ").split(" | ") for line in lines[2:5]]
+    assert [row[0] for row in rows] == ["all", "prefill", "decode"]
+    assert all(float(seconds) > 0 for row in rows[:2] for seconds in row[1:])
+    assert lines[-1] == "Greedy tokens of the two are equal (6 of 6)."
+
+
+@pytest.mark.parametrize("wrong", ["--width 100", "--image 100", "--new-tokens 1", "--group 0", "--vocabulary 50"])
+def test_judge_generate_refuses_sizes_it_cannot_build(wrong, capsys):
+    with pytest.raises(SystemExit):
+        judge_generate.main(wrong.split())
+    assert "must be" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""A run's folder: checkpoints that survive a kill, the log, curves, signals."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import training
+
+ALONE = training.Processes(0, 1, torch.device("cpu"))
+
+
+def make(folder, **settings):
+    return training.Run(folder, {"lr": 0.1, "seed": 0, **settings}, ALONE, fixed=("lr", "seed"))
+
+
+def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
+    run = make(tmp_path)
+    assert run.load() is None
+    run.save(3, {"parameters": [torch.arange(4.0)]})
+    state = make(tmp_path).load()
+    assert state["step"] == 3 and torch.equal(state["parameters"][0], torch.arange(4.0))
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path):
+    run = make(tmp_path)
+    for step in (2, 9, 10, 11):
+        run.save(step, {})
+    assert [step for step, _ in run.checkpoints()] == [10, 11]
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
+    make(tmp_path).save(2, {})
+    half = tmp_path / "checkpoint-00000004.tmp"
+    half.mkdir()
+    (half / "rank0of1.pt").write_bytes(b"PK\x03\x04 half")
+    assert make(tmp_path).load()["step"] == 2
+    assert not half.exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = make(tmp_path)
+    run.save(2, {"x": torch.zeros(1000)})
+    path = tmp_path / "checkpoint-00000002" / "rank0of1.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(training.RunError, match="rank0of1.pt: damaged .*delete"):
+        run.load()
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    make(tmp_path).save(2, {})
+    two = training.Run(tmp_path, {}, training.Processes(0, 1, torch.device("cpu")))
+    two.processes = training.Processes(1, 1, torch.device("cpu"))
+    with pytest.raises(training.RunError, match="written by 1 processes"):
+        two.load()
+
+
+def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
+    make(tmp_path)
+    make(tmp_path, save_every=7)
+    with pytest.raises(training.RunError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
+        make(tmp_path, lr=0.2)
+
+
+def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    run = make(tmp_path)
+    for step in range(6):
+        run.log({"step": step, "loss": 1 / 3, "bad": math.nan})
+    with open(run.log_path, "a") as f:
+        f.write('{"step": 6, "lo')  # killed while writing
+    again = make(tmp_path)
+    again.read_log(3)
+    lines = [json.loads(line) for line in run.log_path.read_text().splitlines()]
+    assert [r["step"] for r in lines] == [0, 1, 2, 3] == [r["step"] for r in again.records]
+    assert lines[0] == {"step": 0, "loss": 0.3333333, "bad": None}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_the_run_to_stop_and_the_old_handler_comes_back(tmp_path, number):
+    before, run = signal.getsignal(number), make(tmp_path)
+    with run:
+        assert not run.stopped()
+        os.kill(os.getpid(), number)
+        assert run.stopped() and run.stop == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt), make(tmp_path):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_optimizer_state_is_restored_bit_for_bit():
+    def steps(p, optimizer, count):
+        for i in range(count):
+            p.grad = torch.full_like(p, 0.1 * (i + 1))
+            optimizer.step()
+
+    def start():
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        return p, torch.optim.AdamW([p], lr=0.1)
+
+    p, optimizer = start()
+    steps(p, optimizer, 3)
+    state = training.state_of([p], optimizer)
+    state = {k: [x.clone() if torch.is_tensor(x) else {n: v.clone() for n, v in x.items()} for x in v] for k, v in state.items()}
+    steps(p, optimizer, 2)
+    q, other = start()
+    training.restore_state(state, [q], other)
+    steps(q, other, 2)
+    assert torch.equal(p, q)
+
+
+def test_curves_show_every_key_that_has_numbers():
+    rng = np.random.default_rng(0)
+    records = [{"step": i, "reward": i / 50 + rng.normal() / 5, "kl": None, "eval": 0.5 if i == 49 else None} for i in range(50)]
+    with_one, with_two = (np.asarray(training.curves(records, keys, "t")) for keys in (["reward"], ["reward", "eval", "kl"]))
+    blue = [int(((x == (30, 90, 200)).all(-1)).sum()) for x in (with_one, with_two)]
+    assert blue[0] > 100 and blue[1] > blue[0]  # the line, then also a dot for the single value
+    assert with_two.shape == (28 + 170, 900, 3)
+
+
+def test_shares_are_equal_and_cover_everything():
+    parts = [training.Processes(r, 3, torch.device("cpu")).share(list(range(12))) for r in range(3)]
+    assert sum(parts, []) == list(range(12)) and {len(p) for p in parts} == {4}
+    with pytest.raises(training.RunError, match="cannot be shared by 3"):
+        training.Processes(0, 3, torch.device("cpu")).share([1, 2])
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if not torch.cuda.is_available():
+        with pytest.raises(training.RunError, match="sees no GPU"):
+            training.start_processes("cuda")
