@@ -1,5 +1,6 @@
 """A run's folder: checkpoints that survive a kill, the log, curves, signals."""
 
+import copy
 import json
 import math
 import os
@@ -107,8 +108,7 @@ def test_optimizer_state_is_restored_bit_for_bit():
 
     p, optimizer = start()
     steps(p, optimizer, 3)
-    state = training.state_of([p], optimizer)
-    state = {k: [x.clone() if torch.is_tensor(x) else {n: v.clone() for n, v in x.items()} for x in v] for k, v in state.items()}
+    state = copy.deepcopy(training.state_of([p], optimizer))
     steps(p, optimizer, 2)
     q, other = start()
     training.restore_state(state, [q], other)
@@ -118,7 +118,8 @@ def test_optimizer_state_is_restored_bit_for_bit():
 
 def test_curves_show_every_key_that_has_numbers():
     rng = np.random.default_rng(0)
-    records = [{"step": i, "reward": i / 50 + rng.normal() / 5, "kl": None, "eval": 0.5 if i == 49 else None} for i in range(50)]
+    records = [{"step": i, "reward": i / 50 + rng.normal() / 5, "kl": None} for i in range(50)]
+    records[-1]["eval"] = 0.5
     with_one, with_two = (np.asarray(training.curves(records, keys, "t")) for keys in (["reward"], ["reward", "eval", "kl"]))
     blue = [int(((x == (30, 90, 200)).all(-1)).sum()) for x in (with_one, with_two)]
     assert blue[0] > 100 and blue[1] > blue[0]  # the line, then also a dot for the single value
@@ -127,7 +128,7 @@ def test_curves_show_every_key_that_has_numbers():
 
 def test_shares_are_equal_and_cover_everything():
     parts = [training.Processes(r, 3, torch.device("cpu")).share(list(range(12))) for r in range(3)]
-    assert sum(parts, []) == list(range(12)) and {len(p) for p in parts} == {4}
+    assert [x for part in parts for x in part] == list(range(12)) and {len(p) for p in parts} == {4}
     with pytest.raises(training.RunError, match="cannot be shared by 3"):
         training.Processes(0, 3, torch.device("cpu")).share([1, 2])
 

@@ -1,0 +1,74 @@
+"""The miniature judge before and after GRPO, three seeds, and the ablations of Tables 4 and 5, as one table.
+
+    python tiny/judge_study.py            # trains what is missing (about half an hour on 2 cores), then prints the table
+
+Every run starts from the supervised judge (`python tiny/pretrain.py judge`), sees the same 4,000 pictures and is judged on
+the same 500 held-out ones, whose V and A are those they were drawn with. A killed study goes on where it was. The runs lie
+in tiny/cache/study; the judge of the first one is copied to tiny/weights/judge.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/judge_study.py` finds data.py
+import data
+import training
+
+HERE = Path(__file__).resolve().parent
+SUPERVISED, STUDY, DATASETS = HERE / "cache" / "judge", HERE / "cache" / "study", HERE / "cache"
+SEEDS = (0, 1, 2)
+FIGURES = ("format", "v_error", "a_error", "class_accuracy")
+ABLATIONS = {  # row of the table: (folder, flags, dataset)
+    "continuous reward (Table 4)": ("continuous", ["--reward", "continuous"], "dataset"),
+    "regression only (Table 5)": ("regression", ["--tasks", "regression"], "dataset"),
+    "classification only (Table 5)": ("class", ["--tasks", "class"], "dataset"),
+    "V and A drawn from the class, as the paper labels": ("drawn", [], "dataset_drawn"),
+}
+
+
+def run(folder, seed, flags, dataset, extra):
+    """Train one judge unless it is there already; the log's records of its first and last evaluation."""
+    out = STUDY / f"{folder}_seed{seed}"
+    if not (out / "judge" / "model.safetensors").exists():
+        subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data", DATASETS / dataset,
+                        "--out", out, "--seed", str(seed), *flags, *extra], check=True, stdout=subprocess.DEVNULL)
+    evaluated = [r for r in training.read_records(out / "log.jsonl") if "eval_format" in r]
+    return evaluated[0], evaluated[-1]
+
+
+def line(name, records):
+    """One row of the table: mean ± standard deviation over the seeds."""
+    cells = []
+    for key, scale, form in zip(FIGURES, (100, 1, 1, 100), ("{:.1f} %", "{:.2f}", "{:.2f}", "{:.1f} %")):
+        values = [r[f"eval_{key}"] * scale for r in records if r[f"eval_{key}"] is not None]
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        cells.append(form.format(statistics.mean(values)) + spread if values else "none readable")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-ablations", action="store_true", help="the three seeds only")
+    args, extra = parser.parse_known_args(argv)  # the rest goes to train_judge.py
+    if not (SUPERVISED / "model.safetensors").exists():
+        sys.exit("tiny/cache/judge is missing; run `python tiny/pretrain.py judge` first")
+    for name, labels in (("dataset", "true"), ("dataset_drawn", "drawn")):
+        if not (DATASETS / name / "train.jsonl").exists():
+            data.write_tiny(DATASETS / name, 4000, 500, labels)
+    pairs = [run("step", seed, [], "dataset", extra) for seed in SEEDS]
+    rows = ["| judge | format ↑ | V-Error ↓ | A-Error ↓ | class accuracy ↑ |", "| --- | --- | --- | --- | --- |",
+            line("before GRPO", [first for first, _ in pairs[:1]]),
+            line(f"after GRPO, {len(SEEDS)} seeds", [last for _, last in pairs])]
+    shutil.copytree(STUDY / "step_seed0" / "judge", HERE / "weights" / "judge", dirs_exist_ok=True)
+    if not args.no_ablations:
+        for name, (folder, flags, dataset) in ABLATIONS.items():
+            rows.append(line(name, [run(folder, 0, flags, dataset, extra)[1]]))
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
