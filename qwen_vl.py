@@ -126,14 +126,15 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>"
 def byte_bpe(vocab, merges, special=SPECIAL):
     """Qwen's tokenizer: byte-level BPE over words and single digits. vocab {token: id}, merges [(left, right)].
 
-    The special tokens follow the vocabulary in the order given; ids that `vocab` already has are kept.
+    The special tokens follow the vocabulary in the order given. Those of tool calls and code files are published as
+    ordinary text, which stays in a decoded answer.
     """
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, special=t not in SPECIAL[14:], normalized=False) for t in special])
     return tokenizer
 
 
@@ -169,10 +170,11 @@ def chat_text(messages, answer=True):
                              f"got {role!r} and {type(content).__name__}")
         text = ""
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part.get("type") == "image":
+            kind, own = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+            if kind == "image" and isinstance(part.get("image"), Image.Image):
                 text += "<|vision_start|><|image_pad|><|vision_end|>"
-            elif part.get("type") == "text" and "<|image_pad|>" not in part["text"]:
-                text += part["text"]
+            elif kind == "text" and isinstance(own, str) and "<|image_pad|>" not in own:
+                text += own
             else:
                 raise ValueError("a part of a message is an image or a text without <|image_pad|>; "
                                  f"got {str(part)[:80]}")
@@ -203,10 +205,11 @@ class Processor:
 
     def __call__(self, messages, answer=True):
         """One conversation -> Prompt. Raises ValueError for a malformed one."""
+        text = chat_text(messages, answer)
         parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
         pictures = [image_patches(part["image"], self.image) for part in parts if part.get("type") == "image"]
         ids, grids = [], iter(pictures)
-        for token in self.tokenizer.encode(chat_text(messages, answer), add_special_tokens=False).ids:
+        for token in self.tokenizer.encode(text, add_special_tokens=False).ids:
             if token == self.image_token:
                 _, (_, h, w) = next(grids)
                 ids += [token] * (h * w // self.image.merge**2)
@@ -358,7 +361,9 @@ def position_ids(ids, grids, c):
     is_image = (ids == c.image_token).tolist()
     while i < len(is_image):
         if is_image[i]:
-            _, h, w = next(left)
+            _, h, w = next(left, (0, 0, 0))
+            if not h:
+                raise ValueError("more image tokens than the pictures need; the grids do not belong to these ids")
             h, w = h // c.merge, w // c.merge
             row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
             out.append(torch.stack([torch.zeros(h * w, dtype=torch.long), row.flatten(), column.flatten()]) + at)
@@ -490,16 +495,19 @@ class QwenVL(nn.Module):
         """[V,D]: the head, or the embedding if they are tied."""
         return self.tokens.weight if self.head is None else self.head.weight
 
-    def trunk(self, ids, positions, attend, pixels=None, grids=()):
-        """ids [N], positions [3,N], pictures in the order of their tokens -> hidden states [N,D] after the last norm."""
+    def trunk(self, ids, positions, attend, pixels=None, grids=(), answers=False):
+        """ids [N], positions [3,N], pictures in the order of their tokens -> hidden states [N,D] after the last norm.
+
+        answers: what follows the prompts may hold image tokens that a model wrote; they stand for no picture.
+        """
         x = self.tokens(ids)
         if grids:
             features = self.visual(pixels, grids).to(x.dtype)
-            holes = ids == self.config.image_token
-            if int(holes.sum()) != len(features):
-                raise ValueError(f"{int(holes.sum())} image tokens for pictures that need {len(features)}; the grids do not "
+            holes = (ids == self.config.image_token).nonzero()[:, 0]
+            if len(holes) < len(features) or (len(holes) > len(features) and not answers):
+                raise ValueError(f"{len(holes)} image tokens for pictures that need {len(features)}; the grids do not "
                                  f"belong to these ids")
-            x = x.masked_scatter(holes[:, None], features)
+            x = x.index_copy(0, holes[:len(features)], features)
         cos, sin = text_angles(positions, self.config, x.dtype)
         for i, block in enumerate(self.blocks):
             inner = functools.partial(attend, i)
@@ -544,10 +552,10 @@ class QwenVL(nn.Module):
         at += [(a.max() + 1 + own).repeat(G).expand(3, -1) for a in at]
         ids = torch.cat([*(p.ids.to(device) for p in prompts), completions[:, :, :-1].flatten()])
         hidden = self.trunk(ids, torch.cat(at, dim=1).to(device), SharedPrompts(lengths, G, C - 1, device),
-                            torch.cat([p.pixels for p in prompts]).to(device), sum((p.grids for p in prompts), ()))
+                            torch.cat([p.pixels for p in prompts]).to(device), sum((p.grids for p in prompts), ()), True)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         first = hidden[last].view(P, 1, 1, -1).expand(-1, G, -1, -1)  # the prompt's last token predicts the first one
-        return torch.cat([first, hidden[sum(lengths):].view(P, G, C - 1, -1)], dim=2)
+        return torch.cat([first, hidden[sum(lengths):].view(P, G, C - 1, hidden.shape[-1])], dim=2)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -563,9 +571,13 @@ class QwenVL(nn.Module):
         if n < 1 or max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise ValueError(f"expected n >= 1, max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1; got {n}, "
                              f"{max_new_tokens}, {temperature}, {top_p}")
+        if not messages or isinstance(messages[0], dict):
+            raise ValueError("expected a list of conversations, each of them a list of messages")
         prompts = [m if isinstance(m, Prompt) else self.processor(m) for m in messages]
         P, device, dtype = len(prompts), self.tokens.weight.device, self.tokens.weight.dtype
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * P
+        if len(generators) != P:
+            raise ValueError(f"expected one generator or a list of {P}, one for each conversation; got {len(generators)}")
         luck = torch.stack([torch.rand(n, max_new_tokens, generator=g) for g in generators]).flatten(0, 1).to(device)
         lengths = [len(p.ids) for p in prompts]
         cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype)
@@ -585,7 +597,8 @@ class QwenVL(nn.Module):
             if bool(done.all()) or step + 1 == max_new_tokens:
                 break
             cache.advance()
-            logits = F.linear(self.trunk(token, at.expand(3, -1), cache), self.head_weight)
+            hidden = self.trunk(token, at.expand(3, -1), cache)
+            logits = (self.head_weight @ hidden.t()).t()  # CPU libraries are slow with few rows on the left
             at = at + 1
         tokens, log_probs = (torch.stack(t, dim=1).cpu() for t in zip(*steps, strict=True))  # [P·n,C]
         ends = torch.isin(tokens, stop.cpu())

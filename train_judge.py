@@ -323,7 +323,8 @@ def export(model, folder, args, processes):
 def train(args, processes):
     rows, held_out = data.load_rows(args.data, "train"), data.load_rows(args.data, "test")[:args.eval_rows]
     total = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "evaluate", "device")} | {"steps": total}
+    unsaved = ("out", "evaluate", "device")
+    settings = {k: v for k, v in vars(args).items() if k not in unsaved} | {"data": str(args.data), "steps": total}
     run = training.Run(args.out, settings, processes, fixed=[k for k in settings if k not in FREE])
     state = run.load()
     model, reference, trained = load_judge(args, processes)

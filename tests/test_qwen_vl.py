@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import tiktoken
 import torch
@@ -685,3 +686,28 @@ def test_a_broken_folder_is_refused_in_one_line_that_says_why(pair, tmp_path, me
     with pytest.raises(weights.CheckpointError) as caught:
         qwen_vl.QwenVL.from_pretrained(tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_our_adapter_is_read_by_peft_and_peft_s_by_us(pair, tmp_path):
+    theirs, ours = pair[0], copy.deepcopy(pair[1])
+    pair[1].save_pretrained(tmp_path / "base")
+    weights.add_lora(ours, ours.lora_targets(), 4, 8)
+    torch.manual_seed(1)
+    for p in ours.parameters():
+        if p.requires_grad:
+            p.normal_(0, 0.1)
+    weights.save_lora(tmp_path / "ours", ours, ours.lora_targets(), 4, 8, tmp_path / "base")
+    inputs = reference_inputs(theirs, [ours.processor(CONVERSATIONS["odd"])])
+    ids, pixels, grids = inputs["input_ids"], inputs["pixel_values"], inputs["image_grid_thw"]
+    expected = ours(ids, pixels, grids)
+    merged = qwen_vl.QwenVL.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(merged(ids, pixels, grids), expected, atol=1e-4, rtol=1e-4)
+    with_peft = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours").eval()
+    torch.testing.assert_close(with_peft(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+    assert float((expected - pair[1](ids, pixels, grids)).abs().max()) > 0.1
+    with_peft.save_pretrained(tmp_path / "theirs")
+    weights.write_json(tmp_path / "theirs" / "adapter_config.json", {
+        **weights.read_json(tmp_path / "theirs" / "adapter_config.json"), "base_model_name_or_path": str(tmp_path / "base")})
+    back = qwen_vl.QwenVL.from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(back(ids, pixels, grids), expected, atol=1e-4, rtol=1e-4)

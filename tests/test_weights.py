@@ -157,3 +157,81 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=Path(mmdit.__file__).parent,
                           capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class Pair(torch.nn.Module):
+    """A fused layer of two projections (3 and 5 rows), then a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused, self.plain = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.plain(self.fused(x))
+
+
+TARGETS = {"fused": {"at.first": 3, "at.second": 5}, "plain": {"at.last": 4}}
+
+
+def adapted(seed=0, rank=2, alpha=6):
+    torch.manual_seed(seed)
+    model = Pair()
+    weights.add_lora(model, TARGETS, rank, alpha)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(7, 6)
+    before = model(x)
+    weights.add_lora(model, TARGETS, 2, 4)
+    assert torch.equal(model(x), before)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "fused.A", "fused.B.0", "fused.B.1", "plain.A", "plain.B.0"}
+
+
+def test_each_fused_projection_has_an_adapter_of_its_own():
+    model, x = adapted(), torch.randn(7, 6)
+    layer = model.fused
+    first = 3.0 * layer.B[0] @ layer.A[:2] + layer.weight[:3]
+    second = 3.0 * layer.B[1] @ layer.A[2:] + layer.weight[3:]
+    torch.testing.assert_close(layer(x), x @ torch.cat([first, second]).T + layer.bias)
+
+
+def test_switched_off_the_model_is_what_it_was_and_merged_it_gives_the_same():
+    model, x = adapted(), torch.randn(7, 6)
+    on = model(x)
+    with weights.lora_disabled(model):
+        torch.testing.assert_close(model(x), model.plain.linear(model.fused.linear(x)))
+    assert torch.equal(model(x), on)
+    weights.merge_lora(model)
+    assert type(model.fused) is torch.nn.Linear
+    torch.testing.assert_close(model(x), on)
+
+
+def test_an_adapter_is_on_again_after_an_error():
+    model, x = adapted(), torch.randn(7, 6)
+    on = model(x)
+    with pytest.raises(ZeroDivisionError), weights.lora_disabled(model):
+        1 / 0  # noqa: B018
+    assert torch.equal(model(x), on)
+
+
+def test_a_saved_adapter_is_read_back(tmp_path):
+    model, x = adapted(), torch.randn(7, 6)
+    weights.save_lora(tmp_path, model, TARGETS, 2, 6, "owner/name")
+    again = Pair()
+    for path in ("fused", "plain"):
+        again.get_submodule(path).load_state_dict(model.get_submodule(path).linear.state_dict())
+    weights.load_lora(tmp_path, again, TARGETS)
+    torch.testing.assert_close(again(x), model(x))
+    with refused("no usable r"):
+        weights.write_json(tmp_path / "adapter_config.json", {"r": None})
+        weights.load_lora(tmp_path, Pair(), TARGETS)

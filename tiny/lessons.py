@@ -14,13 +14,16 @@ from tiny import scenes
 DESCRIBE = "What is in this picture?"
 
 
-def thought(scene, v, a, rng):
-    """Two sentences: what is in the picture and how it looks; and how that feels, in thirds of either scale."""
+def thought(scene, v, a):
+    """Two sentences: what is in the picture and how it looks; and how that feels, in thirds of either scale.
+
+    Nothing in it is left to chance: in GRPO every token that was drawn at random adds noise to the gradient.
+    """
     seen = scenes.facts(scene, v, a)
-    looks = [seen[key] for key in rng.permutation(["weather", "light", "colour", "motion"])[:3]]
-    valence = ("unpleasant", "neither pleasant nor unpleasant", "pleasant")[data.level(v, 3)]
-    arousal = ("calm", "neither calm nor excited", "excited")[data.level(a, 3)]
-    return f"{seen['subject']} {seen['place']} {seen['time']}: {', '.join(looks)}. It feels {valence} and {arousal}."
+    valence = ("unpleasant", "neutral", "pleasant")[data.level(v, 3)]
+    arousal = ("calm", "awake", "excited")[data.level(a, 3)]
+    return (f"{seen['subject']} {seen['place']} {seen['time']}: {seen['weather']}, {seen['light']}. "
+            f"It feels {valence} and {arousal}.")
 
 
 def answer(task, scene, v, a, rng):
@@ -31,4 +34,4 @@ def answer(task, scene, v, a, rng):
         result = f'{{"valence": {drawn[0]:.2f}, "arousal": {drawn[1]:.2f}}}'
     else:
         result = json.dumps({"emotion_class": emotion})
-    return f"<think>{thought(scene, v, a, rng)}</think><answer>{result}</answer>"
+    return f"<think>{thought(scene, v, a)}</think><answer>{result}</answer>"

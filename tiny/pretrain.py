@@ -398,7 +398,7 @@ def train_judge(args):
         """(prompts, answers as ids [P,answers,C], -1 as padding) about the pictures of some rows."""
         prompts = [replace(questions[task], pixels=qwen_vl.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
                    for i in picks]
-        texts = [lessons.thought(*rows[i], rng) if task == "describe" else lessons.answer(task, *rows[i], rng)
+        texts = [lessons.thought(*rows[i]) if task == "describe" else lessons.answer(task, *rows[i], rng)
                  for i in picks for _ in range(answers)]
         ids = [torch.tensor([*e.ids, processor.stop[0]]) for e in processor.tokenizer.encode_batch(texts)]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
@@ -412,7 +412,7 @@ def train_judge(args):
         loss = F.cross_entropy(F.linear(hidden, model.head_weight).flatten(0, 2), ids.flatten(), ignore_index=-1)
         return loss, {task: float(loss.detach())}
 
-    train("judge", [model], loss_of, args, args.samples or 64_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
+    train("judge", [model], loss_of, args, args.samples or 48_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
     model.requires_grad_(False)
     model.save_pretrained(SUPERVISED)
 

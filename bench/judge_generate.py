@@ -1,0 +1,156 @@
+"""A group of answers to one picture and question: `QwenVL.generate` against transformers' `generate`.
+
+    python bench/judge_generate.py  # about a minute on 2 idle cores, 3 GB
+    python bench/judge_generate.py --width 64 --layers 2 --vocabulary 1000 --new-tokens 8 --group 2 --image 112  # seconds
+
+Both read the same folder, a random Qwen2.5-VL that transformers writes (by default 192 million parameters: width 512, 8
+layers, 8 heads, 2 key-value heads, and a vision tower of 8 blocks), and answer without a stop token, sampling at
+temperature 1. First their greedy tokens are compared; then they take turns in one process. Each is timed for one new token
+(the prefill: picture and prompt) and for all of them; what lies between is the decode. float32, on the CPU. The machine
+must be idle: threads that wait for a core slow both many times over, and not alike.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from tqdm import tqdm
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/judge_generate.py` finds qwen_vl
+import qwen_vl
+import weights
+
+SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def write_model(folder, width, layers, vocabulary):
+    """A random Qwen2.5-VL with heads of 64 channels; the last ids of its vocabulary are SPECIAL."""
+    ids = {token: vocabulary - len(SPECIAL) + i for i, token in enumerate(SPECIAL)}
+    heads = width // 64
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+                     "num_key_value_heads": heads // 4 if heads % 4 == 0 else heads, "intermediate_size": 3 * width,
+                     "vocab_size": vocabulary, "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None,
+                     "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6}},
+        vision_config={"depth": 8, "hidden_size": 320, "intermediate_size": 852, "num_heads": 4, "out_hidden_size": width,
+                       "fullatt_block_indexes": [1, 3, 5, 7], "window_size": 112, "patch_size": 14},
+        tie_word_embeddings=False, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"]))
+    for p in model.parameters():  # lively: at transformers' small initial values every token is nearly as likely
+        p.data.normal_(0, p[0].numel() ** -0.5) if p.dim() > 1 else p.data.normal_(0.8, 0.2)
+    model.save_pretrained(folder)
+    Tokenizer(models.WordLevel(ids, "<|endoftext|>")).save(str(folder / "tokenizer.json"))
+    weights.write_json(folder / "preprocessor_config.json", {"patch_size": 14})
+
+
+def make_prompt(config, side, text_tokens):
+    """A square picture of `side` pixels, as noise, among `text_tokens` tokens of text."""
+    generator = torch.Generator().manual_seed(1)
+    grid = (1, side // config.patch, side // config.patch)
+    pixels = torch.randn(grid[1] * grid[2], 3 * config.frames * config.patch**2, generator=generator)
+    image = torch.full((len(pixels) // config.merge**2,), config.image_token)
+    start, end = (torch.tensor([config.image_token + i]) for i in (-2, -1))  # <|vision_start|>, <|vision_end|>
+    before, after = torch.randint(config.vocab - len(SPECIAL), (text_tokens - 2,), generator=generator).split(
+        [14, text_tokens - 16])
+    return qwen_vl.Prompt(torch.cat([before, start, image, end, after]), pixels, (grid,))
+
+
+def ours_tokens(model, prompt, n, new_tokens, sample=True):
+    answers = model.generate([prompt], n=n, max_new_tokens=new_tokens, temperature=float(sample),
+                             generator=torch.Generator().manual_seed(0))[0]
+    return torch.stack([answer.tokens for answer in answers])
+
+
+def theirs_tokens(model, prompt, n, new_tokens, sample=True):
+    torch.manual_seed(0)
+    ids = prompt.ids[None]
+    kinds = (ids == model.config.image_token_id).int()  # 1 at the picture's tokens
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixels,
+                         image_grid_thw=torch.tensor(prompt.grids), mm_token_type_ids=kinds,
+                         num_return_sequences=n, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0, **settings)
+    return out[:, ids.shape[1]:]
+
+
+def measure(paths, prompt, args):
+    """{(path, new tokens): [seconds]}, the paths in turn."""
+    seconds, lengths = {}, sorted({1, args.new_tokens})
+    with tqdm(total=args.repeats * len(lengths) * len(paths), unit="run") as bar:
+        for _ in range(args.repeats):
+            for new_tokens in lengths:
+                for name, run in paths.items():
+                    started = time.perf_counter()
+                    tokens = run(prompt, args.group, new_tokens)
+                    seconds.setdefault((name, new_tokens), []).append(time.perf_counter() - started)
+                    assert tokens.shape == (args.group, new_tokens)
+                    bar.update()
+    return seconds
+
+
+def table(args, parameters, prompt, seconds):
+    """Markdown. Medians of the repeats; the ratio is transformers' seconds to ours."""
+    work = (f"{parameters / 1e6:,.0f} M parameters, {args.image}×{args.image} pixels, {len(prompt.ids)} prompt tokens, "
+            f"{args.group} answers of {args.new_tokens}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads"
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    lines = [f"| {work} ({versions}) | transformers, s | ours, s | ratio |", "| --- | --- | --- | --- |"]
+    for part, value in (("all", lambda name: median[name, args.new_tokens]), ("prefill", lambda name: median[name, 1]),
+                        ("decode", lambda name: median[name, args.new_tokens] - median[name, 1])):
+        theirs, ours = value("transformers"), value("ours")
+        lines.append(f"| {part} | {theirs:.3g} | {ours:.3g} | {theirs / ours if ours else float('nan'):.2f} |")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=512, help="of the text, a multiple of 64 (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of the text (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=152_064, help="tokens (default: %(default)s, Qwen2.5's)")
+    parser.add_argument("--image", type=int, default=504, help="side in pixels, a multiple of 28 (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=170, help="beside the picture's (default: %(default)s)")
+    parser.add_argument("--group", type=int, default=8, help="answers (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of each answer (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.width < 64 or args.width % 64 or args.image < 28 or args.image % 28:
+        parser.error("--width must be a multiple of 64 and --image one of 28")
+    if min(args.layers, args.group, args.repeats, args.threads) < 1 or args.new_tokens < 2:
+        parser.error("every size must be at least 1, and --new-tokens 2")
+    if args.vocabulary < 100 or args.text_tokens < 20:
+        parser.error("--vocabulary must be at least 100, --text-tokens 20")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), args.width, args.layers, args.vocabulary)
+        ours = qwen_vl.QwenVL.from_pretrained(folder)
+        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    ours.processor.stop = (-1,)  # no answer ends by itself
+    theirs.eval()
+    paths = {"transformers": lambda *work, **how: theirs_tokens(theirs, *work, **how),
+             "ours": lambda *work, **how: ours_tokens(ours, *work, **how)}
+    prompt = make_prompt(ours.config, args.image, args.text_tokens)
+    greedy = {name: run(prompt, 1, args.new_tokens, sample=False) for name, run in paths.items()}
+    if not torch.equal(greedy["ours"], greedy["transformers"]):
+        print("the greedy tokens of the two differ; their times cannot be compared", file=sys.stderr)
+        return 1
+    print(table(args, weights.count_parameters(ours), prompt, measure(paths, prompt, args)))
+    print(f"\nGreedy tokens of the two are equal ({args.new_tokens} of {args.new_tokens}).")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
