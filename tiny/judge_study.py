@@ -8,11 +8,15 @@ in tiny/cache/study; the judge of the first one is copied to tiny/weights/judge.
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/judge_study.py` finds data.py
 import data
@@ -30,13 +34,27 @@ ABLATIONS = {  # row of the table: (folder, flags, dataset)
 }
 
 
-def run(folder, seed, flags, dataset, extra):
-    """Train one judge unless it is there already; the log's records of its first and last evaluation."""
-    out = STUDY / f"{folder}_seed{seed}"
-    if not (out / "judge" / "model.safetensors").exists():
-        subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data", DATASETS / dataset,
-                        "--out", out, "--seed", str(seed), *flags, *extra], check=True, stdout=subprocess.DEVNULL)
-    evaluated = [r for r in training.read_records(out / "log.jsonl") if "eval_format" in r]
+def train(runs, jobs, extra):
+    """Train the judges that are not there yet, `jobs` at a time and each with its share of the cores: so small a model
+    gains little from a second thread. runs: [(folder, seed, flags, dataset)]."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    missing = [run for run in runs if not (STUDY / run[0] / "judge" / "model.safetensors").exists()]
+
+    def one(run):
+        folder, seed, flags, dataset = run
+        (STUDY / folder).mkdir(parents=True, exist_ok=True)
+        with open(STUDY / folder / "output.txt", "a") as output:
+            subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data",
+                            DATASETS / dataset, "--out", STUDY / folder, "--seed", str(seed), *flags, *extra], check=True,
+                           stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(one, missing), total=len(missing), desc="judges", unit="run"))
+
+
+def evaluations(folder):
+    """The log's records of a run's first and last evaluation."""
+    evaluated = [r for r in training.read_records(STUDY / folder / "log.jsonl") if "eval_format" in r]
     return evaluated[0], evaluated[-1]
 
 
@@ -53,20 +71,24 @@ def line(name, records):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-ablations", action="store_true", help="the three seeds only")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     args, extra = parser.parse_known_args(argv)  # the rest goes to train_judge.py
     if not (SUPERVISED / "model.safetensors").exists():
         sys.exit("tiny/cache/judge is missing; run `python tiny/pretrain.py judge` first")
     for name, labels in (("dataset", "true"), ("dataset_drawn", "drawn")):
         if not (DATASETS / name / "train.jsonl").exists():
             data.write_tiny(DATASETS / name, 4000, 500, labels)
-    pairs = [run("step", seed, [], "dataset", extra) for seed in SEEDS]
+    runs = [(f"step_seed{seed}", seed, [], "dataset") for seed in SEEDS]
+    if not args.no_ablations:
+        runs += [(folder, 0, flags, dataset) for folder, flags, dataset in ABLATIONS.values()]
+    train(runs, args.jobs, extra)
+    pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]
     rows = ["| judge | format ↑ | V-Error ↓ | A-Error ↓ | class accuracy ↑ |", "| --- | --- | --- | --- | --- |",
             line("before GRPO", [first for first, _ in pairs[:1]]),
             line(f"after GRPO, {len(SEEDS)} seeds", [last for _, last in pairs])]
     shutil.copytree(STUDY / "step_seed0" / "judge", HERE / "weights" / "judge", dirs_exist_ok=True)
     if not args.no_ablations:
-        for name, (folder, flags, dataset) in ABLATIONS.items():
-            rows.append(line(name, [run(folder, 0, flags, dataset, extra)[1]]))
+        rows += [line(name, [evaluations(folder)[1]]) for name, (folder, _, _) in ABLATIONS.items()]
     print("\n".join(rows))
 
 

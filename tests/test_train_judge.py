@@ -1,0 +1,233 @@
+"""Training the judge: the log, exact resume after a kill, two processes against one, adapters, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import feedback
+import grpo
+import qwen_vl
+import train_judge
+import training
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-tokens 80 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    data.write_tiny(folder, train=12, test=6, seed=9)
+    return folder
+
+
+def command(dataset, out, *flags, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, str(ROOT / "train_judge.py"), "--data", str(dataset), "--out", str(out), *SMALL, *map(str, flags)]
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in records]
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    return out, finish(start(dataset, out, "--steps", 5))
+
+
+def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
+    out, output = unbroken
+    log = log_of(out)
+    assert [r["step"] for r in log] == list(range(6))
+    for key in ("reward", "reward_format", "reward_va", "reward_class", "kl", "clip_fraction", "ratio", "length", "parses",
+                "tokens_per_second", "memory_gib", "zero_spread", "reward_std", "grad_norm", "lr"):
+        assert all(isinstance(r[key], (int, float)) or key in ("reward_va", "reward_class") for r in log[1:]), key
+    assert Image.open(out / "curves.png").size[0] == 900
+    assert "before GRPO" in output and "after GRPO" in output and "| format | V-Error | A-Error |" in output
+    judge = qwen_vl.QwenVL.from_pretrained(out / "judge")
+    start_weights = qwen_vl.QwenVL.from_pretrained(train_judge.TINY)
+    assert any(not torch.equal(p, q) for p, q in zip(judge.parameters(), start_weights.parameters()))
+
+
+def test_before_an_update_the_ratio_is_exactly_one(unbroken):
+    assert all(r["ratio_max_deviation"] == 0 and r["ratio"] == 1 for r in log_of(unbroken[0])[1:])
+
+
+def same_end(out, unbroken):
+    ours, theirs = (load_file(folder / "judge" / "model.safetensors") for folder in (out, unbroken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (torch.load(folder / "checkpoint-00000005" / "rank0of1.pt")["parameters"] for folder in (out, unbroken))
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert without_times(log_of(out)) == without_times(log_of(unbroken))
+
+
+def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, unbroken, tmp_path):
+    out = tmp_path / "run"
+    killer = ("import os, signal, sys, torch, train_judge\n"
+              "save, calls = torch.save, []\n"
+              "def killing(state, f):\n"
+              "    calls.append(1)\n"
+              "    if len(calls) == 2:\n"
+              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    save(state, f)\n"
+              "torch.save = killing\n"
+              "train_judge.main(sys.argv[1:])\n")
+    flags = command(dataset, out, "--steps", 5)[2:]
+    killed = subprocess.run([sys.executable, "-c", killer, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert (out / "checkpoint-00000004.tmp").exists() and [r["step"] for r in log_of(out)] == [0, 1, 2, 3, 4]
+    assert "goes on after step 2" in finish(start(dataset, out, "--steps", 5))
+    same_end(out, unbroken[0])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(dataset, unbroken, tmp_path, number, code):
+    out = tmp_path / "run"
+    process, deadline = start(dataset, out, "--steps", 5, "--save-every", 1000), time.time() + 120
+    while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 3:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert "the same command goes on from there" in finish(process, code)
+    assert list(out.glob("checkpoint-*[0-9]"))
+    finish(start(dataset, out, "--steps", 5))
+    same_end(out, unbroken[0])
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora",)])
+def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path, flags):
+    if flags:
+        one = tmp_path / "one"
+        finish(start(dataset, one, "--steps", 3, *flags))
+    else:
+        one = unbroken[0]
+    two = tmp_path / "two"
+    steps = 3 if flags else 5
+    finish(start(dataset, two, "--steps", steps, *flags, processes=2))
+    for a, b in zip(log_of(one), log_of(two), strict=True):
+        for key in ("loss", "reward", "reward_format", "reward_va", "reward_class", "kl", "length", "grad_norm", "lr"):
+            if a.get(key) is None:
+                assert b.get(key) is None
+            else:
+                assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+    name = "judge/adapter_model.safetensors" if flags else "judge/model.safetensors"
+    ours, theirs = load_file(one / name), load_file(two / name)
+    for key in theirs:
+        torch.testing.assert_close(ours[key].float(), theirs[key].float(), atol=2e-2, rtol=2e-2)  # one is in bfloat16
+
+
+def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dataset, tmp_path):
+    out = tmp_path / "run"
+    finish(start(dataset, out, "--steps", 2, "--lora", "--lr", "1e-2"))
+    config = json.loads((out / "judge" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
+    judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))
+    assert not torch.equal(judge.blocks[0].qkv.weight, base.blocks[0].qkv.weight)
+    assert torch.equal(judge.visual.patches.weight, base.visual.patches.weight)
+
+
+def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatch):
+    def calm(text, question, args):  # any property of the answers will do
+        return {"format": float("calm" in text)}
+
+    monkeypatch.setattr(train_judge, "rewards_of", calm)
+    args = train_judge.parse_args(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--group", "8", "--steps", "8",
+                                   "--lr", "1e-3", "--tasks", "regression"])
+    assert train_judge.train(args, training.Processes(0, 1, torch.device("cpu"))) == 0
+    rewards = [r["reward"] for r in log_of(tmp_path)[1:]]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.5, rewards
+
+
+def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset, tmp_path, monkeypatch, capsys):
+    plain = qwen_vl.QwenVL.completion_hidden
+    monkeypatch.setattr(qwen_vl.QwenVL, "completion_hidden", lambda self, *a: plain(self, *a) * 1.01)
+    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2"]) == 2
+    assert "the ratio of training to sampling is off by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil, cause", [
+    (lambda x: x + 0.1, "first tokens differ"),
+    (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "most tokens differ after the first"),
+    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "few tokens differ")])
+def test_the_likely_cause_of_a_mismatch_is_named(spoil, cause):
+    x = torch.randn(3, 8)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    train_judge.check_on_policy(x, x + 1e-6, mask, 1e-4)
+    with pytest.raises(training.RunError, match=cause):
+        train_judge.check_on_policy(x, spoil(x), mask, 1e-4)
+
+
+def test_every_epoch_asks_every_question_once():
+    args = train_judge.parse_args(["--batch", "4"])
+    rows = [data.Row(str(i), Path(), "awe", 5, 5, "") for i in range(10)]
+    asked = [(q.row.id, q.task) for step in range(10) for q in train_judge.questions_of(step, rows, args)]
+    assert len(set(asked[:20])) == 20 and len(set(asked[20:])) == 20 and asked[:20] != asked[20:]
+    one = train_judge.parse_args(["--batch", "4", "--tasks", "class"])
+    assert {q.task for q in train_judge.questions_of(0, rows, one)} == {"class"}
+
+
+def test_rewards_follow_the_task_and_the_flags():
+    row = data.Row("0", Path(), "awe", 5.0, 5.0, "")
+    near = '<think>x</think><answer>{"valence": 5.5, "arousal": 7}</answer>'
+    asked = train_judge.Question(0, "regression", row)
+    assert train_judge.rewards_of(near, asked, train_judge.parse_args([])) == {"format": 1.0, "va": 0.25}
+    soft = train_judge.rewards_of(near, asked, train_judge.parse_args(["--reward", "continuous", "--alpha", "0.5,0.5"]))
+    assert soft["va"] == pytest.approx(1 - (0.5 + 2) / 16)
+    named = '<think>x</think><answer>{"emotion_class": "awe"}</answer>'
+    assert train_judge.rewards_of(named, train_judge.Question(0, "class", row), train_judge.parse_args([])) == {
+        "format": 1.0, "class": 1.0}
+
+
+def test_the_papers_settings_are_the_defaults_of_its_preset():
+    args = train_judge.parse_args(["--preset", "paper"])
+    assert (args.model, args.group, args.batch, args.epochs) == ("Qwen/Qwen2.5-VL-7B-Instruct", 8, 16, 5)
+    assert (args.beta, args.lr, args.lr_end, args.epsilon, args.alpha) == (1e-3, 1e-6, 1e-9, 0.70, (0.25, 0.75))
+    assert args.tasks == ("regression", "class") and args.reward == "step"
+    assert train_judge.parse_args(["--preset", "paper", "--group", "4"]).group == 4
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--group", "1"], "--group 1: expected 2"), (["--tasks", "regression,mood"], "--tasks regression,mood: expected"),
+    (["--reward", "soft"], "--reward soft"), (["--alpha", "1"], "--alpha"), (["--steps", "0"], "--steps 0"),
+    (["--temperature", "0"], "--temperature"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
+    (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU")])
+def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_the_form_the_prompts_ask_for_is_the_form_that_is_rewarded():
+    for task, result in (("regression", '{"valence": 1, "arousal": 9}'), ("class", '{"emotion_class": "fear"}')):
+        conversation = feedback.ask(task, Image.new("RGB", (64, 64)))
+        text = qwen_vl.chat_text(conversation)
+        assert all(tag in text for tag in grpo.TAGS) and all(key in text for key in json.loads(result))
+        assert grpo.format_reward(f"<think>fog</think><answer>{result}</answer>") == 1
