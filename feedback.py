@@ -55,7 +55,7 @@ def judge_images(model, images, batch=32, max_new_tokens=256, progress=tqdm):
             texts[task] += [answer[0].text for answer in answers]
     out = []
     for regression, emotion in zip(texts["regression"], texts["class"], strict=True):
-        v, a = grpo.read_va(grpo.parse_answer(regression) or {}) or (None, None)
+        v, a = grpo.read_va(grpo.parse_answer(regression)) or (None, None)
         thought = regression.split("</think>")[0].removeprefix("<think>").strip()
-        out.append(Judgement(v, a, grpo.read_emotion(grpo.parse_answer(emotion) or {}), thought))
+        out.append(Judgement(v, a, grpo.read_emotion(grpo.parse_answer(emotion)), thought))
     return out

@@ -14,7 +14,6 @@ this file: settings, rollout, update, evaluation, the run.
 """
 
 import argparse
-import copy
 import json
 import math
 import signal
@@ -116,14 +115,14 @@ def rewards_of(text, question, args):
     return parts
 
 
-def roll_out(model, questions, args, step, device):
+def roll_out(model, questions, args, step, processes):
     """Sample args.group answers to each question and reward them. Answers depend on the seed, the step and the question's
     number only, not on which process asks."""
     prompts = [model.processor(feedback.ask(q.task, Image.open(q.row.image))) for q in questions]
     seeds = [torch.Generator().manual_seed((args.seed * 1_000_003 + step) * 4096 + q.number) for q in questions]
     with generating(model):
         groups = model.generate(prompts, args.group, args.max_new_tokens, args.temperature, generator=seeds,
-                                progress=partial(tqdm, desc="answers", leave=False, delay=2))
+                                progress=partial(tqdm, desc="answers", leave=False, delay=2, disable=not processes.first))
     names = ("format", "va", "class")
     parts, rewards = dict.fromkeys((*names, *(f"{n}_count" for n in names), "cut"), 0.0), []
     for question, group in zip(questions, groups, strict=True):
@@ -140,7 +139,8 @@ def roll_out(model, questions, args, step, device):
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     tokens, sampled = pad([c.tokens for c in flat]), pad([c.log_probs for c in flat])
     mask = pad([torch.ones_like(c.tokens, dtype=torch.bool) for c in flat])
-    return Rollout(prompts, *(t.view(shape).to(device) for t in (tokens, mask, sampled)), torch.tensor(rewards), parts)
+    answers = (t.view(shape).to(processes.device) for t in (tokens, mask, sampled))
+    return Rollout(prompts, *answers, torch.tensor(rewards), parts)
 
 
 @contextmanager
@@ -275,19 +275,25 @@ def table(figures):
 
 def load_judge(args, processes):
     """(model, frozen copy or None, trained parameters). With --lora the reference is the model without its adapter."""
-    model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device, None if args.lora else torch.float32)
-    model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
-    model.checkpointing = args.checkpointing
+    def load(dtype, place):
+        model = qwen_vl.QwenVL.from_pretrained(args.model, place, dtype)
+        model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
+        return model
+
     if args.lora:
+        model, reference = load(None, processes.device), None
         torch.manual_seed(args.seed)
         weights.add_lora(model, model.lora_targets(), args.rank, args.lora_alpha)
-        return model, None, [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(True)
-    model.visual.requires_grad_(not args.freeze_vision)
-    reference = copy.deepcopy(model).requires_grad_(False) if args.beta else None
-    if processes.world > 1:
-        for sharded in (model, reference) if args.beta else (model,):
-            shard(sharded, processes.device)
+    else:
+        place = "cpu" if processes.world > 1 else processes.device  # FSDP moves one block after the other
+        model = load(torch.float32, place).requires_grad_(True)
+        model.visual.requires_grad_(not args.freeze_vision)
+        if processes.world > 1:
+            shard(model, processes.device)
+        reference = load(torch.bfloat16 if processes.device.type == "cuda" else torch.float32, place) if args.beta else None
+        if reference is not None and processes.world > 1:
+            shard(reference, processes.device)
+    model.checkpointing = args.checkpointing
     return model, reference, [p for p in model.parameters() if p.requires_grad]
 
 
@@ -349,7 +355,7 @@ def train(args, processes):
             share = step / max(1, total - 1)
             optimizer.param_groups[0]["lr"] = lr = args.lr + (args.lr_end - args.lr) * share
             timer = training.Timer()
-            rollout = roll_out(model, processes.share(questions_of(step, rows, args)), args, step, processes.device)
+            rollout = roll_out(model, processes.share(questions_of(step, rows, args)), args, step, processes)
             rolled = timer.lap()
             metrics = update(model, reference, rollout, optimizer, args, processes, check=step == start)
             record = {"step": step + 1, **summary(rollout, metrics, processes), "lr": lr, "seconds_rollout": rolled,

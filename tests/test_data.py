@@ -1,13 +1,16 @@
-"""Emotions, their draws, and the graded words."""
+"""Emotions, their draws, the graded words, and datasets."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import data
+from tiny import scenes
 
 scale = st.floats(1, 9)
 
@@ -101,3 +104,49 @@ def test_values_off_the_scale_are_refused(bad):
 def test_an_unknown_class_is_refused():
     with pytest.raises(ValueError, match="joy"):
         data.draw_va("joy", np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    assert data.main(["tiny", "--out", str(folder), "--train", "12", "--test", "5"]) is None
+    return folder
+
+
+def test_the_miniatures_dataset_has_pictures_of_the_valence_and_arousal_it_says(dataset):
+    train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
+    assert len(train) == 12 and len(test) == 5 and len({row.id for row in train + test}) == 17
+    assert all(row.emotional.startswith(row.neutral) for row in train) and all(row.emotional is None for row in test)
+    for row in train + test:
+        measured = scenes.measure_va(Image.open(row.image))
+        assert abs(measured[0] - row.v) < 1 and abs(measured[1] - row.a) < 1.5
+        assert row.label == data.nearest_emotion(row.v, row.a)
+
+
+def test_drawn_labels_are_those_of_the_class_and_the_test_rows_stay_true(tmp_path, dataset):
+    data.main(["tiny", "--out", str(tmp_path), "--train", "12", "--test", "5", "--labels", "drawn"])
+    assert (tmp_path / "test.jsonl").read_text() == (dataset / "test.jsonl").read_text()
+    true, drawn = (data.load_rows(folder, "train") for folder in (dataset, tmp_path))
+    assert [row.label for row in true] == [row.label for row in drawn]
+    assert np.mean([abs(t.v - d.v) + abs(t.a - d.a) for t, d in zip(true, drawn)]) > 1
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"v": 12}, "valence must be a finite number in 1..9, got 12"), ({"label": "joy"}, "unknown label 'joy'"),
+    ({"image": "images/none.png"}, "no picture"), ({"neutral": None}, "no 'neutral'")])
+def test_an_unusable_row_is_named(dataset, tmp_path, change, message):
+    rows = [json.loads(line) for line in (dataset / "test.jsonl").read_text().splitlines()]
+    rows[2] = {k: v for k, v in (rows[2] | change).items() if v is not None}
+    (tmp_path / "images").symlink_to(dataset / "images")
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(data.DatasetError, match=r"test.jsonl, line 3: .*mend or remove") as caught:
+        data.load_rows(tmp_path, "test")
+    assert message in str(caught.value)
+
+
+def test_a_missing_or_empty_dataset_says_what_to_do(tmp_path):
+    with pytest.raises(data.DatasetError, match=r"data.py tiny --out"):
+        data.load_rows(tmp_path, "train")
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(data.DatasetError, match="no rows"):
+        data.load_rows(tmp_path, "train")

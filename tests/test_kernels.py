@@ -57,3 +57,19 @@ def test_attention_is_softmax_of_scores_times_values_heads_joined(causal, biased
     out = scores.softmax(-1) @ v.double()  # [B,H,L,E]
     expected = torch.cat(list(out.unbind(1)), dim=-1)
     assert torch.allclose(kernels.attention(q, k, v, bias, causal, scale).double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8), (2, 4, 3, 6)])
+def test_rotate_turns_the_two_halves_of_a_head_as_complex_numbers(shape):
+    x, angle = torch.randn(shape), torch.randn(*shape[:-2], 1, shape[-1] // 2)
+    first, second = x.chunk(2, dim=-1)
+    expected = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
+    turned = kernels.rotate(x, *(torch.cat([t, t], dim=-1) for t in (angle.cos(), angle.sin())))
+    torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_swiglu_gates_the_second_half_by_the_first():
+    packed = torch.randn(3, 10)
+    gate, up = packed[:, :5], packed[:, 5:]
+    torch.testing.assert_close(kernels.swiglu(packed), gate * torch.sigmoid(gate) * up)

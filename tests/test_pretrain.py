@@ -5,12 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
+import feedback
+import grpo
+import qwen_vl
 import sample
-from tiny import pretrain
+from tiny import lessons, pretrain, scenes
 
 WEIGHT_FILES = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model", "clip/model",
-                "transformer/diffusion_pytorch_model")
+                "transformer/diffusion_pytorch_model")  # the judge's are written by judge_study.py
 
 
 def stage(name, folder, monkeypatch, *arguments):
@@ -25,6 +30,8 @@ def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypa
     assert "PSNR" in printed and "20 held-out captions" in printed
     for name in WEIGHT_FILES:
         assert (tmp_path / "weights" / f"{name}.safetensors").exists()
+    judge = qwen_vl.QwenVL.from_pretrained(tmp_path / "cache" / "judge")
+    assert judge.config.tied and len(judge.processor(feedback.ask("class", Image.new("RGB", (128, 128)))).ids) < 200
     generator = sample.load_generator(tmp_path / "weights")
     pictures = generator.draw(["a swan on the lake at noon"], [0], 64, steps=2)
     assert pictures.shape == (1, 3, 64, 64)
@@ -71,6 +78,18 @@ def test_the_shipped_weights_fit_the_repository():
     files = [p for p in sample.TINY.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 24 * 2**20
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
+
+
+def test_lessons_are_answers_as_grpo_rewards_them_with_values_of_the_class():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scene, (v, a) = scenes.random_scene(rng), rng.uniform(1, 9, 2)
+        label = data.nearest_emotion(v, a)
+        told = [grpo.read_va(grpo.parse_answer(lessons.answer("regression", scene, v, a, rng))) for _ in range(40)]
+        mean, sd = np.mean(told, axis=0), np.std(told, axis=0)
+        assert abs(mean[0] - data.LEXICON[label][0]) < 1.5 and sd[0] > 0.5  # noise around the class, not the scene's own
+        assert grpo.class_reward(lessons.answer("class", scene, v, a, rng), label) == 1
+        assert scene.subject in lessons.thought(scene, v, a) or scenes.NAMES[scene.subject] in lessons.thought(scene, v, a)
 
 
 def test_a_stage_without_data_says_what_to_run(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
+import feedback
 import sample
 from tests.checkpoint import make_pipeline
 from tiny import scenes
@@ -112,18 +113,56 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
         assert run("--v", 7, "--a", 3, "--steps", 3, "--seed", 4, "--out", tmp_path / name) == 0
     out, err = capsys.readouterr()
     paths = [tmp_path / name / "v7_a3_seed4.png" for name in ("one", "two")]
-    assert out.split() == [str(p) for p in paths] and "preset paper would need" in err
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [
+        line for line in out.splitlines() if line.startswith(tuple(map(str, paths)))]
+    assert "preset paper would need" in err
     assert paths[0].read_bytes() == paths[1].read_bytes()
     image = Image.open(paths[0])
     assert image.size == (128, 128)
     assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
-    assert image.text["model"] == "tiny/weights"
+    assert image.text["model"] == "tiny/weights" and image.text["judge"] == "tiny/weights/judge"
+    said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
+    numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
+    assert out.splitlines()[:2] == [f"{paths[0]}  {numbers}", f"    {image.text['reasoning']}"]
+
+
+def test_several_pictures_are_ordered_by_how_near_the_judge_finds_them(tmp_path, capsys, monkeypatch):
+    seen = {0: (2.0, 2.0), 1: (7.0, 3.5), 2: (6.0, 3.0), 3: None}
+
+    def judge_images(model, images, **_):
+        return [feedback.Judgement(*(seen[i] or (None, None)), "awe", "calm <water>") for i in range(len(images))]
+
+    monkeypatch.setattr(feedback, "judge_images", judge_images)
+    assert run("--v", 7, "--a", 3, "--n", 4, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
+    names = ["v7_a3_1_seed1.png", "v7_a3_2_seed2.png", "v7_a3_3_seed0.png", "v7_a3_4_seed3.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    out = capsys.readouterr().out
+    assert [Path(line.split("  ")[0]).name for line in out.splitlines()[::2]] == names
+    assert "cannot be read" in out and "V 7.00  A 3.50  awe" in out
+
+
+def test_an_interruption_while_judging_keeps_the_pictures(tmp_path, capsys, monkeypatch):
+    def judge_images(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feedback, "judge_images", judge_images)
+    assert run("--v", 7, "--a", 3, "--n", 2, "--steps", 2, "--size", 64, "--out", tmp_path) == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["v7_a3_seed0.png", "v7_a3_seed1.png"]
+
+
+def test_the_judge_finds_its_target_in_what_is_drawn_for_it(tmp_path):
+    judged = {}
+    for v, a in ((8, 7), (2, 3)):
+        assert run("--v", v, "--a", a, "--n", 3, "--out", tmp_path) == 0
+        pictures = [Image.open(p).text for p in tmp_path.glob(f"v{v}_a{a}_*.png")]
+        judged[v, a] = np.mean([[float(t["judged_valence"]), float(t["judged_arousal"])] for t in pictures], axis=0)
+    assert np.all(judged[8, 7] > judged[2, 3] + 1)
 
 
 def test_several_pictures_and_the_grid(tmp_path, capsys):
-    assert run("--v", 2, "--a", 8.5, "--n", 2, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
+    assert run("--v", 2, "--a", 8.5, "--n", 2, "--steps", 2, "--size", 64, "--judge", "none", "--out", tmp_path) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"v2_a8.5_seed0.png", "v2_a8.5_seed1.png"}
     assert run("--grid", 3, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
     grid = Image.open(tmp_path / "grid3_seed0.png")
@@ -133,7 +172,7 @@ def test_several_pictures_and_the_grid(tmp_path, capsys):
 def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
     read = {}
     for v, a in ((8, 7), (2, 3), (8, 3), (2, 7)):
-        assert run("--v", v, "--a", a, "--n", 4, "--out", tmp_path) == 0
+        assert run("--v", v, "--a", a, "--n", 4, "--judge", "none", "--out", tmp_path) == 0
         pictures = [Image.open(tmp_path / f"v{v}_a{a}_seed{s}.png") for s in range(4)]
         read[v, a] = np.mean([scenes.measure_va(p) for p in pictures], axis=0)
     assert min(read[8, 7][0], read[8, 3][0]) > max(read[2, 7][0], read[2, 3][0]) + 1.5
@@ -167,6 +206,8 @@ BAD = {
     "no steps": (("--v", 5, "--a", 5, "--steps", 0), "--steps"),
     "steps a word": (("--v", 5, "--a", 5, "--steps", "many"), "--steps"),
     "one-cell grid": (("--grid", 1), "2..9"),
+    "missing judge": (("--v", 5, "--a", 5, "--judge", "./nobody"), "no such file or folder"),
+    "a generator as judge": (("--v", 5, "--a", 5, "--judge", sample.TINY / "vae"), "not a Qwen2.5-VL"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
 }
 

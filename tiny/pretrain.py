@@ -44,7 +44,6 @@ from tiny import lessons, scenes
 
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
-SUPERVISED = CACHE / "judge"  # the judge before GRPO; weights/judge is the one after it
 SIZE, TEXT_LENGTH = 128, 40
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
@@ -414,7 +413,7 @@ def train_judge(args):
 
     train("judge", [model], loss_of, args, args.samples or 48_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
     model.requires_grad_(False)
-    model.save_pretrained(SUPERVISED)
+    model.save_pretrained(CACHE / "judge")  # before GRPO; weights/judge is the one after it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
