@@ -149,11 +149,13 @@ def generating(model):
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in sharded[1:]:  # the first is the model itself, which keeps its own weights anyway
         module.set_reshard_after_forward(False, recurse=False)
-    yield
-    for module in sharded[1:]:
-        module.set_reshard_after_forward(True, recurse=False)
-    for module in sharded:
-        module.reshard()
+    try:
+        yield
+    finally:
+        for module in sharded[1:]:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in sharded:
+            module.reshard()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,12 +180,13 @@ def reference_log_probs(model, reference, rollout, parts, args):
 def check_on_policy(sampled, computed, mask, limit):
     """Stop the run unless training sees the probabilities that sampling saw: before an update the two are the same.
 
-    sampled, computed, mask [B,C]. limit: of |ratio − 1|. Raises training.RunError with the likely cause.
+    sampled, computed, mask [B,C]. limit: of |ratio − 1|, whose greatest value is returned. Raises training.RunError with the
+    likely cause.
     """
     off = torch.where(mask, (computed - sampled).exp() - 1, 0.0).abs()
     worst = float(off.max())
     if worst <= limit:
-        return
+        return worst
     place, share = int(off.amax(0).argmax()), float((off > limit).sum() / mask.sum())
     if bool((off[:, 0] > limit).any()):
         cause = "first tokens differ, so the prompt, its pictures, the temperature or the adapter is not the same in the two"
@@ -195,23 +198,23 @@ def check_on_policy(sampled, computed, mask, limit):
                             f"{place} (allowed: {limit:.0e}); {cause}")
 
 
-def update(model, reference, rollout, optimizer, args, processes, check):
-    """Gradients over micro-batches, then a step of the optimizer, `args.updates` times. check: compare the first
-    log-probabilities with those of sampling. Returns {metric: sum over this process's tokens, or greatest}."""
+def update(model, reference, rollout, optimizer, args, processes, mismatch_limit):
+    """Gradients over micro-batches, then a step of the optimizer, `args.updates` times. mismatch_limit: between training and
+    sampling, see `check_on_policy`. Returns {metric: sum over this process's tokens, or greatest}."""
     P = len(rollout.prompts)
     parts = [slice(i, i + args.micro) for i in range(0, P, args.micro)]
     advantages = grpo.group_advantages(rollout.rewards).to(rollout.tokens.device)
     reference = reference_log_probs(model, reference, rollout, parts, args) if args.beta else [None] * len(parts)
     old, sums = [None] * len(parts), dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
-    worst, trained = 0.0, optimizer.param_groups[0]["params"]
+    worst, mismatch, trained = 0.0, 0.0, optimizer.param_groups[0]["params"]
     for turn in range(args.updates):
         optimizer.zero_grad(set_to_none=True)
         for i, part in enumerate(parts):
             new, mask = log_probs_of(model, rollout, part, args.temperature), rollout.mask[part].flatten(0, 1)
             if old[i] is None:  # the same function before any update: a ratio of exactly 1
                 old[i] = new.detach()
-                if check:
-                    check_on_policy(rollout.sampled[part].flatten(0, 1), old[i], mask, args.ratio_limit)
+                sampled = rollout.sampled[part].flatten(0, 1)
+                mismatch = max(mismatch, check_on_policy(sampled, old[i], mask, mismatch_limit))
             # gradients are averaged over processes, so each divides by its own number of answers
             loss, metrics = grpo.grpo_loss(new, old[i], reference[i], advantages[part].flatten(), mask, args.clip, args.beta,
                                            normalizer=P * args.group)
@@ -227,7 +230,7 @@ def update(model, reference, rollout, optimizer, args, processes, check):
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return {**sums, "ratio_max_deviation": worst, "grad_norm": norm}
+    return {**sums, "ratio_max_deviation": worst, "sampling_mismatch": mismatch, "grad_norm": norm}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def train(args, processes):
     run = training.Run(args.out, settings, processes, fixed=[k for k in settings if k not in FREE])
     state = run.load()
     model, reference, trained = load_judge(args, processes)
-    args.ratio_limit = 1e-4 if model.norm.weight.dtype == torch.float32 and processes.device.type == "cpu" else 0.5
+    limit = 1e-4 if model.norm.weight.dtype == torch.float32 and processes.device.type == "cpu" else 0.5  # bfloat16 rounds
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     start = 0
     if state:
@@ -357,7 +360,7 @@ def train(args, processes):
             timer = training.Timer()
             rollout = roll_out(model, processes.share(questions_of(step, rows, args)), args, step, processes)
             rolled = timer.lap()
-            metrics = update(model, reference, rollout, optimizer, args, processes, check=step == start)
+            metrics = update(model, reference, rollout, optimizer, args, processes, limit if step == start else math.inf)
             record = {"step": step + 1, **summary(rollout, metrics, processes), "lr": lr, "seconds_rollout": rolled,
                       "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
             record["tokens_per_second"] = record["tokens"] / (record["seconds_rollout"] + record["seconds_update"])
@@ -388,7 +391,7 @@ def train(args, processes):
 
 def summary(rollout, metrics, processes):
     """The log's figures of a step, over all processes."""
-    worst = metrics.pop("ratio_max_deviation")
+    greatest = {k: metrics.pop(k) for k in ("ratio_max_deviation", "sampling_mismatch")}
     norm = metrics.pop("grad_norm")
     G = rollout.rewards.shape[1]
     spread = rollout.rewards.std(dim=1) if G > 1 else torch.zeros(len(rollout.rewards))
@@ -405,7 +408,7 @@ def summary(rollout, metrics, processes):
             "parses": mean("format", "answers"), "reward_std": mean("spread", "groups"),
             "zero_spread": mean("flat", "groups"),
             "length": mean("length", "answers"), "cut": mean("cut", "answers"), "ratio": mean("ratio", "tokens"),
-            "ratio_max_deviation": max(processes.gather([worst])), "clip_fraction": mean("clip_fraction", "tokens"),
+            **{k: max(processes.gather([v])) for k, v in greatest.items()}, "clip_fraction": mean("clip_fraction", "tokens"),
             "kl": mean("kl", "tokens"), "grad_norm": norm, "tokens": n["tokens"]}
 
 
