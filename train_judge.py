@@ -65,7 +65,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "seed": (0, 0, "of the order of questions and of all samples"),
 }
 FREE = {"eval_every", "eval_rows", "save_every", "micro"}  # may change when a run goes on
-CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl", "clip_fraction", "zero_spread",
+CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction", "zero_spread",
           "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy", "tokens_per_second")
 
 

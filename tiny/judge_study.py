@@ -24,6 +24,7 @@ import training
 
 HERE = Path(__file__).resolve().parent
 SUPERVISED, STUDY, DATASETS = HERE / "cache" / "judge", HERE / "cache" / "study", HERE / "cache"
+SHIPPED = HERE / "weights" / "judge"
 SEEDS = (0, 1, 2)
 FIGURES = ("format", "v_error", "a_error", "class_accuracy")
 ABLATIONS = {  # row of the table: (folder, flags, dataset)
@@ -44,9 +45,11 @@ def train(runs, jobs, extra):
         folder, seed, flags, dataset = run
         (STUDY / folder).mkdir(parents=True, exist_ok=True)
         with open(STUDY / folder / "output.txt", "a") as output:
-            subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data",
-                            DATASETS / dataset, "--out", STUDY / folder, "--seed", str(seed), *flags, *extra], check=True,
-                           stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            done = subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data",
+                                   DATASETS / dataset, "--out", STUDY / folder, "--seed", str(seed), *flags, *extra],
+                                  stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+        if done.returncode:
+            raise training.RunError(f"the run {folder} ended with code {done.returncode}; see {STUDY / folder}/output.txt")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(tqdm(pool.map(one, missing), total=len(missing), desc="judges", unit="run"))
@@ -81,12 +84,15 @@ def main(argv=None):
     runs = [(f"step_seed{seed}", seed, [], "dataset") for seed in SEEDS]
     if not args.no_ablations:
         runs += [(folder, 0, flags, dataset) for folder, flags, dataset in ABLATIONS.values()]
-    train(runs, args.jobs, extra)
+    try:
+        train(runs, args.jobs, extra)
+    except training.RunError as error:
+        sys.exit(f"error: {error}")
     pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]
     rows = ["| judge | format ↑ | V-Error ↓ | A-Error ↓ | class accuracy ↑ |", "| --- | --- | --- | --- | --- |",
             line("before GRPO", [first for first, _ in pairs[:1]]),
             line(f"after GRPO, {len(SEEDS)} seeds", [last for _, last in pairs])]
-    shutil.copytree(STUDY / "step_seed0" / "judge", HERE / "weights" / "judge", dirs_exist_ok=True)
+    shutil.copytree(STUDY / "step_seed0" / "judge", SHIPPED, dirs_exist_ok=True)
     if not args.no_ablations:
         rows += [line(name, [evaluations(folder)[1]]) for name, (folder, _, _) in ABLATIONS.items()]
     print("\n".join(rows))
