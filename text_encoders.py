@@ -9,13 +9,10 @@ Shapes: B batch, L CLIP tokens (77), T T5 tokens (256), D width of a tower, C co
 
 import functools
 import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 import clip
@@ -127,73 +124,6 @@ def distance_bucket(offset, c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-class PromptTokenizer:
-    """A published tokenizer that pads and cuts to one length, and warns with the words it cut."""
-
-    def __init__(self, folder, max_length=None):
-        """folder: holds tokenizer.json, or CLIP's vocab.json and merges.txt. max_length: of T5; CLIP's is in its config."""
-        folder = Path(folder)
-        config, self.name = weights.read_json(folder / "tokenizer_config.json"), "T5" if max_length else "CLIP"
-        try:
-            if (folder / "tokenizer.json").exists():
-                self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            else:
-                self.tokenizer = clip_tokenizer(weights.read_json(folder / "vocab.json"),
-                                                weights.read_merges(folder / "merges.txt"))
-        except weights.CheckpointError:
-            raise
-        except Exception as error:  # tokenizers raises plain Exception for a malformed file
-            raise weights.CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.max_length = max_length or config.get("model_max_length", 77)
-        pad = config.get("pad_token") or "<|endoftext|>"
-        self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
-        if self.pad is None:
-            raise weights.CheckpointError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
-
-    def __call__(self, prompts, warn=True):
-        """list of B strings -> ids [B, max_length]."""
-        rows = []
-        for prompt, encoding in zip(prompts, self.tokenizer.encode_batch(list(prompts)), strict=True):
-            ids = encoding.ids
-            if len(ids) > self.max_length:
-                cut = encoding.offsets[self.max_length - 1][0]  # the end token takes the last place
-                if warn:
-                    warnings.warn(f"prompt longer than {self.max_length} tokens; {self.name} does not see "
-                                  f"{prompt[cut:].strip()!r}", stacklevel=3)
-                ids = ids[: self.max_length - 1] + ids[-1:]
-            rows.append(ids + [self.pad] * (self.max_length - len(ids)))
-        return torch.tensor(rows)
-
-
-def clip_tokenizer(vocab, merges):
-    """CLIP's byte-level BPE over lower-cased words, each closed by `</w>`. vocab {token: id}, merges [(left, right)]."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=end))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(start, special=True), AddedToken(end, special=True)])
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, vocab[end]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False)
-    return tokenizer
-
-
-def byte_alphabet():
-    """The 256 characters that stand for bytes in a byte-level BPE, in CLIP's order: printable bytes first."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    own = sorted(c for c in alphabet if ord(c) < 256)  # a printable byte stands for itself
-    return own + sorted(alphabet - set(own))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The three together
 
 
@@ -233,9 +163,9 @@ class TextEncoders:
         index = weights.read_json(weights.find_file(source, "model_index.json"))
         use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
-        tokenizers = [PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
+        tokenizers = [clip.PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
         if use_t5:
-            tokenizers.append(PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens))
+            tokenizers.append(clip.PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens))
         clip_l, clip_g = (clip.TextTower.from_pretrained(source, device, dtype, component)
                           for component in ("text_encoder", "text_encoder_2"))
         t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3") if use_t5 else None

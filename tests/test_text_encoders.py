@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import T5Config, T5EncoderModel
 
+import clip
 import text_encoders
 import weights
 from tests.checkpoint import T5, make_pipeline
@@ -82,10 +83,10 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_is_lost(folder):
 def test_a_folder_without_its_vocabulary_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     with pytest.raises(weights.CheckpointError, match="vocab.json"):
-        text_encoders.PromptTokenizer(tmp_path)
+        clip.PromptTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(weights.CheckpointError, match="cannot be read"):
-        text_encoders.PromptTokenizer(tmp_path)
+        clip.PromptTokenizer(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def published(openai):
     """Our tokenizer over CLIP's real vocabulary, written the way the published vocab.json and merges.txt are."""
     lines = gzip.open(openai.default_bpe()).read().decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
     merges = [tuple(line.split()) for line in lines]
-    return text_encoders.clip_tokenizer(openai.SimpleTokenizer().encoder, merges)
+    return clip.clip_tokenizer(openai.SimpleTokenizer().encoder, merges)
 
 
 def strings():
@@ -147,4 +148,4 @@ def test_clip_tokenization_equals_openais_on_their_vocabulary(openai, published)
 
 
 def test_the_byte_alphabet_is_clips(openai):
-    assert text_encoders.byte_alphabet() == list(openai.bytes_to_unicode().values())
+    assert clip.byte_alphabet() == list(openai.bytes_to_unicode().values())

@@ -235,12 +235,12 @@ def learn_bpe(texts, size):
 
     Laid out as CLIP's: 256 bytes, 256 bytes that close a word, the merges, start and end. So no text is unknown to it.
     """
-    tokenizer = text_encoders.clip_tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
+    tokenizer = clip.clip_tokenizer({"<|startoftext|>": 0, "<|endoftext|>": 1}, [])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=size, end_of_word_suffix="</w>", show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    letters = text_encoders.byte_alphabet()
+    letters = clip.byte_alphabet()
     tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(tokens)}, merges
 
@@ -260,11 +260,13 @@ def train_clip(args):
     rng = np.random.default_rng(args.seed)
     vocab, merges = learn_bpe([caption(row, rng, empty=0) for row in rows], 1500)
     write_tokenizers(vocab, merges)
-    tokenize = [text_encoders.PromptTokenizer(WEIGHTS / name) for name in ("tokenizer", "tokenizer_2")]
+    tokenize = [clip.PromptTokenizer(WEIGHTS / name) for name in ("tokenizer", "tokenizer_2")]
     torch.manual_seed(args.seed)
     shared = {"projection": 96, "vocab": len(vocab), "positions": TEXT_LENGTH, "end_token": len(vocab) - 1}
     small = clip.TextTower(clip.TextConfig(64, 3, 2, 256, "quick_gelu", **shared))
-    model = clip.CLIP(clip.TextConfig(96, 4, 3, 384, "gelu", **shared), clip.VisionConfig(96, 4, 3, 384, "gelu", 96, 64, 8))
+    processor = clip.Processor(tokenize[1], clip.ImageConfig(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    model = clip.CLIP(clip.TextConfig(96, 4, 3, 384, "gelu", **shared), clip.VisionConfig(96, 4, 3, 384, "gelu", 96, 64, 8),
+                      processor)
     for module in (small, model):
         for p in module.parameters():
             if p.dim() > 1:
@@ -273,7 +275,7 @@ def train_clip(args):
 
     def embed(picks, rng):
         picks = np.sort(picks)
-        pixels = F.avg_pool2d(to_tensor(pictures[picks]), 2)  # 64 px; -1..1 serves as the normalisation
+        pixels = F.avg_pool2d(to_tensor(pictures[picks]), 2)  # 64 px in -1..1, as the processor nearly makes them
         captions = [caption(rows[i], rng, empty=0) for i in picks]
         large = model.embed_text(tokenize[1](captions))
         return model.embed_images(pixels), large, F.normalize(small(tokenize[0](captions))[1], dim=-1)
