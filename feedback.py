@@ -44,18 +44,22 @@ class Judgement:
         return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
-def judge_images(model, images, batch=32, max_new_tokens=256, progress=tqdm):
-    """Judgement of each PIL image: valence, arousal, emotion class, and the reasoning of the first answer (greedy)."""
-    texts = {task: [] for task in TASKS}
-    for task in TASKS:
+def judge_images(model, images, batch=32, max_new_tokens=256, progress=tqdm, tasks=TASKS):
+    """Judgement of each PIL image: valence, arousal, emotion class, and the reasoning of the first answer (greedy).
+
+    tasks: the questions to ask; what is not asked is None.
+    """
+    texts = {task: [] for task in tasks}
+    for task in tasks:
         for start in progress(range(0, len(images), batch), desc=f"judging ({task})", leave=False):
             prompts = [ask(task, image) for image in images[start:start + batch]]
             answers = model.generate(prompts, max_new_tokens=max_new_tokens, temperature=0,
                                      progress=partial(progress, desc="tokens", leave=False))
             texts[task] += [answer[0].text for answer in answers]
     out = []
-    for regression, emotion in zip(texts["regression"], texts["class"], strict=True):
+    for i in range(len(images)):
+        regression, emotion = (texts[task][i] if task in texts else "" for task in TASKS)
         v, a = grpo.read_va(grpo.parse_answer(regression)) or (None, None)
-        thought = regression.split("</think>")[0].removeprefix("<think>").strip()
+        thought = (regression or emotion).split("</think>")[0].removeprefix("<think>").strip()
         out.append(Judgement(v, a, grpo.read_emotion(grpo.parse_answer(emotion)), thought))
     return out

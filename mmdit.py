@@ -213,6 +213,25 @@ class MMDiT(nn.Module):
         self.pos_embed.copy_(position_table(c.width, c.positions, c.sample_size // c.patch))
         return self
 
+    def lora_targets(self):
+        """{module path: {peft's name: rows}} of all attention projections: both streams and the dual attention."""
+        targets, D = {}, self.config.width
+        for i, block in enumerate(self.joint_blocks):
+            at, places = f"transformer_blocks.{i}.", [
+                ("x_block.attn", "attn", ("to_q", "to_k", "to_v"), "to_out.0"),
+                ("context_block.attn", "attn", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"),
+                ("x_block.attn2", "attn2", ("to_q", "to_k", "to_v"), "to_out.0")]
+            for path, theirs, inputs, output in places:
+                parent, name = path.split(".")
+                module = getattr(getattr(block, parent), name, None)
+                if module is None:
+                    continue
+                path = f"joint_blocks.{i}.{path}"
+                targets[f"{path}.qkv"] = {f"{at}{theirs}.{n}": D for n in inputs}
+                if hasattr(module, "proj"):
+                    targets[f"{path}.proj"] = {f"{at}{theirs}.{output}": D}
+        return targets
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def diffusers_views(self):

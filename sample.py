@@ -82,6 +82,12 @@ class Generator:
         latents = flow_grpo.sample_ode(
             self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
             guidance, self.shift, progress)
+        return self.decode(latents)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Pictures [B,3,H,W] uint8 of scaled latents [B,16,H/8,W/8]."""
+        dtype = self.mmdit.pos_embed.dtype
         images = torch.cat([self.vae.decode(z[None].to(dtype)) for z in latents]).float()  # one by one: memory
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 

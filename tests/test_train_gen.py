@@ -1,0 +1,185 @@
+"""Reward feedback: the log, exact resume after a kill, two processes against one, rewards, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import feedback
+import sample
+import train_gen
+import training
+import weights
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 --eval-every 0 "
+         "--save-every 2 --device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    data.write_tiny(folder, train=8, test=4, seed=8)
+    return folder
+
+
+def command(dataset, out, *flags, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, str(ROOT / "train_gen.py"), "--data", str(dataset), "--out", str(out), *SMALL, *map(str, flags)]
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def without_times(out):
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "memory"))} for r in records]
+
+
+@pytest.fixture(scope="module")
+def unbroken(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    return out, finish(start(dataset, out, "--steps", 5))
+
+
+def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
+    out, output = unbroken
+    log = without_times(out)
+    assert [r["step"] for r in log] == list(range(6))
+    for key in ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "meter_a_error", "gap", "reward_std",
+                "zero_spread", "ratio", "clip_fraction", "kl", "grad_norm", "unreadable"):
+        assert all(isinstance(r[key], (int, float)) for r in log[1:]), key
+    assert Image.open(out / "curves.png").size[0] == 900
+    assert Image.open(out / "strip.png").size == (3 * 128, 2 * 128)  # three rows of the test split, before and after
+    assert "| before |" in output and "| after |" in output
+    config = weights.read_json(out / "adapter" / "adapter_config.json")
+    assert config["r"] == 32 and "transformer_blocks.0.attn.to_q" in config["target_modules"]
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_before_an_update_the_ratio_is_exactly_one(unbroken):
+    assert all(r["ratio_max_deviation"] == 0 and r["ratio"] == 1 for r in without_times(unbroken[0])[1:])
+
+
+def same_end(out, unbroken):
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, unbroken))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert without_times(out) == without_times(unbroken)
+
+
+def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
+    out = tmp_path / "run"
+    killer = ("import os, signal, sys, torch, train_gen\n"
+              "save, calls = torch.save, []\n"
+              "def killing(state, f):\n"
+              "    calls.append(1)\n"
+              "    if len(calls) == 2:\n"
+              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    save(state, f)\n"
+              "torch.save = killing\n"
+              "train_gen.main(sys.argv[1:])\n")
+    killed = subprocess.run([sys.executable, "-c", killer, *command(dataset, out, "--steps", 5)[2:]], cwd=ROOT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL and (out / "checkpoint-00000004.tmp").exists()
+    assert "goes on after step 2" in finish(start(dataset, out, "--steps", 5))
+    same_end(out, unbroken[0])
+
+
+def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
+    out = tmp_path / "run"
+    process, deadline = start(dataset, out, "--steps", 5, "--save-every", 1000), time.time() + 120
+    while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert "the same command goes on from there" in finish(process, 143)
+    finish(start(dataset, out, "--steps", 5))
+    same_end(out, unbroken[0])
+
+
+def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
+    finish(start(dataset, tmp_path / "two", "--steps", 5, processes=2))
+    for a, b in zip(without_times(unbroken[0]), without_times(tmp_path / "two"), strict=True):
+        for key in a:
+            if "clip_fraction" in key or a[key] is None:
+                continue
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+
+
+def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(monkeypatch):
+    rows = [data.Row(str(i), Path(), "awe", v, a, "a lake") for i, (v, a) in enumerate([(5, 5), (3, 7), (2, 2)])]
+    seen = [feedback.Judgement(5.0, 6.0, None, ""), feedback.Judgement(7.0, 7.0, None, ""),
+            feedback.Judgement(None, None, None, "")]
+    monkeypatch.setattr(feedback, "judge_images", lambda *_, **__: seen)
+    monkeypatch.setattr(train_gen.clip, "pick_score", lambda *_: torch.tensor([13.0, 26.0, 20.8]))
+    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0))
+    parts = train_gen.rewards_of([None] * 3, rows, models, {"emotion": 2.0, "pickscore": 0.5})
+    assert parts["emotion"].tolist() == [1 - 1 / 16, 1 - 4 / 16, 0.0]
+    assert parts["total"].tolist() == pytest.approx([2 * 15 / 16 + 0.25, 1.5 + 0.5, 0.4])
+    assert parts["meter_v_error"].tolist() == [1, 1, 2] and parts["judge_v_error"][:2].tolist() == [0, 4]
+    assert parts["gap"][:2].tolist() == [1 + 2, 3 + 3] and parts["gap"][2].isnan() and parts["judge_a_error"][2].isnan()
+
+
+def test_a_widening_gap_between_judge_and_meter_is_said():
+    first = {"step": 0, "eval_total": 1.0, "eval_gap": 1.0}
+    assert "grew from 1.00 to 1.50" in train_gen.table([first, {"step": 9, "eval_total": 1.5, "eval_gap": 1.5}])
+    assert "grew" not in train_gen.table([first, {"step": 9, "eval_total": 1.5, "eval_gap": 1.1}])
+
+
+def test_the_average_stands_in_and_goes_away_again():
+    p = torch.nn.Parameter(torch.zeros(3))
+    average = train_gen.Average([p], 0.5)
+    p.data += 2
+    average.add(100)
+    with average:
+        assert p.tolist() == [1, 1, 1]
+    assert p.tolist() == [2, 2, 2] and average.values[0].tolist() == [1, 1, 1]
+
+
+def test_each_prompt_is_encoded_once(monkeypatch):
+    generator = sample.load_generator(sample.TINY)
+    contexts, asked, encode = train_gen.Contexts(generator), [], generator.encoders.encode
+    monkeypatch.setattr(generator.encoders, "encode", lambda texts: asked.extend(texts) or encode(texts))
+    context, pooled = contexts(["a lake", "a hill", "a lake"], 4.5)
+    again, _ = contexts(["a hill"], 1.0)
+    assert asked == ["", "a lake", "a hill"] and context.shape[0] == pooled.shape[0] == 6
+    expected, _ = encode(["", "", "", "a lake", "a hill", "a lake"])
+    torch.testing.assert_close(context, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again[0], context[4])
+
+
+def test_the_papers_settings_are_the_defaults_of_its_preset():
+    args = train_gen.parse_args(["--preset", "paper"])
+    assert (args.group, args.batch, args.steps, args.sample_steps, args.eval_steps, args.size) == (8, 16, 1000, 10, 25, 512)
+    assert (args.beta, args.noise_level, args.guidance, args.rank, args.alpha, args.lr, args.clip) == (
+        0.1, 0.7, 4.5, 32, 64, 3e-4, 1e-4)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--group", "1"], "--group 1: expected 2"), (["--window", "5"], "--window 5: expected 0..4"),
+    (["--prompts", "verse"], "--prompts verse"), (["--reward-weights", "joy=1"], "--reward-weights joy=1"),
+    (["--reward-weights", "emotion"], "--reward-weights emotion"), (["--judge", "none"], "--judge none"),
+    (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
+    (["--model", "./nothing"], "no such file or folder")])
+def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
+    assert train_gen.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2 and "Traceback" not in error

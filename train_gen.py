@@ -1,0 +1,484 @@
+"""Train the generator by Flow-GRPO on the judge's scores (EmoFeedback², section 3.2): reward feedback.
+
+    python train_gen.py --data tiny/cache/dataset --out runs/gen                              # the miniature, on a CPU
+    torchrun --nproc-per-node 8 train_gen.py --preset paper --data DATASET --out runs/gen     # SD3.5-Medium
+
+A step draws a group of pictures for each of a batch of prompts with a stochastic sampler, has the judge read valence and
+arousal in them and PickScore compare them with the neutral prompt, and compares each picture with the rest of its group.
+Then it makes the noise of good pictures likelier, by an adapter (LoRA) of the attention projections; the reference of the
+KL term is the same network without it. The analytic meter of the miniature world is never a reward: it is logged beside
+the judge, so that a generator that learns to please the judge alone is seen.
+
+A run started again with the same command goes on after its last checkpoint and ends with the same weights. The order of
+this file: settings, rollout, update, evaluation, the run.
+"""
+
+import argparse
+import math
+import signal
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import clip
+import data
+import evaluate as evaluation
+import feedback
+import flow_grpo
+import grpo
+import qwen_vl
+import sample
+import training
+import weights
+
+SETTINGS = {  # flag: (paper's value, the miniature's, help)
+    "model": (sample.PAPER, str(sample.TINY), "folder or hub id of the generator"),
+    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(sample.TINY / "judge"), "folder or hub id of the judge, or none"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", str(sample.TINY / "clip"), "folder or hub id of PickScore, or none"),
+    "reward_weights": ("emotion=1,pickscore=1", "emotion=1,pickscore=1", "of the two rewards"),
+    "prompts": ("numbers", "numbers", "how the target enters the prompt: numbers, words, or neutral"),
+    "group": (8, 8, "pictures of each prompt, G"),
+    "batch": (16, 8, "prompts in a step, over all processes"),
+    "steps": (1000, 150, "training steps"),
+    "sample_steps": (10, 10, "steps of the stochastic sampler, T"),
+    "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
+    "window": (0, 3, "how many of the T steps are stochastic and trained; 0: all"),
+    "size": (512, 128, "side of the pictures in pixels"),
+    "guidance": (4.5, 4.5, "classifier-free guidance"),
+    "noise_level": (0.7, 0.7, "of the stochastic sampler"),
+    "lr": (3e-4, 1e-3, "learning rate"),
+    "beta": (0.1, 0.1, "weight of the KL to the model without the adapter"),
+    "clip": (1e-4, 1e-4, "range of the ratio"),
+    "rank": (32, 32, "of the adapter"),
+    "alpha": (64.0, 64.0, "scale of the adapter"),
+    "ema": (0.9, 0.9, "decay of the averaged adapter, which is evaluated and written"),
+    "micro": (8, 64, "pictures in one forward and backward pass of a process"),
+    "max_grad_norm": (1.0, 1.0, "the gradient is scaled down to this norm"),
+    "eval_every": (60, 50, "steps between evaluations; 0: only in the end"),
+    "eval_rows": (200, 64, "held-out prompts in an evaluation"),
+    "save_every": (50, 25, "steps between checkpoints"),
+    "seed": (0, 0, "of the prompts' order and of all noise"),
+}
+FREE = {"eval_every", "eval_rows", "save_every", "micro"}  # may change when a run goes on
+CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error",
+          "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
+          "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
+STRIP = 6  # pictures of fixed prompts and seeds that every evaluation draws
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout: prompts, pictures, rewards
+
+
+@dataclass
+class Models:
+    generator: sample.Generator
+    judge: qwen_vl.QwenVL | None
+    scorer: object | None  # PickScore
+    meter: object | None  # the miniature world's, or None
+
+
+def prompt_of(row, form):
+    """The prompt of a dataset row, with its target as numbers, as words, or not at all."""
+    if form == "neutral":
+        return row.neutral
+    return (data.with_numbers if form == "numbers" else data.with_words)(row.neutral, row.v, row.a)
+
+
+def rows_of(step, rows, args):
+    """The batch of step `step`: every epoch is its own permutation."""
+    first, out = step * args.batch, []
+    for number in range(args.batch):
+        epoch, place = divmod(first + number, len(rows))
+        if number == 0 or place == 0:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch)).tolist()
+        out.append((number, rows[order[place]]))
+    return out
+
+
+def rewards_of(images, rows, models, reward_weights):
+    """{part: [N]} of N PIL images and the rows they were drawn for: the rewards, their weighted sum `total`, and what is
+    only watched: the errors of judge and meter and the gap between the two (NaN where an answer cannot be read)."""
+    parts = {}
+    if models.judge is not None:
+        seen = feedback.judge_images(models.judge, images, 64, progress=partial(tqdm, disable=True), tasks=("regression",))
+        parts["emotion"] = [1 - j.distance(row.v, row.a) / 16 for j, row in zip(seen, rows)]  # unreadable: 0
+        told = [(math.nan, math.nan) if j.v is None else (j.v, j.a) for j in seen]
+        parts["judge_v_error"], parts["judge_a_error"] = errors(told, rows)
+    if models.scorer is not None:
+        parts["pickscore"] = (clip.pick_score(models.scorer, images, [row.neutral for row in rows]) / 26).tolist()
+    if models.meter is not None:
+        measured = [models.meter(image) for image in images]
+        parts["meter_v_error"], parts["meter_a_error"] = errors(measured, rows)
+        if models.judge is not None:
+            parts["gap"] = [abs(t[0] - m[0]) + abs(t[1] - m[1]) for t, m in zip(told, measured)]
+    parts = {name: torch.tensor(values, dtype=torch.float64) for name, values in parts.items()}
+    return parts | {"total": sum(weight * parts[name] for name, weight in reward_weights.items())}
+
+
+def errors(values, rows):
+    """([|ΔV|], [|ΔA|]) of (v, a) pairs against those of their rows."""
+    return [abs(v - row.v) for (v, _), row in zip(values, rows)], [abs(a - row.a) for (_, a), row in zip(values, rows)]
+
+
+class Contexts:
+    """Text-encoder outputs, each prompt encoded once."""
+
+    def __init__(self, generator):
+        self.generator, self.known = generator, {}
+
+    def __call__(self, prompts, guidance):
+        """(context, pooled) of the prompts, with as many rows of the empty prompt in front if guidance > 1."""
+        texts = [""] * len(prompts) * (guidance > 1) + list(prompts)
+        for text in texts:
+            if text not in self.known:  # one by one: in a batch the rounding would depend on the others
+                dtype = self.generator.mmdit.pos_embed.dtype
+                self.known[text] = [z[0].to(dtype).cpu() for z in self.generator.encoders.encode([text])]
+        pairs = [self.known[t] for t in texts]
+        return tuple(torch.stack(z).to(self.generator.device) for z in zip(*pairs))
+
+
+@dataclass
+class Chunk:
+    """Pictures that are drawn, and later evaluated, in one batch."""
+    trajectory: flow_grpo.Trajectory
+    context: torch.Tensor
+    pooled: torch.Tensor
+    places: slice  # of this process's pictures
+
+
+@torch.no_grad()
+def roll_out(models, contexts, batch, args, step):
+    """(chunks, rewards {part: [P,G]}) of the numbered rows of this process. A picture depends on the seed, the step, its
+    row's number and its place in the group only."""
+    generator, G = models.generator, args.group
+    flat = [(number, row, g) for number, row in batch for g in range(G)]
+    window = flow_grpo.window_of(step, args.sample_steps, args.window or None, args.seed)
+    chunks, parts = [], []
+    for start in range(0, len(flat), args.micro):
+        part = flat[start:start + args.micro]
+        seeds = [torch.Generator().manual_seed(((args.seed * 1_000_003 + step) * 4096 + number) * 1024 + g)
+                 for number, _, g in part]
+        rows = [row for _, row, _ in part]
+        context, pooled = contexts([prompt_of(row, args.prompts) for row in rows], args.guidance)
+        trajectory = flow_grpo.sample_sde(generator.mmdit, noise_for(generator, args.size, seeds), context, pooled,
+                                          args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
+        chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
+        images = sample.to_images(generator.decode(trajectory.latents))
+        parts.append(rewards_of(images, rows, models, args.rewards))
+    return chunks, {name: torch.cat([p[name] for p in parts]).view(-1, G) for name in parts[0]}
+
+
+def noise_for(generator, size, seeds):
+    """Starting noise [N,C,h,w], each picture's from its own generator."""
+    cells = size // generator.vae.factor
+    shape = 1, generator.mmdit.config.channels, cells, cells
+    return torch.cat([torch.randn(shape, generator=seed) for seed in seeds]).to(generator.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+def update(models, chunks, rewards, trained, optimizer, args, processes, check):
+    """Gradients over all stochastic steps of all chunks, then one step of the optimizer. check: before the first update the
+    ratio must be 1. Returns sums over this process's picture-steps."""
+    model = models.generator.mmdit
+    advantages = grpo.group_advantages(rewards["total"]).flatten().float().to(models.generator.device)
+    count = rewards["total"].numel() * len(chunks[0].trajectory.steps)
+    sums, worst = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0), 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for chunk in chunks:
+        for k, kept in enumerate(chunk.trajectory.steps):
+            reference = None
+            if args.beta:
+                with torch.no_grad(), weights.lora_disabled(model):
+                    reference = flow_grpo.evaluate_step(model, chunk.trajectory, k, chunk.context, chunk.pooled).mean
+            step = flow_grpo.evaluate_step(model, chunk.trajectory, k, chunk.context, chunk.pooled)
+            loss, metrics = flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, advantages[chunk.places], step.mean,
+                                                     reference, step.sigma_t, args.clip, args.beta, normalizer=count)
+            loss.backward()
+            sums["loss"] += float(loss.detach())
+            for key in ("ratio", "clip_fraction", "kl"):
+                sums[key] += float(metrics.get(key, 0.0)) * len(kept.log_prob)
+            worst = max(worst, float(metrics["ratio_max_deviation"]))
+    if check and not worst <= (0 if models.generator.device.type == "cpu" else args.clip / 10):
+        raise training.RunError(f"before the first update the ratio is off by {worst:.2g}; drawing and evaluating a step no "
+                                f"longer agree: is the adapter on in one only, or the batch another?")
+    if processes.world > 1:
+        for p in trained:
+            dist.all_reduce(p.grad)
+            p.grad /= processes.world
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
+    optimizer.step()
+    return {**sums, "picture_steps": count}, {"ratio_max_deviation": worst, "grad_norm": norm}
+
+
+class Average:
+    """Running average (EMA) of the adapter. As a context it stands in the model's place."""
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay = parameters, decay
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def add(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # follows quickly at first
+        for value, p in zip(self.values, self.parameters, strict=True):
+            value.lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        for value, p in zip(self.values, self.parameters, strict=True):
+            held = p.clone()
+            p.copy_(value)
+            value.copy_(held)
+
+    def __enter__(self):
+        self.swap()
+
+    def __exit__(self, *error):
+        self.swap()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(models, contexts, rows, args, processes, strip=None):
+    """Held-out figures of pictures drawn by the deterministic sampler, one for each row with a seed of its own: mean errors
+    of judge and meter, rank correlations of meter and target, mean PickScore. strip: file for the first STRIP pictures."""
+    generator, mine = models.generator, list(range(processes.rank, len(rows), processes.world))
+    records = []
+    for start in tqdm(range(0, len(mine), args.micro), desc="evaluation", leave=False, disable=not processes.first):
+        places = mine[start:start + args.micro]
+        own = [rows[i] for i in places]
+        context, pooled = contexts([prompt_of(row, args.prompts) for row in own], args.guidance)
+        noise = noise_for(generator, args.size, [torch.Generator().manual_seed(10_000 + i) for i in places])
+        images = sample.to_images(generator.decode(flow_grpo.sample_ode(
+            generator.mmdit, noise, context, pooled, args.eval_steps, args.guidance, generator.shift)))
+        parts = rewards_of(images, own, models, args.rewards)
+        measured = [models.meter(image) if models.meter else (math.nan, math.nan) for image in images]
+        for n, i in enumerate(places):
+            small = images[n].resize((128, 128)) if i < STRIP else None
+            records.append((i, {name: float(values[n]) for name, values in parts.items()}, measured[n], small))
+    records = sorted(processes.gather(records), key=lambda r: r[0])
+    if strip is not None and processes.first:
+        save_strip([small for *_, small in records if small is not None], strip)
+    figures = {name: float(np.nanmean([r[1][name] for r in records])) for name in records[0][1]}
+    if models.meter:
+        for axis, name in ((0, "v"), (1, "a")):
+            wanted = [getattr(row, name) for row in rows]
+            figures[f"meter_{name}_spearman"] = evaluation.spearman(wanted, [r[2][axis] for r in records])
+    return figures
+
+
+def save_strip(pictures, path):
+    """Write one evaluation's pictures side by side, and strip.png beside it: all evaluations so far, one a row."""
+    path.parent.mkdir(exist_ok=True)
+    row = Image.new("RGB", (128 * len(pictures), 128))
+    for i, picture in enumerate(pictures):
+        row.paste(picture, (128 * i, 0))
+    row.save(path)
+    rows = [Image.open(p) for p in sorted(path.parent.glob("*.png"))]
+    sheet = Image.new("RGB", (row.width, 128 * len(rows)))
+    for i, each in enumerate(rows):
+        sheet.paste(each, (0, 128 * i))
+    sheet.save(path.parent.parent / "strip.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def load_models(args, processes):
+    """Models, with a new adapter around the generator's attention projections, and the trained parameters."""
+    device = processes.device
+    judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
+    scorer = None
+    if args.pickscore != "none":
+        own = (Path(args.pickscore) / "preprocessor_config.json").exists()
+        scorer = clip.CLIP.from_pretrained(args.pickscore, device, processor=None if own else clip.PICKSCORE_PROCESSOR)
+    generator = sample.load_generator(args.model, device, use_t5=not args.no_t5)
+    torch.manual_seed(args.seed)
+    weights.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.rank, args.alpha)
+    trained = [p for p in generator.mmdit.parameters() if p.requires_grad]
+    meter = None
+    if args.preset == "tiny":
+        from tiny import scenes
+        meter = scenes.measure_va
+    return Models(generator, judge, scorer, meter), trained
+
+
+def train(args, processes):
+    rows, held_out = data.load_rows(args.data, "train"), data.load_rows(args.data, "test")[:args.eval_rows]
+    unsaved = ("out", "device", "rewards")
+    settings = {k: v for k, v in vars(args).items() if k not in unsaved} | {"data": str(args.data)}
+    run = training.Run(args.out, settings, processes, fixed=[k for k in settings if k not in FREE])
+    state = run.load()
+    models, trained = load_models(args, processes)
+    contexts, average = Contexts(models.generator), Average(trained, args.ema)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
+    start = 0
+    if state:
+        training.restore_state(state, trained, optimizer)
+        for value, saved in zip(average.values, state["average"], strict=True):
+            value.copy_(saved)
+        start = state["step"]
+        run.read_log(start)
+    if processes.first:
+        training.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f} M trained of "
+                     f"{weights.count_parameters(models.generator.mmdit) / 1e6:,.1f} M, on {processes.world} × "
+                     f"{processes.device.type}; {len(rows):,} prompts, {args.steps:,} steps of {args.batch} × {args.group} "
+                     f"pictures" + (f"; goes on after step {start:,}" if start else ""))
+    figures = partial(evaluate, models, contexts, held_out, args, processes)
+    if not start:
+        run.log({"step": 0, **{f"eval_{k}": v for k, v in figures(args.out / "strips" / "00000000.png").items()}})
+    bar = tqdm(total=args.steps, initial=start, desc="Flow-GRPO", disable=not processes.first, dynamic_ncols=True)
+    with run:
+        for step in range(start, args.steps):
+            timer = training.Timer()
+            chunks, rewards = roll_out(models, contexts, processes.share(rows_of(step, rows, args)), args, step)
+            rolled = timer.lap()
+            sums, greatest = update(models, chunks, rewards, trained, optimizer, args, processes, check=step == start)
+            average.add(step)
+            record = {"step": step + 1, **summary(rewards, sums, greatest, processes), "seconds_rollout": rolled,
+                      "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
+            done, stop = step + 1 == args.steps, run.stopped()
+            if done or (args.eval_every and (step + 1) % args.eval_every == 0):
+                with average:
+                    found = figures(args.out / "strips" / f"{step + 1:08d}.png")
+                record |= {f"eval_{k}": v for k, v in found.items()}
+            run.log(record)
+            bar.update()
+            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("reward", "kl") if record.get(k) is not None})
+            if done or stop or (step + 1) % args.save_every == 0:
+                run.save(step + 1, training.state_of(trained, optimizer) | {"average": average.values})
+                run.draw(CURVES, f"{args.model}, Flow-GRPO, step {step + 1:,} of {args.steps:,}")
+            if stop and not done:
+                bar.close()
+                if processes.first:
+                    training.say(f"stopped after step {step + 1:,}; the same command goes on from there")
+                return 130 if run.stop == signal.SIGINT else 143
+    bar.close()
+    if processes.first:
+        mmdit = models.generator.mmdit
+        with average:
+            weights.save_lora(args.out / "adapter", mmdit, mmdit.lora_targets(), args.rank, args.alpha, args.model)
+        print(table(run.records))
+        print(args.out / "adapter")
+    processes.wait()
+    return 0
+
+
+def table(records):
+    """Markdown of the first and the last evaluation, with a warning if judge and meter have drifted apart."""
+    first, last = (next((r for r in order if "eval_total" in r), {}) for order in (records, records[::-1]))
+    keys = [k for k in first if k.startswith("eval_")]
+    lines = ["| | " + " | ".join(k.removeprefix("eval_").replace("_", " ") for k in keys) + " |",
+             "| --- " * (len(keys) + 1) + "|"]
+    for name, record in (("before", first), ("after", last)):
+        lines.append(f"| {name} | " + " | ".join("-" if record.get(k) is None else f"{record[k]:.3f}" for k in keys) + " |")
+    if first.get("eval_gap") and last.get("eval_gap") and last["eval_gap"] > 1.25 * first["eval_gap"]:
+        lines.append(f"\nThe gap between judge and meter grew from {first['eval_gap']:.2f} to {last['eval_gap']:.2f}: part "
+                     "of the reward may be the judge's mistakes.")
+    return "\n".join(lines)
+
+
+def summary(rewards, sums, greatest, processes):
+    """The log's figures of a step, over all processes."""
+    spread = rewards["total"].std(dim=1)
+    own = {**sums, "pictures": rewards["total"].numel(), "groups": len(spread), "flat": int((spread < 1e-6).sum()),
+           "spread": float(spread.sum())}
+    for name, values in rewards.items():
+        own[f"sum_{name}"], own[f"count_{name}"] = float(values.nansum()), int(values.isfinite().sum())
+    n = processes.total(own)
+    named = {"total": "reward", "emotion": "reward_emotion", "pickscore": "reward_pickscore"}
+    parts = {}
+    for name in rewards:
+        count = n[f"count_{name}"]
+        parts[named.get(name, name)] = n[f"sum_{name}"] / count if count else None
+    if "judge_v_error" in rewards:
+        parts["unreadable"] = 1 - n["count_judge_v_error"] / n["pictures"]
+    steps = n["picture_steps"]
+    return {"loss": n["loss"] / processes.world, **parts, "reward_std": n["spread"] / n["groups"],
+            "zero_spread": n["flat"] / n["groups"], "ratio": n["ratio"] / steps, "clip_fraction": n["clip_fraction"] / steps,
+            "kl": n["kl"] / steps, "ratio_max_deviation": max(processes.gather([greatest["ratio_max_deviation"]])),
+            "grad_norm": greatest["grad_norm"]}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(training.say(f"error: {message}; see --help") or 2)  # one line, no usage
+    parser.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
+    parser.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
+                        help="dataset folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gen"), help="folder of the run (default: %(default)s)")
+    for name, (paper, tiny, text) in SETTINGS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(paper), help=f"{text} (paper: {paper}, tiny: {tiny})")
+    parser.add_argument("--pickscore-only", action="store_true", help="the same as --reward-weights pickscore=1")
+    parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    args = parser.parse_args(argv)
+    for name, (paper, tiny, _) in SETTINGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, paper if args.preset == "paper" else tiny)
+    if args.pickscore_only:
+        args.reward_weights = "pickscore=1"
+    return args
+
+
+def check(args):
+    """Refuse senseless settings before anything is loaded; reads the reward weights. Raises training.RunError."""
+    bounds = {"group": (2, 1024), "batch": (1, 4096), "steps": (1, 10**7), "sample_steps": (1, 1000),
+              "eval_steps": (1, 1000), "window": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100),
+              "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
+              "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
+              "save_every": (1, 10**9), "seed": (0, 2**31)}
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            raise training.RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    if args.prompts not in ("numbers", "words", "neutral"):
+        raise training.RunError(f"--prompts {args.prompts}: expected numbers, words or neutral")
+    try:
+        args.rewards = {name.strip(): float(weight) for name, weight in
+                        (part.split("=") for part in args.reward_weights.split(","))}
+        unknown = set(args.rewards) - {"emotion", "pickscore"}
+        if unknown or not args.rewards:
+            raise ValueError(f"unknown {', '.join(unknown)}")
+    except ValueError as error:
+        raise training.RunError(f"--reward-weights {args.reward_weights}: expected e.g. emotion=1,pickscore=1 "
+                                f"({error})") from error
+    for name, flag in (("emotion", "judge"), ("pickscore", "pickscore")):
+        if name in args.rewards and getattr(args, flag) == "none":
+            raise training.RunError(f"--{flag} none, but --reward-weights asks for {name}; give its weight no place there")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        check(args)
+        processes = training.start_processes(args.device)
+        try:
+            return train(args, processes)
+        finally:
+            if processes.world > 1:
+                dist.destroy_process_group()
+    except (training.RunError, data.DatasetError, weights.CheckpointError, OSError) as error:
+        training.say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        training.say("stopped; the same command goes on after the last checkpoint")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
