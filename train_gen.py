@@ -13,7 +13,6 @@ A run started again with the same command goes on after its last checkpoint and 
 this file: settings, rollout, update, evaluation, the run.
 """
 
-import argparse
 import math
 import signal
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -94,13 +92,8 @@ def prompt_of(row, form):
 
 def rows_of(step, rows, args):
     """The batch of step `step`: every epoch is its own permutation."""
-    first, out = step * args.batch, []
-    for number in range(args.batch):
-        epoch, place = divmod(first + number, len(rows))
-        if number == 0 or place == 0:
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch)).tolist()
-        out.append((number, rows[order[place]]))
-    return out
+    return [(number, rows[place]) for number, place in enumerate(
+        training.batch_places(step, args.batch, len(rows), args.seed))]
 
 
 def rewards_of(images, rows, models, reward_weights):
@@ -212,10 +205,7 @@ def update(models, chunks, rewards, trained, optimizer, args, processes, check):
     if check and not worst <= (0 if models.generator.device.type == "cpu" else args.clip / 10):
         raise training.RunError(f"before the first update the ratio is off by {worst:.2g}; drawing and evaluating a step no "
                                 f"longer agree: is the adapter on in one only, or the batch another?")
-    if processes.world > 1:
-        for p in trained:
-            dist.all_reduce(p.grad)
-            p.grad /= processes.world
+    processes.average_gradients(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
     optimizer.step()
     return {**sums, "picture_steps": count}, {"ratio_max_deviation": worst, "grad_norm": norm}
@@ -416,21 +406,10 @@ def summary(rewards, sums, greatest, processes):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(training.say(f"error: {message}; see --help") or 2)  # one line, no usage
-    parser.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
-    parser.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
-                        help="dataset folder (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gen"), help="folder of the run (default: %(default)s)")
-    for name, (paper, tiny, text) in SETTINGS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(paper), help=f"{text} (paper: {paper}, tiny: {tiny})")
+    parser = training.make_parser(__doc__, SETTINGS, "runs/gen")
     parser.add_argument("--pickscore-only", action="store_true", help="the same as --reward-weights pickscore=1")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    args = parser.parse_args(argv)
-    for name, (paper, tiny, _) in SETTINGS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, paper if args.preset == "paper" else tiny)
+    args = training.parse(parser, SETTINGS, argv)
     if args.pickscore_only:
         args.reward_weights = "pickscore=1"
     return args
@@ -443,9 +422,7 @@ def check(args):
               "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
               "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
               "save_every": (1, 10**9), "seed": (0, 2**31)}
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(args, name) <= high:
-            raise training.RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    training.check_bounds(args, bounds)
     if args.prompts not in ("numbers", "words", "neutral"):
         raise training.RunError(f"--prompts {args.prompts}: expected numbers, words or neutral")
     try:
@@ -463,21 +440,7 @@ def check(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        check(args)
-        processes = training.start_processes(args.device)
-        try:
-            return train(args, processes)
-        finally:
-            if processes.world > 1:
-                dist.destroy_process_group()
-    except (training.RunError, data.DatasetError, weights.CheckpointError, OSError) as error:
-        training.say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        training.say("stopped; the same command goes on after the last checkpoint")
-        return 130
+    return training.run_program(parse_args(argv), check, train)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -94,13 +93,9 @@ class Rollout:
 
 def questions_of(step, rows, args):
     """The batch of step `step`: every epoch is its own permutation of all pictures and tasks."""
-    pairs, first = len(rows) * len(args.tasks), step * args.batch
     out = []
-    for number in range(args.batch):
-        epoch, place = divmod(first + number, pairs)
-        if number == 0 or place == 0:
-            order = torch.randperm(pairs, generator=torch.Generator().manual_seed(args.seed * 1000 + epoch)).tolist()
-        row, task = divmod(order[place], len(args.tasks))
+    for number, place in enumerate(training.batch_places(step, args.batch, len(rows) * len(args.tasks), args.seed)):
+        row, task = divmod(place, len(args.tasks))
         out.append(Question(number, args.tasks[task], rows[row]))
     return out
 
@@ -223,10 +218,8 @@ def update(model, reference, rollout, optimizer, args, processes, mismatch_limit
             for key in ("ratio", "clip_fraction", "kl"):
                 sums[key] += float(metrics.get(key, 0.0)) * int(mask.sum()) / args.updates
             worst = max(worst, float(metrics["ratio_max_deviation"])) if turn == 0 else worst
-        if processes.world > 1 and args.lora:
-            for p in trained:
-                dist.all_reduce(p.grad)
-                p.grad /= processes.world
+        if args.lora:
+            processes.average_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -419,26 +412,13 @@ def parse_args(argv=None):
     def words(text):
         return tuple(text.split(","))
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(training.say(f"error: {message}; see --help") or 2)  # one line, no usage
-    parser.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
-    parser.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
-                        help="dataset folder (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/judge"), help="folder of the run (default: %(default)s)")
-    for name, (paper, tiny, text) in SETTINGS.items():
-        kind = {"tasks": words, "alpha": numbers}.get(name, type(paper))
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (paper: {paper}, tiny: {tiny})")
+    parser = training.make_parser(__doc__, SETTINGS, "runs/judge", {"tasks": words, "alpha": numbers})
     parser.add_argument("--steps", type=int, help="stop after so many steps in place of --epochs")
     parser.add_argument("--lora", action="store_true", help="train an adapter of the language model, the rest frozen")
     parser.add_argument("--freeze-vision", action="store_true", help="train the language model only")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--evaluate", action="store_true", help="no training: held-out figures of --model")
-    args = parser.parse_args(argv)
-    for name, (paper, tiny, _) in SETTINGS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, paper if args.preset == "paper" else tiny)
-    return args
+    return training.parse(parser, SETTINGS, argv)
 
 
 def check(args):
@@ -447,9 +427,7 @@ def check(args):
               "clip": (0, 1), "epsilon": (0, 8), "temperature": (1e-3, 100), "max_new_tokens": (1, 100_000),
               "updates": (1, 100), "micro": (1, 4096), "max_grad_norm": (0, 1e9), "rank": (1, 4096), "eval_rows": (1, 10**9),
               "eval_every": (0, 10**9), "save_every": (1, 10**9), "seed": (0, 2**31), "max_pixels": (28 * 28, 10**9)}
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(args, name) <= high:
-            raise training.RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+    training.check_bounds(args, bounds)
     if not args.tasks or any(task not in feedback.TASKS for task in args.tasks):
         raise training.RunError(f"--tasks {','.join(args.tasks)}: expected {','.join(feedback.TASKS)} or one of them")
     if args.reward not in ("step", "continuous"):
@@ -460,30 +438,20 @@ def check(args):
         raise training.RunError(f"--steps {args.steps}: expected at least 1")
 
 
+def report(args, processes):
+    """Print the held-out figures of --model."""
+    rows = data.load_rows(args.data, "test")[:args.eval_rows]
+    model, _, _ = load_judge(argparse.Namespace(**{**vars(args), "beta": 0.0}), processes)  # no reference is needed
+    figures = evaluate(model, rows, args, processes)
+    if processes.first:
+        print(table(figures))
+        print(json.dumps({"model": args.model, "pictures": len(rows), **figures}))
+    return 0
+
+
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        check(args)
-        processes = training.start_processes(args.device)
-        try:
-            if args.evaluate:
-                rows = data.load_rows(args.data, "test")[:args.eval_rows]
-                model, _, _ = load_judge(argparse.Namespace(**{**vars(args), "beta": 0.0}), processes)
-                figures = evaluate(model, rows, args, processes)
-                if processes.first:
-                    print(table(figures))
-                    print(json.dumps({"model": args.model, "pictures": len(rows), **figures}))
-                return 0
-            return train(args, processes)
-        finally:
-            if processes.world > 1:
-                dist.destroy_process_group()
-    except (training.RunError, data.DatasetError, weights.CheckpointError, OSError) as error:
-        training.say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        training.say("stopped; the same command goes on after the last checkpoint")
-        return 130
+    return training.run_program(args, check, report if args.evaluate else train)
 
 
 if __name__ == "__main__":

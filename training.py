@@ -5,6 +5,7 @@ process. A checkpoint is written under a temporary name that is renamed when it 
 the last whole one. Nothing random is stored: every step derives its seeds from the run's seed and its own number.
 """
 
+import argparse
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
 
+import data
 import weights
 
 KEEP = 2  # checkpoints
@@ -72,6 +74,13 @@ class Processes:
         dist.all_gather_object(parts, list(items))
         return [item for part in parts for item in part]
 
+    def average_gradients(self, parameters):
+        """Give every process the mean over processes of each gradient."""
+        if self.world > 1:
+            for p in parameters:
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
@@ -89,6 +98,71 @@ def start_processes(device=None):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Processes(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program around a run
+
+
+def make_parser(doc, settings, out, kinds=()):
+    """Parser with --preset, --data, --out, --device and a flag for each of settings, {name: (paper's value, the miniature's,
+    help)}. kinds: {name: function that reads its text}, where that is not the type of the value."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(say(f"error: {message}; see --help") or 2)  # one line, no usage
+    parser.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
+    parser.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
+                        help="dataset folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    for name, (paper, tiny, text) in settings.items():
+        kind = dict(kinds).get(name, type(paper))
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (paper: {paper}, tiny: {tiny})")
+    return parser
+
+
+def parse(parser, settings, argv):
+    """The arguments; what was not given has its preset's value."""
+    args = parser.parse_args(argv)
+    for name, (paper, tiny, _) in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, paper if args.preset == "paper" else tiny)
+    return args
+
+
+def check_bounds(args, bounds):
+    """RunError at the first argument outside its bounds, {name: (low, high)}."""
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+
+
+def run_program(args, check, work):
+    """Exit code of check(args), then work(args, processes); what the user can mend is one line on standard error."""
+    try:
+        check(args)
+        processes = start_processes(args.device)
+        try:
+            return work(args, processes)
+        finally:
+            if processes.world > 1:
+                dist.destroy_process_group()
+    except (RunError, data.DatasetError, weights.CheckpointError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on after the last checkpoint")
+        return 130
+
+
+def batch_places(step, batch, count, seed):
+    """Which of `count` items make the batch of step `step`: every epoch is a permutation of its own."""
+    out = []
+    for number in range(batch):
+        epoch, place = divmod(step * batch + number, count)
+        if number == 0 or place == 0:
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+        out.append(order[place])
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

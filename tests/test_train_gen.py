@@ -1,11 +1,9 @@
 """Reward feedback: the log, exact resume after a kill, two processes against one, rewards, bad input."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,9 @@ import sample
 import train_gen
 import training
 import weights
+from tests import launch
+from tests.launch import finish
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 --eval-every 0 "
          "--save-every 2 --device cpu").split()
 
@@ -32,21 +31,7 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def command(dataset, out, *flags, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, str(ROOT / "train_gen.py"), "--data", str(dataset), "--out", str(out), *SMALL, *map(str, flags)]
-
-
-def start(*args, **kwargs):
-    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def finish(process, code=0):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == code, output[-3000:]
-    return output
+start = partial(launch.start, "train_gen.py")
 
 
 def without_times(out):
@@ -57,7 +42,7 @@ def without_times(out):
 @pytest.fixture(scope="module")
 def unbroken(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    return out, finish(start(dataset, out, "--steps", 5))
+    return out, finish(start(dataset, out, *SMALL, "--steps", 5))
 
 
 def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
@@ -88,35 +73,25 @@ def same_end(out, unbroken):
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
-    killer = ("import os, signal, sys, torch, train_gen\n"
-              "save, calls = torch.save, []\n"
-              "def killing(state, f):\n"
-              "    calls.append(1)\n"
-              "    if len(calls) == 2:\n"
-              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    save(state, f)\n"
-              "torch.save = killing\n"
-              "train_gen.main(sys.argv[1:])\n")
-    killed = subprocess.run([sys.executable, "-c", killer, *command(dataset, out, "--steps", 5)[2:]], cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = launch.kill_inside_second_checkpoint("train_gen", dataset, out, *SMALL, "--steps", 5)
     assert killed.returncode == -signal.SIGKILL and (out / "checkpoint-00000004.tmp").exists()
-    assert "goes on after step 2" in finish(start(dataset, out, "--steps", 5))
+    assert "goes on after step 2" in finish(start(dataset, out, *SMALL, "--steps", 5))
     same_end(out, unbroken[0])
 
 
 def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
-    process, deadline = start(dataset, out, "--steps", 5, "--save-every", 1000), time.time() + 120
+    process, deadline = start(dataset, out, *SMALL, "--steps", 5, "--save-every", 1000), time.time() + 120
     while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on from there" in finish(process, 143)
-    finish(start(dataset, out, "--steps", 5))
+    finish(start(dataset, out, *SMALL, "--steps", 5))
     same_end(out, unbroken[0])
 
 
 def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
-    finish(start(dataset, tmp_path / "two", "--steps", 5, processes=2))
+    finish(start(dataset, tmp_path / "two", *SMALL, "--steps", 5, processes=2))
     for a, b in zip(without_times(unbroken[0]), without_times(tmp_path / "two"), strict=True):
         for key in a:
             if "clip_fraction" in key or a[key] is None:

@@ -1,11 +1,9 @@
 """Training the judge: the log, exact resume after a kill, two processes against one, adapters, bad input."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,9 @@ import grpo
 import qwen_vl
 import train_judge
 import training
+from tests import launch
+from tests.launch import finish
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-tokens 80 --device cpu".split()
 
 
@@ -31,21 +30,7 @@ def dataset(tmp_path_factory):
     return folder
 
 
-def command(dataset, out, *flags, processes=1):
-    launcher = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, str(ROOT / "train_judge.py"), "--data", str(dataset), "--out", str(out), *SMALL, *map(str, flags)]
-
-
-def start(*args, **kwargs):
-    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def finish(process, code=0):
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == code, output[-3000:]
-    return output
+start = partial(launch.start, "train_judge.py")
 
 
 def log_of(out):
@@ -59,7 +44,7 @@ def without_times(records):
 @pytest.fixture(scope="module")
 def unbroken(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    return out, finish(start(dataset, out, "--steps", 5))
+    return out, finish(start(dataset, out, *SMALL, "--steps", 5))
 
 
 def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
@@ -92,33 +77,23 @@ def same_end(out, unbroken):
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
-    killer = ("import os, signal, sys, torch, train_judge\n"
-              "save, calls = torch.save, []\n"
-              "def killing(state, f):\n"
-              "    calls.append(1)\n"
-              "    if len(calls) == 2:\n"
-              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    save(state, f)\n"
-              "torch.save = killing\n"
-              "train_judge.main(sys.argv[1:])\n")
-    flags = command(dataset, out, "--steps", 5)[2:]
-    killed = subprocess.run([sys.executable, "-c", killer, *flags], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = launch.kill_inside_second_checkpoint("train_judge", dataset, out, *SMALL, "--steps", 5)
     assert killed.returncode == -signal.SIGKILL
     assert (out / "checkpoint-00000004.tmp").exists() and [r["step"] for r in log_of(out)] == [0, 1, 2, 3, 4]
-    assert "goes on after step 2" in finish(start(dataset, out, "--steps", 5))
+    assert "goes on after step 2" in finish(start(dataset, out, *SMALL, "--steps", 5))
     same_end(out, unbroken[0])
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(dataset, unbroken, tmp_path, number, code):
     out = tmp_path / "run"
-    process, deadline = start(dataset, out, "--steps", 5, "--save-every", 1000), time.time() + 120
+    process, deadline = start(dataset, out, *SMALL, "--steps", 5, "--save-every", 1000), time.time() + 120
     while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 3:
         time.sleep(0.05)
     process.send_signal(number)
     assert "the same command goes on from there" in finish(process, code)
     assert list(out.glob("checkpoint-*[0-9]"))
-    finish(start(dataset, out, "--steps", 5))
+    finish(start(dataset, out, *SMALL, "--steps", 5))
     same_end(out, unbroken[0])
 
 
@@ -126,12 +101,12 @@ def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(datase
 def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path, flags):
     if flags:
         one = tmp_path / "one"
-        finish(start(dataset, one, "--steps", 3, *flags))
+        finish(start(dataset, one, *SMALL, "--steps", 3, *flags))
     else:
         one = unbroken[0]
     two = tmp_path / "two"
     steps = 3 if flags else 5
-    finish(start(dataset, two, "--steps", steps, *flags, processes=2))
+    finish(start(dataset, two, *SMALL, "--steps", steps, *flags, processes=2))
     for a, b in zip(log_of(one), log_of(two), strict=True):
         for key in ("loss", "reward", "reward_format", "reward_va", "reward_class", "kl", "length", "grad_norm", "lr"):
             if a.get(key) is None:
@@ -146,7 +121,7 @@ def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path, flags)
 
 def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dataset, tmp_path):
     out = tmp_path / "run"
-    finish(start(dataset, out, "--steps", 2, "--lora", "--lr", "1e-2"))
+    finish(start(dataset, out, *SMALL, "--steps", 2, "--lora", "--lr", "1e-2"))
     config = json.loads((out / "judge" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
     judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))

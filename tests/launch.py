@@ -1,0 +1,40 @@
+"""Training programs started as users start them, for the tests of resume and of several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(program, dataset, out, *flags, processes=1):
+    launcher = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launcher, str(ROOT / program), "--data", str(dataset), "--out", str(out), *map(str, flags)]
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def kill_inside_second_checkpoint(module, *args):
+    """Run a program that kills itself while it writes its second checkpoint; the finished process."""
+    killer = (f"import os, signal, sys, torch, {module}\n"
+              "save, calls = torch.save, []\n"
+              "def killing(state, f):\n"
+              "    calls.append(1)\n"
+              "    if len(calls) == 2:\n"
+              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    save(state, f)\n"
+              "torch.save = killing\n"
+              f"{module}.main(sys.argv[1:])\n")
+    return subprocess.run([sys.executable, "-c", killer, *command(f"{module}.py", *args)[2:]], cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
