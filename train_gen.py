@@ -14,8 +14,10 @@ this file: settings, rollout, update, evaluation, the run.
 """
 
 import math
+import random
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,13 +43,16 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(sample.TINY / "judge"), "folder or hub id of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(sample.TINY / "clip"), "folder or hub id of PickScore, or none"),
     "reward_weights": ("emotion=1,pickscore=1", "emotion=1,pickscore=1", "of the two rewards"),
-    "prompts": ("numbers", "numbers", "how the target enters the prompt: numbers, words, or neutral"),
+    "prompts": (("numbers",), ("numbers",), "how the target enters the prompt: numbers, words, emotional (the row's own "
+                "words) or neutral; several with commas are drawn from, and the first is evaluated"),
     "group": (8, 8, "pictures of each prompt, G"),
     "batch": (16, 8, "prompts in a step, over all processes"),
     "steps": (1000, 150, "training steps"),
     "sample_steps": (10, 10, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 3, "how many of the T steps are stochastic and trained; 0: all"),
+    "window_within": (0, 0, "the window lies within the first so many of the T steps; 0: anywhere"),
+    "start": ("own", "own", "starting noise: own for each picture, or shared by a group"),
     "size": (512, 128, "side of the pictures in pixels"),
     "guidance": (4.5, 4.5, "classifier-free guidance"),
     "noise_level": (0.7, 0.7, "of the stochastic sampler"),
@@ -68,6 +73,7 @@ FREE = {"eval_every", "eval_rows", "save_every", "micro"}  # may change when a r
 CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error",
           "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
           "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
+FORMS = ("numbers", "words", "emotional", "neutral")  # of a target in a prompt
 STRIP = 6  # pictures of fixed prompts and seeds that every evaluation draws
 
 
@@ -84,16 +90,30 @@ class Models:
 
 
 def prompt_of(row, form):
-    """The prompt of a dataset row, with its target as numbers, as words, or not at all."""
+    """The prompt of a dataset row, with its target in one of FORMS. Rows without an emotional caption: in words."""
+    if form == "numbers":
+        return data.with_numbers(row.neutral, row.v, row.a)
     if form == "neutral":
         return row.neutral
-    return (data.with_numbers if form == "numbers" else data.with_words)(row.neutral, row.v, row.a)
+    return (form == "emotional" and row.emotional) or data.with_words(row.neutral, row.v, row.a)
 
 
-def rows_of(step, rows, args):
-    """The batch of step `step`: every epoch is its own permutation."""
-    return [(number, rows[place]) for number, place in enumerate(
-        training.batch_places(step, args.batch, len(rows), args.seed))]
+@dataclass(frozen=True)
+class Wish:
+    """One picture to draw: the g-th of the group of prompt `number` of the step, over all processes."""
+    number: int
+    g: int
+    row: data.Row
+    prompt: str
+
+
+def wishes_of(step, rows, args):
+    """The batch × group pictures of step `step`, group by group: every epoch is its own permutation of the rows."""
+    out = []
+    for number, place in enumerate(training.batch_places(step, args.batch, len(rows), args.seed)):
+        form = random.Random(f"form {args.seed} {step} {number}").choice(args.prompts)
+        out += [Wish(number, g, rows[place], prompt_of(rows[place], form)) for g in range(args.group)]
+    return out
 
 
 def rewards_of(images, rows, models, reward_weights):
@@ -148,25 +168,42 @@ class Chunk:
 
 
 @torch.no_grad()
-def roll_out(models, contexts, batch, args, step):
-    """(chunks, rewards {part: [P,G]}) of the numbered rows of this process. A picture depends on the seed, the step, its
-    row's number and its place in the group only."""
-    generator, G = models.generator, args.group
-    flat = [(number, row, g) for number, row in batch for g in range(G)]
-    window = flow_grpo.window_of(step, args.sample_steps, args.window or None, args.seed)
-    chunks, parts = [], []
-    for start in range(0, len(flat), args.micro):
-        part = flat[start:start + args.micro]
-        seeds = [torch.Generator().manual_seed(((args.seed * 1_000_003 + step) * 4096 + number) * 1024 + g)
-                 for number, _, g in part]
-        rows = [row for _, row, _ in part]
-        context, pooled = contexts([prompt_of(row, args.prompts) for row in rows], args.guidance)
-        trajectory = flow_grpo.sample_sde(generator.mmdit, noise_for(generator, args.size, seeds), context, pooled,
-                                          args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
-        chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
-        images = sample.to_images(generator.decode(trajectory.latents))
-        parts.append(rewards_of(images, rows, models, args.rewards))
-    return chunks, {name: torch.cat([p[name] for p in parts]).view(-1, G) for name in parts[0]}
+def roll_out(models, contexts, wishes, args, step, overlap):
+    """(chunks, rewards {part: [n]}) of this process's n wishes. A picture depends on the seed, the step, its prompt's number
+    and its place in the group only. overlap: judge a chunk's pictures while the next chunk is drawn."""
+    generator = models.generator
+    window = flow_grpo.window_of(step, args.window_within or args.sample_steps, args.window or None, args.seed)
+    chunks, scored = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for start in range(0, len(wishes), args.micro):
+            part = wishes[start:start + args.micro]
+            seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in part]
+            starts = seeds if args.start == "own" else [
+                torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in part]
+            context, pooled = contexts([w.prompt for w in part], args.guidance)
+            trajectory = flow_grpo.sample_sde(generator.mmdit, noise_for(generator, args.size, starts), context, pooled,
+                                              args.sample_steps, args.guidance, generator.shift, args.noise_level, window,
+                                              seeds)
+            chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
+            images = sample.to_images(generator.decode(trajectory.latents))
+            scored.append(pool.submit(score_beside, generator.device, images, [w.row for w in part], models, args.rewards))
+            if not overlap:
+                scored[-1].result()
+        parts = [each.result() for each in scored]
+    return chunks, {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def seed_of(seed, step, number, g):
+    return ((seed * 1_000_003 + step) * 4096 + number) * 1024 + g
+
+
+@torch.no_grad()  # which every thread must say for itself
+def score_beside(device, *args):
+    """`rewards_of`, on a GPU in a stream of its own, so that it runs beside what the main thread does there."""
+    if device.type != "cuda":
+        return rewards_of(*args)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        return rewards_of(*args)
 
 
 def noise_for(generator, size, seeds):
@@ -180,12 +217,11 @@ def noise_for(generator, size, seeds):
 # Update
 
 
-def update(models, chunks, rewards, trained, optimizer, args, processes, check):
-    """Gradients over all stochastic steps of all chunks, then one step of the optimizer. check: before the first update the
-    ratio must be 1. Returns sums over this process's picture-steps."""
+def update(models, chunks, advantages, trained, optimizer, args, processes, check):
+    """Gradients over all stochastic steps of all chunks, then one step of the optimizer. advantages [n]: of this process's
+    pictures. check: before the first update the ratio must be 1. Returns sums over this process's picture-steps."""
     model = models.generator.mmdit
-    advantages = grpo.group_advantages(rewards["total"]).flatten().float().to(models.generator.device)
-    count = rewards["total"].numel() * len(chunks[0].trajectory.steps)
+    count = len(advantages) * len(chunks[0].trajectory.steps)
     sums, worst = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0), 0.0
     optimizer.zero_grad(set_to_none=True)
     for chunk in chunks:
@@ -251,7 +287,7 @@ def evaluate(models, contexts, rows, args, processes, strip=None):
     for start in tqdm(range(0, len(mine), args.micro), desc="evaluation", leave=False, disable=not processes.first):
         places = mine[start:start + args.micro]
         own = [rows[i] for i in places]
-        context, pooled = contexts([prompt_of(row, args.prompts) for row in own], args.guidance)
+        context, pooled = contexts([prompt_of(row, args.prompts[0]) for row in own], args.guidance)
         noise = noise_for(generator, args.size, [torch.Generator().manual_seed(10_000 + i) for i in places])
         images = sample.to_images(generator.decode(flow_grpo.sample_ode(
             generator.mmdit, noise, context, pooled, args.eval_steps, args.guidance, generator.shift)))
@@ -336,9 +372,12 @@ def train(args, processes):
     with run:
         for step in range(start, args.steps):
             timer = training.Timer()
-            chunks, rewards = roll_out(models, contexts, processes.share(rows_of(step, rows, args)), args, step)
+            wishes = processes.share(wishes_of(step, rows, args))  # a group may lie on several processes
+            chunks, own = roll_out(models, contexts, wishes, args, step, overlap=processes.device.type == "cuda")
+            rewards = {k: torch.tensor(processes.gather(v.tolist())).view(-1, args.group) for k, v in own.items()}
             rolled = timer.lap()
-            sums, greatest = update(models, chunks, rewards, trained, optimizer, args, processes, check=step == start)
+            advantages = processes.share(grpo.group_advantages(rewards["total"]).flatten().float().to(processes.device))
+            sums, greatest = update(models, chunks, advantages, trained, optimizer, args, processes, check=step == start)
             average.add(step)
             record = {"step": step + 1, **summary(rewards, sums, greatest, processes), "seconds_rollout": rolled,
                       "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
@@ -384,29 +423,23 @@ def table(records):
 
 
 def summary(rewards, sums, greatest, processes):
-    """The log's figures of a step, over all processes."""
+    """The log's figures of a step. rewards {part: [P,G]} of all processes; sums, greatest: of this one."""
     spread = rewards["total"].std(dim=1)
-    own = {**sums, "pictures": rewards["total"].numel(), "groups": len(spread), "flat": int((spread < 1e-6).sum()),
-           "spread": float(spread.sum())}
-    for name, values in rewards.items():
-        own[f"sum_{name}"], own[f"count_{name}"] = float(values.nansum()), int(values.isfinite().sum())
-    n = processes.total(own)
     named = {"total": "reward", "emotion": "reward_emotion", "pickscore": "reward_pickscore"}
-    parts = {}
-    for name in rewards:
-        count = n[f"count_{name}"]
-        parts[named.get(name, name)] = n[f"sum_{name}"] / count if count else None
+    parts = {named.get(k, k): float(v.nanmean()) if v.isfinite().any() else None for k, v in rewards.items()}
     if "judge_v_error" in rewards:
-        parts["unreadable"] = 1 - n["count_judge_v_error"] / n["pictures"]
+        parts["unreadable"] = float(rewards["judge_v_error"].isnan().double().mean())
+    n = processes.total(sums)
     steps = n["picture_steps"]
-    return {"loss": n["loss"] / processes.world, **parts, "reward_std": n["spread"] / n["groups"],
-            "zero_spread": n["flat"] / n["groups"], "ratio": n["ratio"] / steps, "clip_fraction": n["clip_fraction"] / steps,
-            "kl": n["kl"] / steps, "ratio_max_deviation": max(processes.gather([greatest["ratio_max_deviation"]])),
+    return {"loss": n["loss"] / processes.world, **parts, "reward_std": float(spread.mean()),
+            "zero_spread": float((spread < 1e-6).double().mean()), "ratio": n["ratio"] / steps,
+            "clip_fraction": n["clip_fraction"] / steps, "kl": n["kl"] / steps,
+            "ratio_max_deviation": max(processes.gather([greatest["ratio_max_deviation"]])),
             "grad_norm": greatest["grad_norm"]}
 
 
 def parse_args(argv=None):
-    parser = training.make_parser(__doc__, SETTINGS, "runs/gen")
+    parser = training.make_parser(__doc__, SETTINGS, "runs/gen", {"prompts": lambda text: tuple(text.split(","))})
     parser.add_argument("--pickscore-only", action="store_true", help="the same as --reward-weights pickscore=1")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     args = training.parse(parser, SETTINGS, argv)
@@ -418,13 +451,16 @@ def parse_args(argv=None):
 def check(args):
     """Refuse senseless settings before anything is loaded; reads the reward weights. Raises training.RunError."""
     bounds = {"group": (2, 1024), "batch": (1, 4096), "steps": (1, 10**7), "sample_steps": (1, 1000),
-              "eval_steps": (1, 1000), "window": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100),
+              "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
+              "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100),
               "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
               "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
               "save_every": (1, 10**9), "seed": (0, 2**31)}
     training.check_bounds(args, bounds)
-    if args.prompts not in ("numbers", "words", "neutral"):
-        raise training.RunError(f"--prompts {args.prompts}: expected numbers, words or neutral")
+    if not args.prompts or set(args.prompts) - set(FORMS):
+        raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
+    if args.start not in ("own", "shared"):
+        raise training.RunError(f"--start {args.start}: expected own or shared")
     try:
         args.rewards = {name.strip(): float(weight) for name, weight in
                         (part.split("=") for part in args.reward_weights.split(","))}
