@@ -3,6 +3,7 @@
     python sample.py --v 7 --a 3                                   # the miniature, on any laptop
     python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
     python sample.py --grid 5                                      # the valence-arousal plane as one picture
+    python sample.py --v 7 --a 3 --no-adapter                      # as it was before reward feedback
     python sample.py --v 7 --a 3 --preset paper                    # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
 The target enters the prompt as words; a generator trained by feedback follows them better. The judge says what valence,
@@ -34,9 +35,9 @@ import weights
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
-PRESETS = {  # model, side in pixels, judge
-    "tiny": (TINY, 128, TINY / "judge"),
-    "paper": (PAPER, 512, "Qwen/Qwen2.5-VL-7B-Instruct"),
+PRESETS = {  # model, adapter trained by reward feedback, side in pixels, judge
+    "tiny": (TINY, TINY / "adapter", 128, TINY / "judge"),
+    "paper": (PAPER, None, 512, "Qwen/Qwen2.5-VL-7B-Instruct"),
 }
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a GPU with 48 GB, or 12 GB "
                "with --no-t5 --judge none")
@@ -92,10 +93,11 @@ class Generator:
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None):
+def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, adapter=None):
     """A Generator from a diffusers folder, a hub id or Stability's single file. Raises weights.CheckpointError.
 
     encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
+    adapter: folder of a LoRA of its attention, as train_gen.py or peft writes it, which is merged into the weights.
     All headers are checked before the first tensor is read.
     """
     rest = encoders_from or source
@@ -108,10 +110,15 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     components = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
     for component, where in (components | ({"text_encoder_3": rest} if use_t5 else {})).items():
         weights.index(weights.find(where, component))
+    if adapter is not None:
+        adapter = weights.find(adapter)
+        weights.index(adapter)
     encoders = text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5)  # its tokenizers first
-    return Generator(
-        mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
-        name_of(source))
+    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
+    if adapter is not None:
+        weights.load_lora(adapter, model, model.lora_targets())
+    return Generator(model, vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
+                     name_of(source) + (f" with {name_of(adapter)}" if adapter is not None else ""))
 
 
 def name_of(source):
@@ -169,6 +176,9 @@ def parse_args(argv=None):
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what to draw, without emotion (default: %(default)s)")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: the miniature; paper: SD3.5-Medium")
     parser.add_argument("--model", help="folder, .safetensors file or hub id in place of the preset's model")
+    parser.add_argument("--adapter", help="folder or hub id of an adapter that train_gen.py or peft wrote "
+                                          "(default: the miniature's, unless --model is given)")
+    parser.add_argument("--no-adapter", action="store_true", help="the generator as it was before reward feedback")
     parser.add_argument("--text-encoders", help="folder or hub id of the text encoders, if --model is a single file")
     parser.add_argument("--judge", help="folder or hub id of the judge in place of the preset's, or none")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out: less memory, long prompts read less well")
@@ -197,7 +207,10 @@ def check(args):
     if not args.prompt.strip() or len(args.prompt) > MAX_PROMPT:
         raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {MAX_PROMPT:,} "
                          f"(the text encoders read about 250 words)")
-    model, size, judge = PRESETS[args.preset]
+    if args.adapter and args.no_adapter:
+        raise UsageError("--adapter and --no-adapter: give one of them")
+    model, adapter, size, judge = PRESETS[args.preset]
+    args.adapter = None if args.no_adapter else args.adapter or (adapter if args.model is None else None)
     args.model, args.size, args.judge = args.model or model, args.size or size, args.judge or judge
     if args.grid or args.judge == "none":
         args.judge = None
@@ -235,7 +248,8 @@ def load_judge(args):
 
 def run(args):
     judge = load_judge(args)
-    generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders)
+    generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
+                               adapter=args.adapter)
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
         raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
