@@ -92,10 +92,11 @@ class Generator:
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None):
+def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, encoders_device=None):
     """A Generator from a diffusers folder, a hub id or Stability's single file. Raises weights.CheckpointError.
 
     encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
+    encoders_device: where the text encoders live, if not with the rest.
     All headers are checked before the first tensor is read.
     """
     rest = encoders_from or source
@@ -108,7 +109,8 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     components = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
     for component, where in (components | ({"text_encoder_3": rest} if use_t5 else {})).items():
         weights.index(weights.find(where, component))
-    encoders = text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5)  # its tokenizers first
+    # its tokenizers come first
+    encoders = text_encoders.TextEncoders.from_pretrained(rest, encoders_device or device, dtype, use_t5)
     return Generator(
         mmdit.MMDiT.from_pretrained(source, device, dtype), vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
         name_of(source))
