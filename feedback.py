@@ -23,6 +23,7 @@ PROMPTS = {
              f'one of these words: {{"emotion_class": ""}}',
 }
 TASKS = ("regression", "class")
+ANSWER_LIMIT = 256  # tokens
 
 
 def ask(task, image):
@@ -44,7 +45,7 @@ class Judgement:
         return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
-def judge_images(model, images, batch=32, max_new_tokens=256, progress=tqdm, tasks=TASKS):
+def judge_images(model, images, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm, tasks=TASKS):
     """Judgement of each PIL image: valence, arousal, emotion class, and the reasoning of the first answer (greedy).
 
     tasks: the questions to ask; what is not asked is None.

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 import weights
@@ -169,6 +170,7 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(c, dual=i in c.dual_blocks, last=i == c.depth - 1) for i in range(c.depth))
         self.final_layer = FinalLayer(c)
+        self.checkpointing = False  # recompute the blocks in the backward pass
 
     def forward(self, latents, timestep, context, pooled):
         """Velocity noise − data [B,C,h,w] at `latents` [B,C,h,w].
@@ -185,7 +187,10 @@ class MMDiT(nn.Module):
         cond = self.t_embedder(sinusoids(timestep).to(x.dtype)) + self.y_embedder(pooled)  # [B,D]
         context = self.context_embedder(context)  # [B,L,D]
         for block in self.joint_blocks:
-            x, context = block(x, context, cond)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, context = checkpoint(block, x, context, cond, use_reentrant=False)
+            else:
+                x, context = block(x, context, cond)
         x = self.final_layer(x, cond).view(B, rows, cols, c.patch, c.patch, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h, w)  # [B,C,rows,p,cols,p]
 

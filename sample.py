@@ -93,10 +93,11 @@ class Generator:
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, adapter=None):
+def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, encoders_device=None, adapter=None):
     """A Generator from a diffusers folder, a hub id or Stability's single file. Raises weights.CheckpointError.
 
     encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
+    encoders_device: where the text encoders live, if not with the rest.
     adapter: folder of a LoRA of its attention, as train_gen.py or peft writes it, which is merged into the weights.
     All headers are checked before the first tensor is read.
     """
@@ -113,7 +114,8 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     if adapter is not None:
         adapter = weights.find(adapter)
         weights.index(adapter)
-    encoders = text_encoders.TextEncoders.from_pretrained(rest, device, dtype, use_t5)  # its tokenizers first
+    # its tokenizers come first
+    encoders = text_encoders.TextEncoders.from_pretrained(rest, encoders_device or device, dtype, use_t5)
     model = mmdit.MMDiT.from_pretrained(source, device, dtype)
     if adapter is not None:
         weights.load_lora(adapter, model, model.lora_targets())

@@ -1,6 +1,7 @@
 """Train the generator by Flow-GRPO on the judge's scores (EmoFeedback², section 3.2): reward feedback.
 
     python train_gen.py --data tiny/cache/dataset --out runs/gen                              # the miniature, on a CPU
+    python train_gen.py --preset paper --plan --gpus 1,8,64                                   # memory and time it will need
     torchrun --nproc-per-node 8 train_gen.py --preset paper --data DATASET --out runs/gen     # SD3.5-Medium
 
 A step draws a group of pictures for each of a batch of prompts with a stochastic sampler, has the judge read valence and
@@ -33,6 +34,7 @@ import evaluate as evaluation
 import feedback
 import flow_grpo
 import grpo
+import plan
 import qwen_vl
 import sample
 import training
@@ -63,13 +65,15 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "alpha": (64.0, 64.0, "scale of the adapter"),
     "ema": (0.9, 0.9, "decay of the averaged adapter, which is evaluated and written"),
     "micro": (8, 64, "pictures in one forward and backward pass of a process"),
+    "encoders": ("gpu", "gpu", "where the text encoders live: gpu, with the generator; cpu; or leave: all prompts of the "
+                 "run are encoded at its start, and the encoders are freed"),
     "max_grad_norm": (1.0, 1.0, "the gradient is scaled down to this norm"),
     "eval_every": (60, 50, "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, "held-out prompts in an evaluation"),
     "save_every": (50, 25, "steps between checkpoints"),
     "seed": (0, 0, "of the prompts' order and of all noise"),
 }
-FREE = {"eval_every", "eval_rows", "save_every", "micro"}  # may change when a run goes on
+FREE = {"eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change when a run goes on
 CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error",
           "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
           "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
@@ -142,19 +146,29 @@ def errors(values, rows):
 
 
 class Contexts:
-    """Text-encoder outputs, each prompt encoded once."""
+    """Text-encoder outputs, each prompt encoded once and kept in host memory."""
 
     def __init__(self, generator):
         self.generator, self.known = generator, {}
 
+    def encode(self, text):
+        if text not in self.known:  # one by one: in a batch the rounding would depend on the others
+            dtype = self.generator.mmdit.pos_embed.dtype
+            self.known[text] = [z[0].to(dtype).cpu() for z in self.generator.encoders.encode([text])]
+        return self.known[text]
+
+    def encode_all(self, prompts, progress):
+        """Encode every prompt, after which the encoders are not needed, and free their memory."""
+        for text in tqdm(prompts, desc="prompts", leave=False, disable=not progress):
+            self.encode(text)
+        self.generator.encoders = None
+        if self.generator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def __call__(self, prompts, guidance):
         """(context, pooled) of the prompts, with as many rows of the empty prompt in front if guidance > 1."""
         texts = [""] * len(prompts) * (guidance > 1) + list(prompts)
-        for text in texts:
-            if text not in self.known:  # one by one: in a batch the rounding would depend on the others
-                dtype = self.generator.mmdit.pos_embed.dtype
-                self.known[text] = [z[0].to(dtype).cpu() for z in self.generator.encoders.encode([text])]
-        pairs = [self.known[t] for t in texts]
+        pairs = [self.encode(text) for text in texts]
         return tuple(torch.stack(z).to(self.generator.device) for z in zip(*pairs))
 
 
@@ -333,7 +347,9 @@ def load_models(args, processes):
     if args.pickscore != "none":
         own = (Path(args.pickscore) / "preprocessor_config.json").exists()
         scorer = clip.CLIP.from_pretrained(args.pickscore, device, processor=None if own else clip.PICKSCORE_PROCESSOR)
-    generator = sample.load_generator(args.model, device, use_t5=not args.no_t5)
+    generator = sample.load_generator(args.model, device, use_t5=not args.no_t5,
+                                      encoders_device="cpu" if args.encoders == "cpu" else None)
+    generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
     weights.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.rank, args.alpha)
     trained = [p for p in generator.mmdit.parameters() if p.requires_grad]
@@ -346,7 +362,7 @@ def load_models(args, processes):
 
 def train(args, processes):
     rows, held_out = data.load_rows(args.data, "train"), data.load_rows(args.data, "test")[:args.eval_rows]
-    unsaved = ("out", "device", "rewards")
+    unsaved = ("out", "device", "rewards", "plan", "gpus")
     settings = {k: v for k, v in vars(args).items() if k not in unsaved} | {"data": str(args.data)}
     run = training.Run(args.out, settings, processes, fixed=[k for k in settings if k not in FREE])
     state = run.load()
@@ -365,6 +381,8 @@ def train(args, processes):
                      f"{weights.count_parameters(models.generator.mmdit) / 1e6:,.1f} M, on {processes.world} × "
                      f"{processes.device.type}; {len(rows):,} prompts, {args.steps:,} steps of {args.batch} × {args.group} "
                      f"pictures" + (f"; goes on after step {start:,}" if start else ""))
+    if args.encoders == "leave":
+        contexts.encode_all(own_prompts(start, rows, held_out, args, processes), processes.first)
     figures = partial(evaluate, models, contexts, held_out, args, processes)
     if not start:
         run.log({"step": 0, **{f"eval_{k}": v for k, v in figures(args.out / "strips" / "00000000.png").items()}})
@@ -408,6 +426,14 @@ def train(args, processes):
     return 0
 
 
+def own_prompts(start, rows, held_out, args, processes):
+    """Every prompt that this process still needs: those of its share of all steps from `start` on, its held-out ones, and
+    the empty one."""
+    trained = (w.prompt for step in range(start, args.steps) for w in processes.share(wishes_of(step, rows, args)))
+    tested = (prompt_of(row, args.prompts[0]) for row in held_out[processes.rank::processes.world])
+    return list(dict.fromkeys(["", *trained, *tested]))
+
+
 def table(records):
     """Markdown of the first and the last evaluation, with a warning if judge and meter have drifted apart."""
     first, last = (next((r for r in order if "eval_total" in r), {}) for order in (records, records[::-1]))
@@ -442,6 +468,11 @@ def parse_args(argv=None):
     parser = training.make_parser(__doc__, SETTINGS, "runs/gen", {"prompts": lambda text: tuple(text.split(","))})
     parser.add_argument("--pickscore-only", action="store_true", help="the same as --reward-weights pickscore=1")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    parser.add_argument("--plan", action="store_true", help="no training: print what these settings need on GPUs, from "
+                        "the models' configurations alone")
+    parser.add_argument("--gpus", type=plan.counts, default=(1, 8, 64), help="with --plan: numbers of GPUs "
+                        "(default: 1,8,64)")
     args = training.parse(parser, SETTINGS, argv)
     if args.pickscore_only:
         args.reward_weights = "pickscore=1"
@@ -457,10 +488,13 @@ def check(args):
               "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
               "save_every": (1, 10**9), "seed": (0, 2**31)}
     training.check_bounds(args, bounds)
+    if args.size % 16:
+        raise training.RunError(f"--size {args.size}: expected a multiple of 16")
     if not args.prompts or set(args.prompts) - set(FORMS):
         raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
-    if args.start not in ("own", "shared"):
-        raise training.RunError(f"--start {args.start}: expected own or shared")
+    for name, known in (("start", ("own", "shared")), ("encoders", ("gpu", "cpu", "leave"))):
+        if getattr(args, name) not in known:
+            raise training.RunError(f"--{name} {getattr(args, name)}: expected {', '.join(known[:-1])} or {known[-1]}")
     try:
         args.rewards = {name.strip(): float(weight) for name, weight in
                         (part.split("=") for part in args.reward_weights.split(","))}
@@ -476,7 +510,10 @@ def check(args):
 
 
 def main(argv=None):
-    return training.run_program(parse_args(argv), check, train)
+    args = parse_args(argv)
+    if args.plan:
+        args.device = "cpu"  # whatever the run will use
+    return training.run_program(args, check, plan.show if args.plan else train)
 
 
 if __name__ == "__main__":

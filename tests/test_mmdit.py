@@ -121,6 +121,31 @@ def test_gradients_flow_to_every_parameter():
     assert idle == ["joint_blocks.2.context_block.attn.ln_q.weight"]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_changes_neither_output_nor_gradients(lora):
+    torch.manual_seed(0)
+    model = mmdit.MMDiT(SMALL)
+    model.pos_embed.normal_()
+    if lora:
+        weights.add_lora(model, model.lora_targets(), 4, 8)
+    shake(model)
+    outputs, gradients, recomputed = [], [], []
+    for block in model.joint_blocks:
+        block.register_forward_pre_hook(lambda *_: recomputed.append(model.checkpointing))
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        outputs.append(model(*inputs(SMALL)))
+        outputs[-1].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert recomputed == [False] * 3 + [True] * 6  # each block starts twice
+    assert torch.equal(*outputs)
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+    with torch.no_grad():
+        assert torch.equal(model(*inputs(SMALL)), outputs[0])
+    assert len(recomputed) == 12  # without gradients nothing is run again
+
+
 def test_latents_that_do_not_fit_are_refused():
     model = mmdit.MMDiT(SMALL)
     for size in ((7, 8), (8, 26)):

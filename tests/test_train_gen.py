@@ -141,6 +141,34 @@ def test_each_prompt_is_encoded_once(monkeypatch):
     assert torch.equal(again[0], context[4])
 
 
+@pytest.mark.parametrize("flags", [["--encoders", "cpu"], ["--encoders", "leave"], ["--checkpointing"]])
+def test_where_the_encoders_live_and_recomputing_change_nothing(dataset, unbroken, tmp_path, flags):
+    finish(start(dataset, tmp_path / "run", *SMALL, "--steps", 5, *flags))
+    same_end(tmp_path / "run", unbroken[0])
+
+
+def test_a_run_may_go_on_with_the_encoders_elsewhere(dataset, unbroken, tmp_path):
+    launch.kill_inside_second_checkpoint("train_gen", dataset, tmp_path / "run", *SMALL, "--steps", 5)
+    finish(start(dataset, tmp_path / "run", *SMALL, "--steps", 5, "--encoders", "leave", "--checkpointing"))
+    same_end(tmp_path / "run", unbroken[0])
+
+
+def test_encoders_that_leave_encode_the_prompts_of_this_process_once_and_are_gone(dataset, monkeypatch):
+    args = train_gen.parse_args(["--batch", "4", "--steps", "3", "--prompts", "words,numbers"])
+    train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
+    shares = [train_gen.own_prompts(0, train, test, args, training.Processes(rank, 2, torch.device("cpu")))
+              for rank in range(2)]
+    drawn = {w.prompt for step in range(3) for w in train_gen.wishes_of(step, train, args)}
+    assert set().union(*shares) == {"", *drawn, *(train_gen.prompt_of(row, "words") for row in test)}
+    assert all(len(own) == len(set(own)) <= 1 + 3 * 2 + 2 for own in shares)
+    generator = sample.load_generator(sample.TINY)
+    contexts, expected = train_gen.Contexts(generator), train_gen.Contexts(sample.load_generator(sample.TINY))
+    contexts.encode_all(shares[0], progress=False)
+    assert generator.encoders is None
+    for ours, theirs in zip(contexts(shares[0][1:], 4.5), expected(shares[0][1:], 4.5), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_papers_settings_are_the_defaults_of_its_preset():
     args = train_gen.parse_args(["--preset", "paper"])
     assert (args.group, args.batch, args.steps, args.sample_steps, args.eval_steps, args.size) == (8, 16, 1000, 10, 25, 512)
@@ -150,7 +178,9 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
 
 @pytest.mark.parametrize("flags, message", [
     (["--group", "1"], "--group 1: expected 2"), (["--window", "5"], "--window 5: expected 0..4"),
-    (["--prompts", "verse"], "--prompts verse"), (["--reward-weights", "joy=1"], "--reward-weights joy=1"),
+    (["--prompts", "verse"], "--prompts verse"), (["--encoders", "moon"], "--encoders moon"),
+    (["--size", "72"], "--size 72"),
+    (["--reward-weights", "joy=1"], "--reward-weights joy=1"),
     (["--reward-weights", "emotion"], "--reward-weights emotion"), (["--judge", "none"], "--judge none"),
     (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
     (["--model", "./nothing"], "no such file or folder")])
