@@ -14,6 +14,7 @@ A run started again with the same command goes on after its last checkpoint and 
 this file: settings, rollout, update, evaluation, the run.
 """
 
+import functools
 import math
 import random
 import signal
@@ -48,13 +49,14 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "prompts": (("numbers",), ("numbers",), "how the target enters the prompt: numbers, words, emotional (the row's own "
                 "words) or neutral; several with commas are drawn from, and the first is evaluated"),
     "group": (8, 8, "pictures of each prompt, G"),
+    "guided": (4, 4, "of these, drawn with the row's emotional prompt, which only training has"),
     "batch": (16, 8, "prompts in a step, over all processes"),
     "steps": (1000, 150, "training steps"),
     "sample_steps": (10, 10, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 3, "how many of the T steps are stochastic and trained; 0: all"),
     "window_within": (0, 0, "the window lies within the first so many of the T steps; 0: anywhere"),
-    "start": ("own", "own", "starting noise: own for each picture, or shared by a group"),
+    "group_noise": ("own", "own", "starting noise: own for each picture, or shared by its group"),
     "size": (512, 128, "side of the pictures in pixels"),
     "guidance": (4.5, 4.5, "classifier-free guidance"),
     "noise_level": (0.7, 0.7, "of the stochastic sampler"),
@@ -108,15 +110,17 @@ class Wish:
     number: int
     g: int
     row: data.Row
-    prompt: str
+    prompt: str  # that the model is trained to follow
+    drawn: str  # that it is drawn with
 
 
 def wishes_of(step, rows, args):
     """The batch × group pictures of step `step`, group by group: every epoch is its own permutation of the rows."""
     out = []
     for number, place in enumerate(training.batch_places(step, args.batch, len(rows), args.seed)):
-        form = random.Random(f"form {args.seed} {step} {number}").choice(args.prompts)
-        out += [Wish(number, g, rows[place], prompt_of(rows[place], form)) for g in range(args.group)]
+        prompt = prompt_of(rows[place], random.Random(f"form {args.seed} {step} {number}").choice(args.prompts))
+        guide = prompt_of(rows[place], "emotional")
+        out += [Wish(number, g, rows[place], prompt, guide if g < args.guided else prompt) for g in range(args.group)]
     return out
 
 
@@ -176,7 +180,7 @@ class Contexts:
 class Chunk:
     """Pictures that are drawn, and later evaluated, in one batch."""
     trajectory: flow_grpo.Trajectory
-    context: torch.Tensor
+    context: torch.Tensor  # of the prompts that the model is trained to follow
     pooled: torch.Tensor
     places: slice  # of this process's pictures
 
@@ -192,12 +196,15 @@ def roll_out(models, contexts, wishes, args, step, overlap):
         for start in range(0, len(wishes), args.micro):
             part = wishes[start:start + args.micro]
             seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in part]
-            starts = seeds if args.start == "own" else [
+            starts = seeds if args.group_noise == "own" else [
                 torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in part]
+            trajectory = flow_grpo.sample_sde(
+                generator.mmdit, noise_for(generator, args.size, starts), *contexts([w.drawn for w in part], args.guidance),
+                args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
             context, pooled = contexts([w.prompt for w in part], args.guidance)
-            trajectory = flow_grpo.sample_sde(generator.mmdit, noise_for(generator, args.size, starts), context, pooled,
-                                              args.sample_steps, args.guidance, generator.shift, args.noise_level, window,
-                                              seeds)
+            if any(w.drawn != w.prompt for w in part):  # how likely were these steps under the prompt that is trained?
+                for k, kept in enumerate(trajectory.steps):
+                    kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
             chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
             images = sample.to_images(generator.decode(trajectory.latents))
             scored.append(pool.submit(score_beside, generator.device, images, [w.row for w in part], models, args.rewards))
@@ -216,8 +223,13 @@ def score_beside(device, *args):
     """`rewards_of`, on a GPU in a stream of its own, so that it runs beside what the main thread does there."""
     if device.type != "cuda":
         return rewards_of(*args)
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.stream(side_stream(device)):
         return rewards_of(*args)
+
+
+@functools.cache  # one for the run: the memory that a stream has used stays its own
+def side_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def noise_for(generator, size, seeds):
@@ -481,8 +493,8 @@ def parse_args(argv=None):
 
 def check(args):
     """Refuse senseless settings before anything is loaded; reads the reward weights. Raises training.RunError."""
-    bounds = {"group": (2, 1024), "batch": (1, 4096), "steps": (1, 10**7), "sample_steps": (1, 1000),
-              "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
+    bounds = {"group": (2, 1024), "guided": (0, args.group), "batch": (1, 4096), "steps": (1, 10**7),
+              "sample_steps": (1, 1000), "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
               "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100),
               "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
               "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
@@ -492,9 +504,10 @@ def check(args):
         raise training.RunError(f"--size {args.size}: expected a multiple of 16")
     if not args.prompts or set(args.prompts) - set(FORMS):
         raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
-    for name, known in (("start", ("own", "shared")), ("encoders", ("gpu", "cpu", "leave"))):
-        if getattr(args, name) not in known:
-            raise training.RunError(f"--{name} {getattr(args, name)}: expected {', '.join(known[:-1])} or {known[-1]}")
+    for flag, value, known in (("group-noise", args.group_noise, ("own", "shared")),
+                               ("encoders", args.encoders, ("gpu", "cpu", "leave"))):
+        if value not in known:
+            raise training.RunError(f"--{flag} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
     try:
         args.rewards = {name.strip(): float(weight) for name, weight in
                         (part.split("=") for part in args.reward_weights.split(","))}

@@ -51,7 +51,8 @@ def test_a_generator_that_draws_the_scenes_themselves_is_measured_as_nearly_perf
         return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
 
     measured = evaluate.measure(draw, cases, "words", batch=7, seed=0)
-    result = evaluate.scores([case[1:] for case in cases], measured)
+    assert measured["judge"] == measured["clip"] == []
+    result = evaluate.scores([case[1:] for case in cases], measured["meter"])
     assert result["v_error"] < 0.5 and result["a_error"] < 0.5 and min(result["v_spearman"], result["a_spearman"]) > 0.9
 
 
@@ -60,7 +61,7 @@ def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well():
     result = {}
     for form in evaluate.FORMS:
         measured = evaluate.measure(lambda p, s: generator.draw(p, s, 128, steps=10), cases, form, batch=20, seed=0)
-        result[form] = evaluate.scores([case[1:] for case in cases], measured)
+        result[form] = evaluate.scores([case[1:] for case in cases], measured["meter"])
     assert min(result["words"]["v_spearman"], result["words"]["a_spearman"]) >= 0.7
     assert result["numbers"]["a_error"] > result["words"]["a_error"]
 
@@ -73,9 +74,20 @@ def test_the_program_prints_a_table_and_writes_json(tmp_path, capsys):
     assert set(written["results"]) == {"numbers", "words"} and written["arguments"]["cases"] == 4
 
 
+def test_a_judge_adds_its_own_errors(tmp_path, capsys):
+    flags = ["--cases", "4", "--steps", "8", "--forms", "words", "--out", str(tmp_path),
+             "--judge", str(sample.TINY / "judge")]
+    assert evaluate.main(flags) == 0
+    result = json.loads((tmp_path / "evaluate.json").read_text())["results"]["words"]
+    assert "V-Error by judge" in capsys.readouterr().out and 0 <= result["judge_v_error"] < 8
+    assert result["judge_unreadable"] < 1 and 0 < result["clip_score"] <= 100
+
+
 def test_bad_arguments_and_models_end_with_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--cases", "1"])
     assert end.value.code == 2
+    with pytest.raises(SystemExit):
+        evaluate.main(["--forms", "verse"])
     assert evaluate.main(["--model", "./nowhere", "--out", str(tmp_path)]) == 2
     assert "no such file" in capsys.readouterr().err

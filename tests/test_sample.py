@@ -122,7 +122,7 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
-    assert image.text["model"] == "tiny/weights" and image.text["judge"] == "tiny/weights/judge"
+    assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
     assert out.splitlines()[:2] == [f"{paths[0]}  {numbers}", f"    {image.text['reasoning']}"]
@@ -193,6 +193,18 @@ def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, caps
     assert "kept" in capsys.readouterr().err
 
 
+def test_the_adapter_is_used_unless_told_otherwise_or_another_model_is_given(tmp_path):
+    flags = {"by default": (), "named": ("--adapter", sample.TINY / "adapter"), "none": ("--no-adapter",),
+             "of another model": ("--model", sample.TINY)}
+    pixels, models = {}, {}
+    for name, extra in flags.items():
+        assert run("--v", 7, "--a", 3, "--steps", 2, "--judge", "none", "--out", tmp_path / name, *extra) == 0
+        image = Image.open(tmp_path / name / "v7_a3_seed0.png")
+        pixels[name], models[name] = image.tobytes(), image.text["model"]
+    assert pixels["by default"] == pixels["named"] != pixels["none"] == pixels["of another model"]
+    assert models["by default"].endswith("with tiny/weights/adapter") and models["none"] == "tiny/weights"
+
+
 BAD = {
     "v too high": (("--v", 12, "--a", 3), "1..9"),
     "v not a number": (("--v", "nan", "--a", 3), "finite"),
@@ -208,6 +220,9 @@ BAD = {
     "one-cell grid": (("--grid", 1), "2..9"),
     "missing judge": (("--v", 5, "--a", 5, "--judge", "./nobody"), "no such file or folder"),
     "a generator as judge": (("--v", 5, "--a", 5, "--judge", sample.TINY / "vae"), "not a Qwen2.5-VL"),
+    "missing adapter": (("--v", 5, "--a", 5, "--adapter", "./nothing"), "no such file or folder"),
+    "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", sample.TINY / "judge"), "adapter_config.json"),
+    "adapter and none": (("--v", 5, "--a", 5, "--adapter", "a", "--no-adapter"), "give one of them"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
 }
 

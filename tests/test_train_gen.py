@@ -3,6 +3,8 @@
 import json
 import signal
 import time
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +22,8 @@ import weights
 from tests import launch
 from tests.launch import finish
 
-SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 --eval-every 0 "
-         "--save-every 2 --device cpu").split()
+SMALL = ("--group 2 --guided 1 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 "
+         "--eval-every 0 --save-every 2 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,58 @@ def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
             if "clip_fraction" in key or a[key] is None:
                 continue
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+
+
+def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
+    small = [*SMALL, "--steps", 2, "--batch", 1]
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(start(dataset, tmp_path / name, *small, processes=processes))
+    for a, b in zip(without_times(tmp_path / "one"), without_times(tmp_path / "two"), strict=True):
+        for key in ({"reward", "reward_std", "kl", "grad_norm", "eval_total"} & set(a)):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-4, rel=1e-4), (a["step"], key)
+
+
+@pytest.fixture(scope="module")
+def ready(dataset):
+    """(models, contexts, rows, settings) to roll out with."""
+    args = train_gen.parse_args(["--data", str(dataset), *SMALL])
+    train_gen.check(args)
+    models, _ = train_gen.load_models(args, training.Processes(0, 1, torch.device("cpu")))
+    return models, train_gen.Contexts(models.generator), data.load_rows(dataset, "train"), args
+
+
+def roll_out(ready, overlap=False, **settings):
+    models, contexts, rows, args = ready
+    args = Namespace(**vars(args) | settings)
+    return train_gen.roll_out(models, contexts, train_gen.wishes_of(0, rows, args), args, 0, overlap)
+
+
+def test_judging_beside_drawing_changes_nothing(ready):
+    (_, apart), (_, beside) = roll_out(ready), roll_out(ready, overlap=True)
+    assert all(torch.equal(apart[name], beside[name]) for name in apart)
+
+
+def test_a_group_starts_from_one_noise_only_if_told_and_then_parts(ready):
+    for start_from, shared in (("own", False), ("shared", True)):
+        chunks, _ = roll_out(ready, group_noise=start_from, window=1, window_within=1)
+        for chunk in chunks:  # a chunk of two is a group here
+            assert [kept.index for kept in chunk.trajectory.steps] == [0]
+            kept = chunk.trajectory.steps[0]
+            assert torch.equal(kept.before[0], kept.before[1]) == shared
+            assert not torch.equal(kept.after[0], kept.after[1])
+
+
+def test_the_target_enters_the_prompt_in_the_forms_asked_for(ready):
+    _, _, rows, args = ready
+    row = rows[0]
+    assert train_gen.prompt_of(row, "neutral") == row.neutral and train_gen.prompt_of(row, "emotional") == row.emotional
+    assert f"valence {row.v:.1f}, arousal {row.a:.1f}" in train_gen.prompt_of(row, "numbers")
+    assert train_gen.prompt_of(replace(row, emotional=None), "emotional") == train_gen.prompt_of(row, "words")
+    wishes = [w for step in range(8) for w in train_gen.wishes_of(step, rows, Namespace(**vars(args) | {
+        "prompts": ("numbers", "words")}))]
+    forms = [next(f for f in ("numbers", "words") if w.prompt == train_gen.prompt_of(w.row, f)) for w in wishes]
+    assert 2 < forms.count("words") / args.group < 14
+    assert all(a == b for a, b in zip(forms[::2], forms[1::2]))  # a group shares its prompt
 
 
 def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(monkeypatch):
@@ -178,7 +232,8 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
 
 @pytest.mark.parametrize("flags, message", [
     (["--group", "1"], "--group 1: expected 2"), (["--window", "5"], "--window 5: expected 0..4"),
-    (["--prompts", "verse"], "--prompts verse"), (["--encoders", "moon"], "--encoders moon"),
+    (["--prompts", "verse"], "--prompts verse"), (["--group-noise", "same"], "--group-noise same"),
+    (["--window-within", "1"], "--window 2: expected 0..1"), (["--encoders", "moon"], "--encoders moon"),
     (["--size", "72"], "--size 72"),
     (["--reward-weights", "joy=1"], "--reward-weights joy=1"),
     (["--reward-weights", "emotion"], "--reward-weights emotion"), (["--judge", "none"], "--judge none"),

@@ -35,24 +35,34 @@ ABLATIONS = {  # row of the table: (folder, flags, dataset)
 }
 
 
-def train(runs, jobs, extra):
-    """Train the judges that are not there yet, `jobs` at a time and each with its share of the cores: so small a model
-    gains little from a second thread. runs: [(folder, seed, flags, dataset)]."""
+def run_missing(runs, jobs, what):
+    """Make the products that are not there yet, `jobs` runs at a time and each with its share of the cores: so small a model
+    gains little from a second thread. runs: [(folder, product within it, commands)]; what the commands say goes to the
+    folder's output.txt."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    missing = [run for run in runs if not (STUDY / run[0] / "judge" / "model.safetensors").exists()]
+    missing = [run for run in runs if not (run[0] / run[1]).exists()]
 
     def one(run):
-        folder, seed, flags, dataset = run
-        (STUDY / folder).mkdir(parents=True, exist_ok=True)
-        with open(STUDY / folder / "output.txt", "a") as output:
-            done = subprocess.run([sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data",
-                                   DATASETS / dataset, "--out", STUDY / folder, "--seed", str(seed), *flags, *extra],
-                                  stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-        if done.returncode:
-            raise training.RunError(f"the run {folder} ended with code {done.returncode}; see {STUDY / folder}/output.txt")
+        folder, _, commands = run
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a") as output:
+            for command in commands:
+                done = subprocess.run(list(map(str, command)), stdout=output, stderr=output,
+                                      env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+                if done.returncode:
+                    raise training.RunError(f"the run {folder.name} ended with code {done.returncode}; see "
+                                            f"{folder}/output.txt")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(one, missing), total=len(missing), desc="judges", unit="run"))
+        list(tqdm(pool.map(one, missing), total=len(missing), desc=what, unit="run"))
+
+
+def run_of(folder, seed, flags, dataset, extra):
+    """(folder, product, commands) of one judge's training."""
+    out = STUDY / folder
+    return out, "judge/tokenizer_config.json", [[  # the file that is written last
+        sys.executable, HERE.parent / "train_judge.py", "--model", SUPERVISED, "--data", DATASETS / dataset, "--out", out,
+        "--seed", seed, *flags, *extra]]
 
 
 def evaluations(folder):
@@ -85,7 +95,7 @@ def main(argv=None):
     if not args.no_ablations:
         runs += [(folder, 0, flags, dataset) for folder, flags, dataset in ABLATIONS.values()]
     try:
-        train(runs, args.jobs, extra)
+        run_missing([run_of(*run, extra) for run in runs], args.jobs, "judges")
     except training.RunError as error:
         sys.exit(f"error: {error}")
     pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]

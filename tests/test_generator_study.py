@@ -1,0 +1,51 @@
+"""The study of reward feedback: every run once, and a table of what was measured."""
+
+import json
+
+import pytest
+
+import data
+import sample
+import train_judge
+from tiny import generator_study
+
+SMALL = ("--cases 4 --steps 1 --group 2 --guided 1 --batch 2 --micro 4 --sample-steps 2 --eval-steps 2 --eval-rows 4 "
+         "--size 64 --window 1").split()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name, path in (("SUPERVISED", train_judge.TINY), ("STUDY", tmp_path / "study"), ("DATASET", tmp_path / "dataset"),
+                       ("SHIPPED", tmp_path / "shipped"), ("SEEDS", (0, 1))):
+        monkeypatch.setattr(generator_study, name, path)
+    rows = generator_study.ROWS
+    monkeypatch.setattr(generator_study, "ROWS", {name: rows[name] for name in list(rows)[:2]})
+    data.write_tiny(tmp_path / "dataset", 4, 4)
+    return tmp_path
+
+
+def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
+    generator_study.main(SMALL)
+    first = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in first.splitlines()]
+    assert rows == ["rewards", "---", "base", "judge and PickScore"] and first.count("±") == 2 * len(generator_study.FIGURES)
+    assert sample.load_generator(sample.TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
+    files = [folders / f"study/{name}_seed1/evaluate.json" for name in ("base", "both")]
+    facts = [json.loads(file.read_text())["arguments"] for file in files]
+    assert facts[0]["adapter"] is None and facts[1]["adapter"].endswith("both_seed1/adapter")
+    assert {f["seed"] for f in facts} == {1}
+    written = (folders / "study/both_seed0/evaluate.json").stat().st_mtime_ns
+    generator_study.main(SMALL)
+    assert capsys.readouterr().out == first
+    assert (folders / "study/both_seed0/evaluate.json").stat().st_mtime_ns == written
+
+
+def test_a_failed_run_is_named(folders):
+    with pytest.raises(SystemExit, match=r"the run both_seed0 ended with code 2; see .*output.txt"):
+        generator_study.main([*SMALL, "--window", "9"])
+
+
+def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatch):
+    monkeypatch.setattr(generator_study, "SUPERVISED", folders / "nothing")
+    with pytest.raises(SystemExit, match=r"pretrain.py judge"):
+        generator_study.main([])
