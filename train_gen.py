@@ -56,6 +56,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 3, "how many of the T steps are stochastic and trained; 0: all"),
     "window_within": (0, 0, "the window lies within the first so many of the T steps; 0: anywhere"),
+    "step_weights": ("equal", "noise", "of the trained steps: equal, or noise, so that all noise levels have a say"),
     "group_noise": ("own", "own", "starting noise: own for each picture, or shared by its group"),
     "size": (512, 128, "side of the pictures in pixels"),
     "guidance": (4.5, 4.5, "classifier-free guidance"),
@@ -195,16 +196,7 @@ def roll_out(models, contexts, wishes, args, step, overlap):
     with ThreadPoolExecutor(1) as pool:
         for start in range(0, len(wishes), args.micro):
             part = wishes[start:start + args.micro]
-            seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in part]
-            starts = seeds if args.group_noise == "own" else [
-                torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in part]
-            trajectory = flow_grpo.sample_sde(
-                generator.mmdit, noise_for(generator, args.size, starts), *contexts([w.drawn for w in part], args.guidance),
-                args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
-            context, pooled = contexts([w.prompt for w in part], args.guidance)
-            if any(w.drawn != w.prompt for w in part):  # how likely were these steps under the prompt that is trained?
-                for k, kept in enumerate(trajectory.steps):
-                    kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
+            trajectory, context, pooled = draw(generator, contexts, part, args, step, window)
             chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
             images = sample.to_images(generator.decode(trajectory.latents))
             scored.append(pool.submit(score_beside, generator.device, images, [w.row for w in part], models, args.rewards))
@@ -212,6 +204,47 @@ def roll_out(models, contexts, wishes, args, step, overlap):
                 scored[-1].result()
         parts = [each.result() for each in scored]
     return chunks, {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def draw(generator, contexts, wishes, args, step, window):
+    """(Trajectory of the wishes in one batch, context and pooled vectors of the prompts to follow).
+
+    Guided pictures are drawn from their emotional prompts by the model without its adapter, so that what guides does not
+    move with what is trained. Their steps then count with the probability that the model to be trained, given its own
+    prompt, has of taking them.
+    """
+    def of(rows):
+        own = [wishes[i] for i in rows]
+        seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in own]
+        starts = seeds if args.group_noise == "own" else [
+            torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in own]
+        return flow_grpo.sample_sde(
+            generator.mmdit, noise_for(generator, args.size, starts), *contexts([w.drawn for w in own], args.guidance),
+            args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
+
+    context, pooled = contexts([w.prompt for w in wishes], args.guidance)
+    guided = [i for i, w in enumerate(wishes) if w.drawn != w.prompt]
+    unguided = [i for i, w in enumerate(wishes) if w.drawn == w.prompt]
+    if not guided:
+        return of(unguided), context, pooled
+    with weights.lora_disabled(generator.mmdit):
+        trajectory = of(guided)
+    if unguided:
+        trajectory = interleave(trajectory, of(unguided), guided + unguided)
+    for k, kept in enumerate(trajectory.steps):
+        kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
+    return trajectory, context, pooled
+
+
+def interleave(a, b, places):
+    """Trajectories a and b in one, their rows at `places`, those of a first."""
+    order = torch.tensor(places).argsort()
+
+    def rows(x, y):
+        return torch.cat([x, y])[order.to(x.device)]
+    steps = [flow_grpo.KeptStep(p.index, rows(p.before, q.before), rows(p.after, q.after), rows(p.log_prob, q.log_prob))
+             for p, q in zip(a.steps, b.steps, strict=True)]
+    return flow_grpo.Trajectory(rows(a.latents, b.latents), steps, a.sigmas, a.guidance, a.noise_level)
 
 
 def seed_of(seed, step, number, g):
@@ -259,6 +292,7 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
             step = flow_grpo.evaluate_step(model, chunk.trajectory, k, chunk.context, chunk.pooled)
             loss, metrics = flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, advantages[chunk.places], step.mean,
                                                      reference, step.sigma_t, args.clip, args.beta, normalizer=count)
+            loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
             loss.backward()
             sums["loss"] += float(loss.detach())
             for key in ("ratio", "clip_fraction", "kl"):
@@ -271,6 +305,16 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
     norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
     optimizer.step()
     return {**sums, "picture_steps": count}, {"ratio_max_deviation": worst, "grad_norm": norm}
+
+
+def step_weight(step, trajectory, index, kind):
+    """Weight of a trained step's loss. The gradient of a log-probability by the velocity is proportional to √−dt/σ_t, many
+    times as large at the end of a trajectory as at its start, where a picture's mood is settled. "noise" takes that factor
+    away, in units of the noise level."""
+    if kind == "equal":
+        return 1.0
+    dt = float(trajectory.sigmas[index] - trajectory.sigmas[index + 1])
+    return step.sigma_t / math.sqrt(dt) / trajectory.noise_level
 
 
 class Average:
@@ -441,7 +485,8 @@ def train(args, processes):
 def own_prompts(start, rows, held_out, args, processes):
     """Every prompt that this process still needs: those of its share of all steps from `start` on, its held-out ones, and
     the empty one."""
-    trained = (w.prompt for step in range(start, args.steps) for w in processes.share(wishes_of(step, rows, args)))
+    trained = (prompt for step in range(start, args.steps) for w in processes.share(wishes_of(step, rows, args))
+               for prompt in (w.prompt, w.drawn))
     tested = (prompt_of(row, args.prompts[0]) for row in held_out[processes.rank::processes.world])
     return list(dict.fromkeys(["", *trained, *tested]))
 
@@ -505,6 +550,7 @@ def check(args):
     if not args.prompts or set(args.prompts) - set(FORMS):
         raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
     for flag, value, known in (("group-noise", args.group_noise, ("own", "shared")),
+                               ("step-weights", args.step_weights, ("equal", "noise")),
                                ("encoders", args.encoders, ("gpu", "cpu", "leave"))):
         if value not in known:
             raise training.RunError(f"--{flag} {value}: expected {', '.join(known[:-1])} or {known[-1]}")

@@ -122,7 +122,7 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
-    assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
+    assert image.text["model"] == "tiny/weights" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
     assert out.splitlines()[:2] == [f"{paths[0]}  {numbers}", f"    {image.text['reasoning']}"]
@@ -193,16 +193,21 @@ def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, caps
     assert "kept" in capsys.readouterr().err
 
 
-def test_the_adapter_is_used_unless_told_otherwise_or_another_model_is_given(tmp_path):
-    flags = {"by default": (), "named": ("--adapter", sample.TINY / "adapter"), "none": ("--no-adapter",),
-             "of another model": ("--model", sample.TINY)}
-    pixels, models = {}, {}
-    for name, extra in flags.items():
+def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
+    model = sample.load_generator(sample.TINY).mmdit
+    torch.manual_seed(0)
+    sample.weights.add_lora(model, model.lora_targets(), 4, 8.0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    sample.weights.save_lora(tmp_path / "adapter", model, model.lora_targets(), 4, 8.0, "tiny/weights")
+    pictures = {}
+    for name, extra in {"with": ("--adapter", tmp_path / "adapter"), "without": ("--no-adapter",)}.items():
         assert run("--v", 7, "--a", 3, "--steps", 2, "--judge", "none", "--out", tmp_path / name, *extra) == 0
-        image = Image.open(tmp_path / name / "v7_a3_seed0.png")
-        pixels[name], models[name] = image.tobytes(), image.text["model"]
-    assert pixels["by default"] == pixels["named"] != pixels["none"] == pixels["of another model"]
-    assert models["by default"].endswith("with tiny/weights/adapter") and models["none"] == "tiny/weights"
+        pictures[name] = Image.open(tmp_path / name / "v7_a3_seed0.png")
+    assert pictures["with"].tobytes() != pictures["without"].tobytes()
+    assert pictures["with"].text["model"] == f"tiny/weights with {tmp_path / 'adapter'}"
+    assert pictures["without"].text["model"] == "tiny/weights"
 
 
 BAD = {
