@@ -49,7 +49,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "prompts": (("numbers",), ("numbers",), "how the target enters the prompt: numbers, words, emotional (the row's own "
                 "words) or neutral; several with commas are drawn from, and the first is evaluated"),
     "group": (8, 8, "pictures of each prompt, G"),
-    "guided": (4, 4, "of these, drawn with the row's emotional prompt, which only training has"),
+    "guided": (0, 4, "of these, drawn with the row's emotional prompt, which only training has"),
     "batch": (16, 8, "prompts in a step, over all processes"),
     "steps": (1000, 150, "training steps"),
     "sample_steps": (10, 10, "steps of the stochastic sampler, T"),

@@ -212,9 +212,9 @@ def test_encoders_that_leave_encode_the_prompts_of_this_process_once_and_are_gon
     train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
     shares = [train_gen.own_prompts(0, train, test, args, training.Processes(rank, 2, torch.device("cpu")))
               for rank in range(2)]
-    drawn = {w.prompt for step in range(3) for w in train_gen.wishes_of(step, train, args)}
+    drawn = {p for step in range(3) for w in train_gen.wishes_of(step, train, args) for p in (w.prompt, w.drawn)}
     assert set().union(*shares) == {"", *drawn, *(train_gen.prompt_of(row, "words") for row in test)}
-    assert all(len(own) == len(set(own)) <= 1 + 3 * 2 + 2 for own in shares)
+    assert all(len(own) == len(set(own)) <= 1 + 3 * 2 * 2 + 2 for own in shares)
     generator = sample.load_generator(sample.TINY)
     contexts, expected = train_gen.Contexts(generator), train_gen.Contexts(sample.load_generator(sample.TINY))
     contexts.encode_all(shares[0], progress=False)
