@@ -71,7 +71,7 @@ def measure(draw, cases, form, batch, seed, judge=None, scorer=None):
             if judge is not None:
                 said = feedback.judge_images(judge, images, batch, progress=partial(tqdm, disable=True),
                                              tasks=("regression",))
-                found["judge"] += [(math.nan, math.nan) if s.v is None else (s.v, s.a) for s in said]
+                found["judge"] += [judgement.va for judgement in said]
             if scorer is not None:
                 found["clip"] += clip.clip_score(scorer, images, [case[0] for case in part]).tolist()
             bar.update(len(part))

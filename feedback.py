@@ -4,6 +4,7 @@ The wording is ours; each prompt says what the paper's Table 8 makes it say: the
 both ends, what to look at, and the exact JSON keys. Left out here: comparing pictures and rewriting prompts.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +40,11 @@ class Judgement:
     a: float | None
     emotion: str | None
     reasoning: str
+
+    @property
+    def va(self):
+        """(v, a), NaN where the answer could not be read."""
+        return (math.nan, math.nan) if self.v is None else (self.v, self.a)
 
     def distance(self, v, a):
         """|V̂ − V| + |Â − A|, 0..16; 16 if the answer could not be read."""

@@ -17,7 +17,6 @@ this file: settings, rollout, update, evaluation, the run.
 import functools
 import math
 import random
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ def rewards_of(images, rows, models, reward_weights):
     if models.judge is not None:
         seen = feedback.judge_images(models.judge, images, 64, progress=partial(tqdm, disable=True), tasks=("regression",))
         parts["emotion"] = [1 - j.distance(row.v, row.a) / 16 for j, row in zip(seen, rows)]  # unreadable: 0
-        told = [(math.nan, math.nan) if j.v is None else (j.v, j.a) for j in seen]
+        told = [j.va for j in seen]
         parts["judge_v_error"], parts["judge_a_error"] = errors(told, rows)
     if models.scorer is not None:
         parts["pickscore"] = (clip.pick_score(models.scorer, images, [row.neutral for row in rows]) / 26).tolist()
@@ -213,24 +212,27 @@ def draw(generator, contexts, wishes, args, step, window):
     move with what is trained. Their steps then count with the probability that the model to be trained, given its own
     prompt, has of taking them.
     """
-    def of(rows):
-        own = [wishes[i] for i in rows]
+    def of(own, texts):
         seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in own]
         starts = seeds if args.group_noise == "own" else [
             torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in own]
         return flow_grpo.sample_sde(
-            generator.mmdit, noise_for(generator, args.size, starts), *contexts([w.drawn for w in own], args.guidance),
-            args.sample_steps, args.guidance, generator.shift, args.noise_level, window, seeds)
+            generator.mmdit, noise_for(generator, args.size, starts), *texts, args.sample_steps, args.guidance,
+            generator.shift, args.noise_level, window, seeds)
+
+    def of_places(places):
+        own = [wishes[i] for i in places]
+        return of(own, contexts([w.drawn for w in own], args.guidance))
 
     context, pooled = contexts([w.prompt for w in wishes], args.guidance)
     guided = [i for i, w in enumerate(wishes) if w.drawn != w.prompt]
     unguided = [i for i, w in enumerate(wishes) if w.drawn == w.prompt]
     if not guided:
-        return of(unguided), context, pooled
+        return of(wishes, (context, pooled)), context, pooled
     with weights.lora_disabled(generator.mmdit):
-        trajectory = of(guided)
+        trajectory = of_places(guided)
     if unguided:
-        trajectory = interleave(trajectory, of(unguided), guided + unguided)
+        trajectory = interleave(trajectory, of_places(unguided), guided + unguided)
     for k, kept in enumerate(trajectory.steps):
         kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
     return trajectory, context, pooled
@@ -439,39 +441,28 @@ def train(args, processes):
                      f"pictures" + (f"; goes on after step {start:,}" if start else ""))
     if args.encoders == "leave":
         contexts.encode_all(own_prompts(start, rows, held_out, args, processes), processes.first)
-    figures = partial(evaluate, models, contexts, held_out, args, processes)
-    if not start:
-        run.log({"step": 0, **{f"eval_{k}": v for k, v in figures(args.out / "strips" / "00000000.png").items()}})
-    bar = tqdm(total=args.steps, initial=start, desc="Flow-GRPO", disable=not processes.first, dynamic_ncols=True)
-    with run:
-        for step in range(start, args.steps):
-            timer = training.Timer()
-            wishes = processes.share(wishes_of(step, rows, args))  # a group may lie on several processes
-            chunks, own = roll_out(models, contexts, wishes, args, step, overlap=processes.device.type == "cuda")
-            rewards = {k: torch.tensor(processes.gather(v.tolist())).view(-1, args.group) for k, v in own.items()}
-            rolled = timer.lap()
-            advantages = processes.share(grpo.group_advantages(rewards["total"]).flatten().float().to(processes.device))
-            sums, greatest = update(models, chunks, advantages, trained, optimizer, args, processes, check=step == start)
-            average.add(step)
-            record = {"step": step + 1, **summary(rewards, sums, greatest, processes), "seconds_rollout": rolled,
-                      "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
-            done, stop = step + 1 == args.steps, run.stopped()
-            if done or (args.eval_every and (step + 1) % args.eval_every == 0):
-                with average:
-                    found = figures(args.out / "strips" / f"{step + 1:08d}.png")
-                record |= {f"eval_{k}": v for k, v in found.items()}
-            run.log(record)
-            bar.update()
-            bar.set_postfix({k: f"{record[k]:.3f}" for k in ("reward", "kl") if record.get(k) is not None})
-            if done or stop or (step + 1) % args.save_every == 0:
-                run.save(step + 1, training.state_of(trained, optimizer) | {"average": average.values})
-                run.draw(CURVES, f"{args.model}, Flow-GRPO, step {step + 1:,} of {args.steps:,}")
-            if stop and not done:
-                bar.close()
-                if processes.first:
-                    training.say(f"stopped after step {step + 1:,}; the same command goes on from there")
-                return 130 if run.stop == signal.SIGINT else 143
-    bar.close()
+
+    def take_step(step):
+        timer = training.Timer()
+        wishes = processes.share(wishes_of(step, rows, args))  # a group may lie on several processes
+        chunks, own = roll_out(models, contexts, wishes, args, step, overlap=processes.device.type == "cuda")
+        rewards = {k: torch.tensor(processes.gather(v.tolist())).view(-1, args.group) for k, v in own.items()}
+        rolled = timer.lap()
+        advantages = processes.share(grpo.group_advantages(rewards["total"]).flatten().float().to(processes.device))
+        sums, greatest = update(models, chunks, advantages, trained, optimizer, args, processes, check=step == start)
+        average.add(step)
+        record = {**summary(rewards, sums, greatest, processes), "seconds_rollout": rolled, "seconds_update": timer.lap(),
+                  "memory_gib": training.peak_memory(processes.device)}
+        return record, {k: f"{record[k]:.3f}" for k in ("reward", "kl") if record.get(k) is not None}
+
+    def figures(step):
+        with average:
+            return evaluate(models, contexts, held_out, args, processes, args.out / "strips" / f"{step:08d}.png")
+
+    stopped = run.train("Flow-GRPO", start, args.steps, args, take_step, figures,
+                        lambda: training.state_of(trained, optimizer) | {"average": average.values}, CURVES)
+    if stopped:
+        return stopped
     if processes.first:
         mmdit = models.generator.mmdit
         with average:
@@ -549,11 +540,8 @@ def check(args):
         raise training.RunError(f"--size {args.size}: expected a multiple of 16")
     if not args.prompts or set(args.prompts) - set(FORMS):
         raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
-    for flag, value, known in (("group-noise", args.group_noise, ("own", "shared")),
-                               ("step-weights", args.step_weights, ("equal", "noise")),
-                               ("encoders", args.encoders, ("gpu", "cpu", "leave"))):
-        if value not in known:
-            raise training.RunError(f"--{flag} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
+    training.check_choices(args, {"group_noise": ("own", "shared"), "step_weights": ("equal", "noise"),
+                                  "encoders": ("gpu", "cpu", "leave")})
     try:
         args.rewards = {name.strip(): float(weight) for name, weight in
                         (part.split("=") for part in args.reward_weights.split(","))}

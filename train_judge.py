@@ -16,7 +16,6 @@ this file: settings, rollout, update, evaluation, the run.
 import argparse
 import json
 import math
-import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -343,35 +342,24 @@ def train(args, processes):
             args.model, *counts, processes.world, processes.device.type)
             + f"{len(rows):,} pictures, {', '.join(args.tasks)}, {total:,} steps of {args.batch} × {args.group} answers"
             + (f"; goes on after step {start:,}" if start else ""))
-    if not start:
-        run.log({"step": 0, **{f"eval_{k}": v for k, v in evaluate(model, held_out, args, processes).items()}})
-    bar = tqdm(total=total, initial=start, desc="GRPO", disable=not processes.first, dynamic_ncols=True)
-    with run:
-        for step in range(start, total):
-            share = step / max(1, total - 1)
-            optimizer.param_groups[0]["lr"] = lr = args.lr + (args.lr_end - args.lr) * share
-            timer = training.Timer()
-            rollout = roll_out(model, processes.share(questions_of(step, rows, args)), args, step, processes)
-            rolled = timer.lap()
-            metrics = update(model, reference, rollout, optimizer, args, processes, limit if step == start else math.inf)
-            record = {"step": step + 1, **summary(rollout, metrics, processes), "lr": lr, "seconds_rollout": rolled,
-                      "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
-            record["tokens_per_second"] = record["tokens"] / (record["seconds_rollout"] + record["seconds_update"])
-            done, stop = step + 1 == total, run.stopped()
-            if done or (args.eval_every and (step + 1) % args.eval_every == 0):
-                record |= {f"eval_{k}": v for k, v in evaluate(model, held_out, args, processes).items()}
-            run.log(record)
-            bar.update()
-            bar.set_postfix(reward=f"{record['reward']:.2f}", parses=f"{record['parses']:.0%}", kl=f"{record['kl']:.3f}")
-            if done or stop or (step + 1) % args.save_every == 0:
-                run.save(step + 1, training.state_of(trained, optimizer))
-                run.draw(CURVES, f"{args.model}, GRPO, step {step + 1:,} of {total:,}")
-            if stop and not done:
-                bar.close()
-                if processes.first:
-                    training.say(f"stopped after step {step + 1:,}; the same command goes on from there")
-                return 130 if run.stop == signal.SIGINT else 143
-    bar.close()
+
+    def take_step(step):
+        share = step / max(1, total - 1)
+        optimizer.param_groups[0]["lr"] = lr = args.lr + (args.lr_end - args.lr) * share
+        timer = training.Timer()
+        rollout = roll_out(model, processes.share(questions_of(step, rows, args)), args, step, processes)
+        rolled = timer.lap()
+        metrics = update(model, reference, rollout, optimizer, args, processes, limit if step == start else math.inf)
+        record = {**summary(rollout, metrics, processes), "lr": lr, "seconds_rollout": rolled,
+                  "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
+        record["tokens_per_second"] = record["tokens"] / (record["seconds_rollout"] + record["seconds_update"])
+        forms = {"reward": ".2f", "parses": ".0%", "kl": ".3f"}
+        return record, {name: f"{record[name]:{form}}" for name, form in forms.items()}
+
+    stopped = run.train("GRPO", start, total, args, take_step, lambda _: evaluate(model, held_out, args, processes),
+                        lambda: training.state_of(trained, optimizer), CURVES)
+    if stopped:
+        return stopped
     export(model, args.out / "judge", args, processes)
     if processes.first:
         first, last = (next((r for r in order if "eval_format" in r), {}) for order in (run.records, run.records[::-1]))
@@ -430,8 +418,7 @@ def check(args):
     training.check_bounds(args, bounds)
     if not args.tasks or any(task not in feedback.TASKS for task in args.tasks):
         raise training.RunError(f"--tasks {','.join(args.tasks)}: expected {','.join(feedback.TASKS)} or one of them")
-    if args.reward not in ("step", "continuous"):
-        raise training.RunError(f"--reward {args.reward}: expected step or continuous")
+    training.check_choices(args, {"reward": ("step", "continuous")})
     if len(args.alpha) != 2 or min(args.alpha) < 0:
         raise training.RunError(f"--alpha {args.alpha}: expected two weights, e.g. 0.25,0.75")
     if args.steps is not None and args.steps < 1:

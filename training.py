@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import data
 import weights
@@ -136,6 +137,14 @@ def check_bounds(args, bounds):
             raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
 
 
+def check_choices(args, choices):
+    """RunError at the first argument that is none of its choices, {name: (choice, …)}."""
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {', '.join(known[:-1])} or "
+                           f"{known[-1]}")
+
+
 def run_program(args, check, work):
     """Exit code of check(args), then work(args, processes); what the user can mend is one line on standard error."""
     try:
@@ -234,6 +243,38 @@ class Run:
     def stopped(self):
         """Whether any process was asked to stop; the same answer on all."""
         return self.processes.total({"stop": self.stop is not None})["stop"] > 0
+
+    def train(self, name, start, total, args, take_step, figures, state, curves):
+        """Take the steps `start`..total − 1, each with a line in the log; evaluate before the first of all and when it is
+        time, save and draw curves. Returns the exit code of a run that was asked to stop, else None.
+
+        take_step(step): ({figure: value} for the log, {name: text} for the progress bar). figures(step): an evaluation's
+        {figure: value} after so many steps. state(): what a checkpoint holds. curves: names of the curves.
+        """
+        def evaluation(step):
+            return {f"eval_{k}": v for k, v in figures(step).items()}
+
+        if not start:
+            self.log({"step": 0, **evaluation(0)})
+        bar = tqdm(total=total, initial=start, desc=name, disable=not self.processes.first, dynamic_ncols=True)
+        with self, bar:
+            for step in range(start + 1, total + 1):
+                record, shown = take_step(step - 1)
+                done, stop = step == total, self.stopped()
+                if done or (args.eval_every and step % args.eval_every == 0):
+                    record = record | evaluation(step)
+                self.log({"step": step, **record})
+                bar.update()
+                bar.set_postfix(shown)
+                if done or stop or step % args.save_every == 0:
+                    self.save(step, state())
+                    self.draw(curves, f"{args.model}, {name}, step {step:,} of {total:,}")
+                if stop and not done:
+                    bar.close()
+                    if self.processes.first:
+                        say(f"stopped after step {step:,}; the same command goes on from there")
+                    return 130 if self.stop == signal.SIGINT else 143
+        return None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Log

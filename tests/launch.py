@@ -1,5 +1,6 @@
 """Training programs started as users start them, for the tests of resume and of several processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,14 @@ def finish(process, code=0):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == code, output[-3000:]
     return output
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in records]
 
 
 def kill_inside_second_checkpoint(module, *args):

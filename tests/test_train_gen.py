@@ -1,6 +1,5 @@
 """Reward feedback: the log, exact resume after a kill, two processes against one, rewards, bad input."""
 
-import json
 import signal
 import time
 from argparse import Namespace
@@ -20,7 +19,7 @@ import train_gen
 import training
 import weights
 from tests import launch
-from tests.launch import finish
+from tests.launch import finish, log_of, without_times
 
 SMALL = ("--group 2 --guided 1 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 "
          "--eval-every 0 --save-every 2 --device cpu").split()
@@ -36,11 +35,6 @@ def dataset(tmp_path_factory):
 start = partial(launch.start, "train_gen.py")
 
 
-def without_times(out):
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "memory"))} for r in records]
-
-
 @pytest.fixture(scope="module")
 def unbroken(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
@@ -49,7 +43,7 @@ def unbroken(dataset, tmp_path_factory):
 
 def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     out, output = unbroken
-    log = without_times(out)
+    log = without_times(log_of(out))
     assert [r["step"] for r in log] == list(range(6))
     for key in ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "meter_a_error", "gap", "reward_std",
                 "zero_spread", "ratio", "clip_fraction", "kl", "grad_norm", "unreadable"):
@@ -64,13 +58,13 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
 
 
 def test_before_an_update_the_ratio_is_exactly_one(unbroken):
-    assert all(r["ratio_max_deviation"] == 0 and r["ratio"] == 1 for r in without_times(unbroken[0])[1:])
+    assert all(r["ratio_max_deviation"] == 0 and r["ratio"] == 1 for r in without_times(log_of(unbroken[0]))[1:])
 
 
 def same_end(out, unbroken):
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert without_times(out) == without_times(unbroken)
+    assert without_times(log_of(out)) == without_times(log_of(unbroken))
 
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
@@ -94,7 +88,7 @@ def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_adapter(datase
 
 def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
     finish(start(dataset, tmp_path / "two", *SMALL, "--steps", 5, processes=2))
-    for a, b in zip(without_times(unbroken[0]), without_times(tmp_path / "two"), strict=True):
+    for a, b in zip(without_times(log_of(unbroken[0])), without_times(log_of(tmp_path / "two")), strict=True):
         for key in a:
             if "clip_fraction" in key or a[key] is None:
                 continue
@@ -105,7 +99,7 @@ def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
     small = [*SMALL, "--steps", 2, "--batch", 1]
     for name, processes in (("one", 1), ("two", 2)):
         finish(start(dataset, tmp_path / name, *small, processes=processes))
-    for a, b in zip(without_times(tmp_path / "one"), without_times(tmp_path / "two"), strict=True):
+    for a, b in zip(without_times(log_of(tmp_path / "one")), without_times(log_of(tmp_path / "two")), strict=True):
         for key in ({"reward", "reward_std", "kl", "grad_norm", "eval_total"} & set(a)):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-4, rel=1e-4), (a["step"], key)
 

@@ -18,7 +18,7 @@ import qwen_vl
 import train_judge
 import training
 from tests import launch
-from tests.launch import finish
+from tests.launch import finish, log_of, without_times
 
 SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-tokens 80 --device cpu".split()
 
@@ -31,14 +31,6 @@ def dataset(tmp_path_factory):
 
 
 start = partial(launch.start, "train_judge.py")
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in records]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/generator_study.py` finds data.py
 import data
+import evaluate
 import training
 import weights
 from tiny.judge_study import run_missing
@@ -31,8 +32,7 @@ ROWS = {  # row of the table: (folder, flags of train_gen.py, or None for the ba
     "judge only (appendix E.1.1)": ("judge_only", ["--reward-weights", "emotion=1"]),
     "judge before GRPO, and PickScore (table 10)": ("general", ["--judge", str(SUPERVISED)]),
 }
-FIGURES = {"v_error": "V-Error ↓", "a_error": "A-Error ↓", "v_spearman": "Spearman V ↑", "a_spearman": "Spearman A ↑",
-           "judge_v_error": "V-Error by judge ↓", "judge_a_error": "A-Error by judge ↓", "clip_score": "CLIP-Score ↑"}
+FIGURES = {key: head for key, head in evaluate.COLUMNS.items() if key != "seconds_per_picture"}
 
 
 def run_of(folder, flags, seed, cases, extra):
