@@ -123,7 +123,7 @@ def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dat
 
 def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatch):
     def calm(text, question, args):  # any property of the answers will do
-        return {"format": float("calm" in text)}
+        return {"format": float(any(word in text for word in ("still", "calm", "quiet")))}  # a third of the moods
 
     monkeypatch.setattr(train_judge, "rewards_of", calm)
     args = train_judge.parse_args(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--group", "8", "--steps", "8",
