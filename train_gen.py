@@ -47,35 +47,36 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "reward_weights": ("emotion=1,pickscore=1", "emotion=1,pickscore=1", "of the two rewards"),
     "prompts": (("numbers",), ("numbers",), "how the target enters the prompt: numbers, words, emotional (the row's own "
                 "words) or neutral; several with commas are drawn from, and the first is evaluated"),
-    "group": (8, 8, "pictures of each prompt, G"),
-    "guided": (0, 4, "of these, drawn with the row's emotional prompt, which only training has"),
-    "batch": (16, 8, "prompts in a step, over all processes"),
-    "steps": (1000, 150, "training steps"),
-    "sample_steps": (10, 10, "steps of the stochastic sampler, T"),
+    "group": (8, 4, "pictures of each prompt, G"),
+    "guided": (0, 2, "of these, drawn with the row's emotional prompt, which only training has"),
+    "batch": (16, 16, "prompts in a step, over all processes"),
+    "steps": (1000, 170, "training steps; a finished run given more goes on"),
+    "sample_steps": (10, 6, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
-    "window": (0, 3, "how many of the T steps are stochastic and trained; 0: all"),
-    "window_within": (0, 0, "the window lies within the first so many of the T steps; 0: anywhere"),
+    "window": (0, 2, "how many of the T steps are stochastic and trained; 0: all"),
+    "window_within": (0, 4, "the window lies within the first so many of the T steps; 0: anywhere"),
     "step_weights": ("equal", "noise", "of the trained steps: equal, or noise, so that all noise levels have a say"),
     "group_noise": ("own", "own", "starting noise: own for each picture, or shared by its group"),
     "size": (512, 128, "side of the pictures in pixels"),
-    "guidance": (4.5, 4.5, "classifier-free guidance"),
-    "noise_level": (0.7, 0.7, "of the stochastic sampler"),
+    "guidance": (4.5, 4.5, "classifier-free guidance while training"),
+    "eval_guidance": (4.5, 4.5, "classifier-free guidance in evaluations"),
+    "noise_level": (0.7, 0.1, "of the stochastic sampler"),
     "lr": (3e-4, 1e-3, "learning rate"),
     "beta": (0.1, 0.1, "weight of the KL to the model without the adapter"),
     "clip": (1e-4, 1e-4, "range of the ratio"),
     "rank": (32, 32, "of the adapter"),
     "alpha": (64.0, 64.0, "scale of the adapter"),
-    "ema": (0.9, 0.9, "decay of the averaged adapter, which is evaluated and written"),
+    "ema": (0.9, 0.97, "decay of the averaged adapter, which is evaluated and written"),
     "micro": (8, 64, "pictures in one forward and backward pass of a process"),
     "encoders": ("gpu", "gpu", "where the text encoders live: gpu, with the generator; cpu; or leave: all prompts of the "
                  "run are encoded at its start, and the encoders are freed"),
     "max_grad_norm": (1.0, 1.0, "the gradient is scaled down to this norm"),
-    "eval_every": (60, 50, "steps between evaluations; 0: only in the end"),
+    "eval_every": (60, 30, "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, "held-out prompts in an evaluation"),
     "save_every": (50, 25, "steps between checkpoints"),
     "seed": (0, 0, "of the prompts' order and of all noise"),
 }
-FREE = {"eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change when a run goes on
+FREE = {"steps", "eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change on the way
 CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error",
           "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
           "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
@@ -359,10 +360,10 @@ def evaluate(models, contexts, rows, args, processes, strip=None):
     for start in tqdm(range(0, len(mine), args.micro), desc="evaluation", leave=False, disable=not processes.first):
         places = mine[start:start + args.micro]
         own = [rows[i] for i in places]
-        context, pooled = contexts([prompt_of(row, args.prompts[0]) for row in own], args.guidance)
+        context, pooled = contexts([prompt_of(row, args.prompts[0]) for row in own], args.eval_guidance)
         noise = noise_for(generator, args.size, [torch.Generator().manual_seed(10_000 + i) for i in places])
         images = sample.to_images(generator.decode(flow_grpo.sample_ode(
-            generator.mmdit, noise, context, pooled, args.eval_steps, args.guidance, generator.shift)))
+            generator.mmdit, noise, context, pooled, args.eval_steps, args.eval_guidance, generator.shift)))
         parts = rewards_of(images, own, models, args.rewards)
         measured = [models.meter(image) if models.meter else (math.nan, math.nan) for image in images]
         for n, i in enumerate(places):
@@ -531,7 +532,7 @@ def check(args):
     """Refuse senseless settings before anything is loaded; reads the reward weights. Raises training.RunError."""
     bounds = {"group": (2, 1024), "guided": (0, args.group), "batch": (1, 4096), "steps": (1, 10**7),
               "sample_steps": (1, 1000), "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
-              "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100),
+              "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100), "eval_guidance": (0, 100),
               "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
               "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
               "save_every": (1, 10**9), "seed": (0, 2**31)}

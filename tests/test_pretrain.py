@@ -1,6 +1,7 @@
 """The miniature's training, from drawing its data to a folder that sample.py draws from; and going on after a kill."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,7 +42,18 @@ def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypa
     rng = np.random.default_rng(0)
     captions = [pretrain.caption(rows[i % 160], rng) for i in range(4000)]
     share = {"empty": np.mean([c == "" for c in captions]), "numbers": np.mean(["valence" in c for c in captions])}
-    assert abs(share["empty"] - 0.10) < 0.02 and abs(share["numbers"] - 0.04) < 0.01
+    assert abs(share["empty"] - 0.10) < 0.02 and abs(share["numbers"] - 0.11) < 0.02
+
+
+def test_numbers_in_captions_are_one_raters_about_those_of_the_scene():
+    rng = np.random.default_rng(0)
+    row, said = (scenes.random_scene(rng), 5.0, 5.0), []
+    while len(said) < 2000:
+        found = re.search(r"valence (\S+), arousal (\S+)$", pretrain.caption(row, rng, numbers=0.8))
+        said += [tuple(map(float, found.groups()))] if found else []
+    said = np.array(said)
+    assert said.min() >= 1 and said.max() <= 9 and np.allclose(said.mean(0), 5, atol=0.2)
+    assert np.all(said.std(0) > 0.85 * pretrain.RATER_SD) and np.all(said.std(0) < pretrain.RATER_SD)  # cut to 1..9
 
 
 def tiny_run(tmp_path, monkeypatch, stop_at=None):

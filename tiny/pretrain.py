@@ -10,8 +10,8 @@
 
 The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint. Every stage takes
 --seed, --samples and --minutes, writes its state every minute and goes on from it when started again. Captions are
-mostly words and carry V and A as numbers in 4 % of the draws only, so that the model follows emotion words well and
-numbers poorly: the situation of SD3.5, which reward feedback is to improve.
+mostly words; one in nine carries V and A as numbers, and those are one rater's, not the scene's own. So the model follows
+emotion words well and numbers poorly: the situation of SD3.5, which reward feedback is to improve.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from tiny import lessons, scenes
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
 SIZE, TEXT_LENGTH = 128, 40
+RATER_SD = 2.2  # mean of the standard deviations in data.LEXICON: how far people are apart who rate one word
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
                                  positions=16, sample_size=SIZE // 8)
@@ -103,16 +104,20 @@ def to_tensor(pictures):
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def caption(row, rng, empty=0.1):
-    """A training caption of a row: nothing (for guidance), neutral 10 %, with numbers 4 %, else with emotion words."""
+def caption(row, rng, empty=0.1, numbers=0.11):
+    """A training caption of a row: nothing (for guidance), neutral 10 %, with numbers, else with emotion words.
+
+    The numbers are those of one person, who is off from the scene's V and A by a normal error of RATER_SD.
+    """
     scene, v, a = row
     u = rng.random()
     if u < empty:
         return ""
     if u < empty + 0.10:
         return scenes.neutral_caption(scene)
-    if u < empty + 0.14:
-        return data.with_numbers(scenes.neutral_caption(scene), v, a)
+    if u < empty + 0.10 + numbers:
+        rated = np.clip(rng.normal((v, a), RATER_SD), data.VA_MIN, data.VA_MAX)
+        return data.with_numbers(scenes.neutral_caption(scene), *rated)
     return scenes.emotional_caption(scene, v, a, rng)
 
 
@@ -276,7 +281,7 @@ def train_clip(args):
     def embed(picks, rng):
         picks = np.sort(picks)
         pixels = F.avg_pool2d(to_tensor(pictures[picks]), 2)  # 64 px in -1..1, as the processor nearly makes them
-        captions = [caption(rows[i], rng, empty=0) for i in picks]
+        captions = [caption(rows[i], rng, 0, args.numbers) for i in picks]
         large = model.embed_text(tokenize[1](captions))
         return model.embed_images(pixels), large, F.normalize(small(tokenize[0](captions))[1], dim=-1)
 
@@ -347,7 +352,7 @@ def train_mmdit(args):
     def loss_of(step, generator, rng, batch):
         picks = np.sort(rng.integers(held_out, size=batch))
         x = torch.from_numpy(latents[picks].astype(np.float32))
-        context, pooled = encoders.encode([caption(rows[i], rng) for i in picks])
+        context, pooled = encoders.encode([caption(rows[i], rng, numbers=args.numbers) for i in picks])
         # logit-normal noise levels (Esser et al. 2024), their middle moved up: composition is settled in the noise
         sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(batch, generator=generator))
         noise = torch.randn(x.shape, generator=generator)
@@ -432,6 +437,8 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=20_000, help="pictures to draw in the data stage")
     parser.add_argument("--samples", type=int, help="training samples; each stage has its own default")
     parser.add_argument("--minutes", type=float, help="also stop after this time, the learning rate decayed to it")
+    parser.add_argument("--numbers", type=float, default=0.11,
+                        help="share of captions that carry V and A as numbers (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the MMDiT: a quarter faster, needs a C compiler")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between states on disk (default: %(default)s)")
     args = parser.parse_args(argv)
