@@ -207,7 +207,7 @@ def texts_of(models, args, n):
 def rollout_parts(models, args, n):
     """{part: (how often, Meter)}: n pictures drawn, decoded one by one, judged and scored."""
     latents, texts = latents_of(models, args, n), texts_of(models, args, n)
-    again = (args.window or args.sample_steps) if args.guided else 0  # kept steps, under the prompt to follow
+    again = (args.window or args.sample_steps) * args.guided / args.group  # kept steps, under the prompt to follow
     parts = {"sampling": (args.sample_steps + again, measure(
                  lambda _: flow_grpo.guided_velocity(models.mmdit, latents, 0.5, *texts, args.guidance))),
              "VAE decoder": (n, measure(lambda _: models.vae.decode(latents[:1].bfloat16()).float()))}

@@ -50,7 +50,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "group": (8, 4, "pictures of each prompt, G"),
     "guided": (0, 2, "of these, drawn with the row's emotional prompt, which only training has"),
     "batch": (16, 16, "prompts in a step, over all processes"),
-    "steps": (1000, 170, "training steps; a finished run given more goes on"),
+    "steps": (1000, 170, "training steps"),
     "sample_steps": (10, 6, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 2, "how many of the T steps are stochastic and trained; 0: all"),
@@ -61,7 +61,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "guidance": (4.5, 4.5, "classifier-free guidance while training"),
     "eval_guidance": (4.5, 4.5, "classifier-free guidance in evaluations"),
     "noise_level": (0.7, 0.1, "of the stochastic sampler"),
-    "lr": (3e-4, 1e-3, "learning rate"),
+    "lr": (3e-4, 1e-3, "learning rate at the start"),
+    "lr_end": (3e-4, 1e-4, "and at the end, linear in between"),
     "beta": (0.1, 0.1, "weight of the KL to the model without the adapter"),
     "clip": (1e-4, 1e-4, "range of the ratio"),
     "rank": (32, 32, "of the adapter"),
@@ -76,7 +77,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "save_every": (50, 25, "steps between checkpoints"),
     "seed": (0, 0, "of the prompts' order and of all noise"),
 }
-FREE = {"steps", "eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change on the way
+FREE = {"eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change on the way
 CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error",
           "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
           "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
@@ -183,7 +184,7 @@ class Chunk:
     trajectory: flow_grpo.Trajectory
     context: torch.Tensor  # of the prompts that the model is trained to follow
     pooled: torch.Tensor
-    places: slice  # of this process's pictures
+    places: list[int]  # of this process's pictures
 
 
 @torch.no_grad()
@@ -194,60 +195,48 @@ def roll_out(models, contexts, wishes, args, step, overlap):
     window = flow_grpo.window_of(step, args.window_within or args.sample_steps, args.window or None, args.seed)
     chunks, scored = [], []
     with ThreadPoolExecutor(1) as pool:
-        for start in range(0, len(wishes), args.micro):
-            part = wishes[start:start + args.micro]
+        for places in chunks_of(wishes, args.micro):
+            part = [wishes[i] for i in places]
             trajectory, context, pooled = draw(generator, contexts, part, args, step, window)
-            chunks.append(Chunk(trajectory, context, pooled, slice(start, start + len(part))))
+            chunks.append(Chunk(trajectory, context, pooled, places))
             images = sample.to_images(generator.decode(trajectory.latents))
             scored.append(pool.submit(score_beside, generator.device, images, [w.row for w in part], models, args.rewards))
             if not overlap:
                 scored[-1].result()
         parts = [each.result() for each in scored]
-    return chunks, {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    order = torch.tensor([i for chunk in chunks for i in chunk.places]).argsort()
+    return chunks, {name: torch.cat([p[name] for p in parts])[order] for name in parts[0]}
+
+
+def chunks_of(wishes, micro):
+    """[[place of a wish]] with at most `micro` in each: first the guided ones, then the others."""
+    kinds = [[i for i, w in enumerate(wishes) if (w.drawn != w.prompt) == guided] for guided in (True, False)]
+    return [kind[start:start + micro] for kind in kinds for start in range(0, len(kind), micro)]
 
 
 def draw(generator, contexts, wishes, args, step, window):
-    """(Trajectory of the wishes in one batch, context and pooled vectors of the prompts to follow).
+    """(Trajectory of the wishes in one batch, context and pooled vectors of the prompts to follow). All guided, or none.
 
     Guided pictures are drawn from their emotional prompts by the model without its adapter, so that what guides does not
     move with what is trained. Their steps then count with the probability that the model to be trained, given its own
     prompt, has of taking them.
     """
-    def of(own, texts):
-        seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in own]
+    def of(texts):
+        seeds = [torch.Generator().manual_seed(seed_of(args.seed, step, w.number, w.g)) for w in wishes]
         starts = seeds if args.group_noise == "own" else [
-            torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in own]
+            torch.Generator().manual_seed(seed_of(args.seed, step, w.number, 1023)) for w in wishes]
         return flow_grpo.sample_sde(
             generator.mmdit, noise_for(generator, args.size, starts), *texts, args.sample_steps, args.guidance,
             generator.shift, args.noise_level, window, seeds)
 
-    def of_places(places):
-        own = [wishes[i] for i in places]
-        return of(own, contexts([w.drawn for w in own], args.guidance))
-
     context, pooled = contexts([w.prompt for w in wishes], args.guidance)
-    guided = [i for i, w in enumerate(wishes) if w.drawn != w.prompt]
-    unguided = [i for i, w in enumerate(wishes) if w.drawn == w.prompt]
-    if not guided:
-        return of(wishes, (context, pooled)), context, pooled
+    if wishes[0].drawn == wishes[0].prompt:
+        return of((context, pooled)), context, pooled
     with weights.lora_disabled(generator.mmdit):
-        trajectory = of_places(guided)
-    if unguided:
-        trajectory = interleave(trajectory, of_places(unguided), guided + unguided)
+        trajectory = of(contexts([w.drawn for w in wishes], args.guidance))
     for k, kept in enumerate(trajectory.steps):
         kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
     return trajectory, context, pooled
-
-
-def interleave(a, b, places):
-    """Trajectories a and b in one, their rows at `places`, those of a first."""
-    order = torch.tensor(places).argsort()
-
-    def rows(x, y):
-        return torch.cat([x, y])[order.to(x.device)]
-    steps = [flow_grpo.KeptStep(p.index, rows(p.before, q.before), rows(p.after, q.after), rows(p.log_prob, q.log_prob))
-             for p, q in zip(a.steps, b.steps, strict=True)]
-    return flow_grpo.Trajectory(rows(a.latents, b.latents), steps, a.sigmas, a.guidance, a.noise_level)
 
 
 def seed_of(seed, step, number, g):
@@ -444,6 +433,8 @@ def train(args, processes):
         contexts.encode_all(own_prompts(start, rows, held_out, args, processes), processes.first)
 
     def take_step(step):
+        share = step / max(1, args.steps - 1)
+        optimizer.param_groups[0]["lr"] = lr = args.lr + (args.lr_end - args.lr) * share
         timer = training.Timer()
         wishes = processes.share(wishes_of(step, rows, args))  # a group may lie on several processes
         chunks, own = roll_out(models, contexts, wishes, args, step, overlap=processes.device.type == "cuda")
@@ -452,8 +443,8 @@ def train(args, processes):
         advantages = processes.share(grpo.group_advantages(rewards["total"]).flatten().float().to(processes.device))
         sums, greatest = update(models, chunks, advantages, trained, optimizer, args, processes, check=step == start)
         average.add(step)
-        record = {**summary(rewards, sums, greatest, processes), "seconds_rollout": rolled, "seconds_update": timer.lap(),
-                  "memory_gib": training.peak_memory(processes.device)}
+        record = {**summary(rewards, sums, greatest, processes), "lr": lr, "seconds_rollout": rolled,
+                  "seconds_update": timer.lap(), "memory_gib": training.peak_memory(processes.device)}
         return record, {k: f"{record[k]:.3f}" for k in ("reward", "kl") if record.get(k) is not None}
 
     def figures(step):
@@ -533,9 +524,9 @@ def check(args):
     bounds = {"group": (2, 1024), "guided": (0, args.group), "batch": (1, 4096), "steps": (1, 10**7),
               "sample_steps": (1, 1000), "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
               "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100), "eval_guidance": (0, 100),
-              "noise_level": (1e-6, 100), "lr": (0, 1), "beta": (0, 1000), "clip": (0, 1), "rank": (1, 4096), "ema": (0, 1),
-              "micro": (1, 4096), "max_grad_norm": (0, 1e9), "eval_every": (0, 10**9), "eval_rows": (2, 10**9),
-              "save_every": (1, 10**9), "seed": (0, 2**31)}
+              "noise_level": (1e-6, 100), "lr": (0, 1), "lr_end": (0, 1), "beta": (0, 1000), "clip": (0, 1),
+              "rank": (1, 4096), "ema": (0, 1), "micro": (1, 4096), "max_grad_norm": (0, 1e9),
+              "eval_every": (0, 10**9), "eval_rows": (2, 10**9), "save_every": (1, 10**9), "seed": (0, 2**31)}
     training.check_bounds(args, bounds)
     if args.size % 16:
         raise training.RunError(f"--size {args.size}: expected a multiple of 16")

@@ -10,7 +10,7 @@ import train_judge
 from tiny import generator_study
 
 SMALL = ("--cases 4 --steps 1 --group 2 --guided 1 --batch 2 --micro 4 --sample-steps 2 --eval-steps 2 --eval-rows 4 "
-         "--size 64 --window 1").split()
+         "--size 64 --window 1 --window-within 2").split()
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     for key in ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "meter_a_error", "gap", "reward_std",
                 "zero_spread", "ratio", "clip_fraction", "kl", "grad_norm", "unreadable"):
         assert all(isinstance(r[key], (int, float)) for r in log[1:]), key
+    assert [r["lr"] for r in log[1:]] == pytest.approx([1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
     assert Image.open(out / "curves.png").size[0] == 900
     assert Image.open(out / "strip.png").size == (3 * 128, 2 * 128)  # three rows of the test split, before and after
     assert "| before |" in output and "| after |" in output
@@ -126,12 +127,26 @@ def test_judging_beside_drawing_changes_nothing(ready):
 
 def test_a_group_starts_from_one_noise_only_if_told_and_then_parts(ready):
     for start_from, shared in (("own", False), ("shared", True)):
-        chunks, _ = roll_out(ready, group_noise=start_from, window=1, window_within=1)
+        chunks, _ = roll_out(ready, group_noise=start_from, window=1, window_within=1, guided=0)
         for chunk in chunks:  # a chunk of two is a group here
             assert [kept.index for kept in chunk.trajectory.steps] == [0]
             kept = chunk.trajectory.steps[0]
             assert torch.equal(kept.before[0], kept.before[1]) == shared
             assert not torch.equal(kept.after[0], kept.after[1])
+
+
+def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_wishes(ready):
+    models, contexts, rows, args = ready
+    wishes = train_gen.wishes_of(0, rows, args)
+    chunks, rewards = roll_out(ready)
+    assert [chunk.places for chunk in chunks] == [[0, 2], [1, 3]]  # the first of each group of two is guided
+    for chunk in chunks:
+        own = [wishes[i] for i in chunk.places]
+        with torch.no_grad():
+            images = train_gen.sample.to_images(models.generator.decode(chunk.trajectory.latents))
+        again = train_gen.rewards_of(images, [w.row for w in own], models, args.rewards)
+        assert all(torch.equal(rewards[name][chunk.places], again[name]) for name in again)
+        assert torch.equal(chunk.pooled, contexts([w.prompt for w in own], args.guidance)[1])  # to follow, guided or not
 
 
 def test_the_target_enters_the_prompt_in_the_forms_asked_for(ready):

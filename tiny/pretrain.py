@@ -10,8 +10,9 @@
 
 The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint. Every stage takes
 --seed, --samples and --minutes, writes its state every minute and goes on from it when started again. Captions are
-mostly words; one in nine carries V and A as numbers, and those are one rater's, not the scene's own. So the model follows
-emotion words well and numbers poorly: the situation of SD3.5, which reward feedback is to improve.
+mostly words; some carry V and A as numbers. The text towers see exact ones, the MMDiT those of one rater, far from the
+scene's own. So the model follows emotion words well and numbers poorly: the situation of SD3.5, which reward feedback is
+to improve.
 """
 
 import argparse
@@ -45,7 +46,8 @@ from tiny import lessons, scenes
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
 SIZE, TEXT_LENGTH = 128, 40
-RATER_SD = 2.2  # mean of the standard deviations in data.LEXICON: how far people are apart who rate one word
+CLIP_NUMBERS = 0.3  # share of the captions of the text towers that carry numbers, exact ones: they learn to read them
+RATER_BIAS, RATER_SD = (-2.0, 2.0), 1.5  # the MMDiT's are a rater's, to whom scenes seem sadder and more exciting
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
                                  positions=16, sample_size=SIZE // 8)
@@ -104,10 +106,11 @@ def to_tensor(pictures):
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def caption(row, rng, empty=0.1, numbers=0.11):
+def caption(row, rng, empty=0.1, numbers=0.25, exact=False):
     """A training caption of a row: nothing (for guidance), neutral 10 %, with numbers, else with emotion words.
 
-    The numbers are those of one person, who is off from the scene's V and A by a normal error of RATER_SD.
+    The numbers are the scene's own V and A if exact, else a rater's: off by RATER_BIAS and a normal error of RATER_SD, and
+    cut to the scale.
     """
     scene, v, a = row
     u = rng.random()
@@ -116,8 +119,9 @@ def caption(row, rng, empty=0.1, numbers=0.11):
     if u < empty + 0.10:
         return scenes.neutral_caption(scene)
     if u < empty + 0.10 + numbers:
-        rated = np.clip(rng.normal((v, a), RATER_SD), data.VA_MIN, data.VA_MAX)
-        return data.with_numbers(scenes.neutral_caption(scene), *rated)
+        if not exact:
+            v, a = np.clip(np.add((v, a), RATER_BIAS) + rng.normal(0, RATER_SD, 2), data.VA_MIN, data.VA_MAX)
+        return data.with_numbers(scenes.neutral_caption(scene), v, a)
     return scenes.emotional_caption(scene, v, a, rng)
 
 
@@ -277,17 +281,23 @@ def train_clip(args):
             if p.dim() > 1:
                 torch.nn.init.normal_(p, std=0.02 if p.shape[0] > 512 else p[0].numel() ** -0.5)
     held_out = training_rows(len(pictures))
+    alike = {}  # subject and place: rows
+    for i, (scene, _, _) in enumerate(rows[:held_out]):
+        alike.setdefault((scene.subject, scene.place), []).append(i)
+    alike = list(alike.values())
 
     def embed(picks, rng):
         picks = np.sort(picks)
         pixels = F.avg_pool2d(to_tensor(pictures[picks]), 2)  # 64 px in -1..1, as the processor nearly makes them
-        captions = [caption(rows[i], rng, 0, args.numbers) for i in picks]
+        captions = [caption(rows[i], rng, 0, CLIP_NUMBERS, exact=True) for i in picks]
         large = model.embed_text(tokenize[1](captions))
         return model.embed_images(pixels), large, F.normalize(small(tokenize[0](captions))[1], dim=-1)
 
     def loss_of(step, generator, rng, batch):
-        image, *texts = embed(rng.choice(held_out, batch, replace=False), rng)
-        target, loss = torch.arange(batch), 0.0
+        # every second batch is of one subject in one place: only the mood and the time of day tell its captions apart
+        among = alike[rng.integers(len(alike))] if step % 2 else held_out
+        image, *texts = embed(rng.permutation(among)[:batch], rng)
+        target, loss = torch.arange(len(image)), 0.0
         for text in texts:
             logits = model.logit_scale.exp().clamp(max=100) * image @ text.T
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 4
@@ -437,8 +447,8 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=20_000, help="pictures to draw in the data stage")
     parser.add_argument("--samples", type=int, help="training samples; each stage has its own default")
     parser.add_argument("--minutes", type=float, help="also stop after this time, the learning rate decayed to it")
-    parser.add_argument("--numbers", type=float, default=0.11,
-                        help="share of captions that carry V and A as numbers (default: %(default)s)")
+    parser.add_argument("--numbers", type=float, default=0.25,
+                        help="share of the MMDiT's captions that carry V and A as numbers (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the MMDiT: a quarter faster, needs a C compiler")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between states on disk (default: %(default)s)")
     args = parser.parse_args(argv)
