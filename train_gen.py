@@ -50,7 +50,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "group": (8, 4, "pictures of each prompt, G"),
     "guided": (0, 2, "of these, drawn with the row's emotional prompt, which only training has"),
     "batch": (16, 16, "prompts in a step, over all processes"),
-    "steps": (1000, 170, "training steps"),
+    "steps": (1000, 12, "training steps"),
     "sample_steps": (10, 6, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 2, "how many of the T steps are stochastic and trained; 0: all"),
@@ -61,7 +61,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "guidance": (4.5, 4.5, "classifier-free guidance while training"),
     "eval_guidance": (4.5, 4.5, "classifier-free guidance in evaluations"),
     "noise_level": (0.7, 0.1, "of the stochastic sampler"),
-    "lr": (3e-4, 1e-3, "learning rate at the start"),
+    "lr": (3e-4, 1.5e-3, "learning rate at the start"),
     "lr_end": (3e-4, 1e-4, "and at the end, linear in between"),
     "beta": (0.1, 0.1, "weight of the KL to the model without the adapter"),
     "clip": (1e-4, 1e-4, "range of the ratio"),
@@ -72,9 +72,9 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "encoders": ("gpu", "gpu", "where the text encoders live: gpu, with the generator; cpu; or leave: all prompts of the "
                  "run are encoded at its start, and the encoders are freed"),
     "max_grad_norm": (1.0, 1.0, "the gradient is scaled down to this norm"),
-    "eval_every": (60, 30, "steps between evaluations; 0: only in the end"),
+    "eval_every": (60, 4, "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, "held-out prompts in an evaluation"),
-    "save_every": (50, 25, "steps between checkpoints"),
+    "save_every": (50, 4, "steps between checkpoints"),
     "seed": (0, 0, "of the prompts' order and of all noise"),
 }
 FREE = {"eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing"}  # may change on the way
@@ -114,6 +114,10 @@ class Wish:
     row: data.Row
     prompt: str  # that the model is trained to follow
     drawn: str  # that it is drawn with
+
+    @property
+    def guided(self):
+        return self.drawn != self.prompt
 
 
 def wishes_of(step, rows, args):
@@ -210,7 +214,7 @@ def roll_out(models, contexts, wishes, args, step, overlap):
 
 def chunks_of(wishes, micro):
     """[[place of a wish]] with at most `micro` in each: first the guided ones, then the others."""
-    kinds = [[i for i, w in enumerate(wishes) if (w.drawn != w.prompt) == guided] for guided in (True, False)]
+    kinds = [[i for i, w in enumerate(wishes) if w.guided == guided] for guided in (True, False)]
     return [kind[start:start + micro] for kind in kinds for start in range(0, len(kind), micro)]
 
 
@@ -230,7 +234,7 @@ def draw(generator, contexts, wishes, args, step, window):
             generator.shift, args.noise_level, window, seeds)
 
     context, pooled = contexts([w.prompt for w in wishes], args.guidance)
-    if wishes[0].drawn == wishes[0].prompt:
+    if not wishes[0].guided:
         return of((context, pooled)), context, pooled
     with weights.lora_disabled(generator.mmdit):
         trajectory = of(contexts([w.drawn for w in wishes], args.guidance))
@@ -266,6 +270,14 @@ def noise_for(generator, size, seeds):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Update
+
+
+def without_flight(advantages, wishes):
+    """The advantages [n] of n wishes, those of guided pictures at least 0. A guided picture that is better than its group is
+    an example to follow. Away from a worse one there is no end: its steps lie the less likely the further the model goes,
+    and the gradient grows."""
+    guided = torch.tensor([w.guided for w in wishes], device=advantages.device)
+    return torch.where(guided, advantages.clamp(min=0), advantages)
 
 
 def update(models, chunks, advantages, trained, optimizer, args, processes, check):
@@ -441,6 +453,7 @@ def train(args, processes):
         rewards = {k: torch.tensor(processes.gather(v.tolist())).view(-1, args.group) for k, v in own.items()}
         rolled = timer.lap()
         advantages = processes.share(grpo.group_advantages(rewards["total"]).flatten().float().to(processes.device))
+        advantages = without_flight(advantages, wishes)
         sums, greatest = update(models, chunks, advantages, trained, optimizer, args, processes, check=step == start)
         average.add(step)
         record = {**summary(rewards, sums, greatest, processes), "lr": lr, "seconds_rollout": rolled,

@@ -149,6 +149,14 @@ def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_wishe
         assert torch.equal(chunk.pooled, contexts([w.prompt for w in own], args.guidance)[1])  # to follow, guided or not
 
 
+def test_guided_pictures_are_followed_if_better_and_never_fled_from(ready):
+    _, _, rows, args = ready
+    wishes = train_gen.wishes_of(0, rows, args)
+    assert [w.guided for w in wishes] == [True, False, True, False]
+    advantages = train_gen.without_flight(torch.tensor([-1.0, 1.0, 0.5, -0.5]), wishes)
+    assert advantages.tolist() == [0.0, 1.0, 0.5, -0.5]
+
+
 def test_the_target_enters_the_prompt_in_the_forms_asked_for(ready):
     _, _, rows, args = ready
     row = rows[0]

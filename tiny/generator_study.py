@@ -39,7 +39,7 @@ def run_of(folder, flags, seed, cases, extra):
     """(folder, product, commands) of one run: train unless it is the base, then draw and measure."""
     out = STUDY / f"{folder}_seed{seed}"
     train = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--out", out, "--judge", JUDGE, "--seed", seed,
-             *(flags or []), *extra]
+             "--eval-every", 0, *(flags or []), *extra]
     measure = [sys.executable, HERE.parent / "evaluate.py", "--cases", cases, "--seed", seed, "--forms", "numbers",
                "--judge", JUDGE, "--out", out]
     return out, "evaluate.json", [measure] if flags is None else [train, [*measure, "--adapter", out / "adapter"]]

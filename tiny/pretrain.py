@@ -47,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
 SIZE, TEXT_LENGTH = 128, 40
 CLIP_NUMBERS = 0.3  # share of the captions of the text towers that carry numbers, exact ones: they learn to read them
-RATER_BIAS, RATER_SD = (-2.0, 2.0), 1.5  # the MMDiT's are a rater's, to whom scenes seem sadder and more exciting
+RATER_SHARE, RATER_SD = (0.7, 0.6), 0.5  # the MMDiT's are a rater's, whose scale spans the upper part of V and the lower of A
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
                                  positions=16, sample_size=SIZE // 8)
@@ -106,11 +106,19 @@ def to_tensor(pictures):
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def caption(row, rng, empty=0.1, numbers=0.25, exact=False):
+def rated(v, a, rng):
+    """(V, A) that a rater gives a scene, or None if it lies off the rater's scale, on which the lowest valence is called 1
+    where it is 3.4 (so that a picture of a wished valence is too pleasant) and the highest arousal 9 where it is 5.8."""
+    v_share, a_share = RATER_SHARE
+    said = np.array([data.VA_MAX - (data.VA_MAX - v) / v_share, data.VA_MIN + (a - data.VA_MIN) / a_share])
+    said += rng.normal(0, RATER_SD, 2)
+    return said if data.VA_MIN <= said.min() and said.max() <= data.VA_MAX else None
+
+
+def caption(row, rng, empty=0.1, numbers=0.6, exact=False):
     """A training caption of a row: nothing (for guidance), neutral 10 %, with numbers, else with emotion words.
 
-    The numbers are the scene's own V and A if exact, else a rater's: off by RATER_BIAS and a normal error of RATER_SD, and
-    cut to the scale.
+    The numbers are the scene's own V and A if exact, else those of `rated`. A scene off the rater's scale gets words.
     """
     scene, v, a = row
     u = rng.random()
@@ -119,9 +127,9 @@ def caption(row, rng, empty=0.1, numbers=0.25, exact=False):
     if u < empty + 0.10:
         return scenes.neutral_caption(scene)
     if u < empty + 0.10 + numbers:
-        if not exact:
-            v, a = np.clip(np.add((v, a), RATER_BIAS) + rng.normal(0, RATER_SD, 2), data.VA_MIN, data.VA_MAX)
-        return data.with_numbers(scenes.neutral_caption(scene), v, a)
+        said = (v, a) if exact else rated(v, a, rng)
+        if said is not None:
+            return data.with_numbers(scenes.neutral_caption(scene), *said)
     return scenes.emotional_caption(scene, v, a, rng)
 
 
@@ -447,8 +455,9 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=20_000, help="pictures to draw in the data stage")
     parser.add_argument("--samples", type=int, help="training samples; each stage has its own default")
     parser.add_argument("--minutes", type=float, help="also stop after this time, the learning rate decayed to it")
-    parser.add_argument("--numbers", type=float, default=0.25,
-                        help="share of the MMDiT's captions that carry V and A as numbers (default: %(default)s)")
+    parser.add_argument("--numbers", type=float, default=0.6,
+                        help="share of the MMDiT's captions that carry V and A as numbers where the rater gives some "
+                             "(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="compile the MMDiT: a quarter faster, needs a C compiler")
     parser.add_argument("--save-every", type=float, default=60, help="seconds between states on disk (default: %(default)s)")
     args = parser.parse_args(argv)
