@@ -36,7 +36,7 @@ import weights
 TINY = Path(__file__).resolve().parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
 PRESETS = {  # model, adapter trained by reward feedback, side in pixels, judge
-    "tiny": (TINY, None, 128, TINY / "judge"),
+    "tiny": (TINY, TINY / "adapter", 128, TINY / "judge"),
     "paper": (PAPER, None, 512, "Qwen/Qwen2.5-VL-7B-Instruct"),
 }
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a GPU with 48 GB, or 12 GB "
@@ -179,7 +179,7 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: the miniature; paper: SD3.5-Medium")
     parser.add_argument("--model", help="folder, .safetensors file or hub id in place of the preset's model")
     parser.add_argument("--adapter", help="folder or hub id of an adapter that train_gen.py or peft wrote "
-                                          "(default: the preset's, of which there is none yet)")
+                                          "(default: the miniature has one, the paper's preset none)")
     parser.add_argument("--no-adapter", action="store_true", help="the generator as it was before reward feedback")
     parser.add_argument("--text-encoders", help="folder or hub id of the text encoders, if --model is a single file")
     parser.add_argument("--judge", help="folder or hub id of the judge in place of the preset's, or none")

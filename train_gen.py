@@ -471,7 +471,8 @@ def train(args, processes):
     if processes.first:
         mmdit = models.generator.mmdit
         with average:
-            weights.save_lora(args.out / "adapter", mmdit, mmdit.lora_targets(), args.rank, args.alpha, args.model)
+            weights.save_lora(args.out / "adapter", mmdit, mmdit.lora_targets(), args.rank, args.alpha,
+                              sample.name_of(args.model))
         print(table(run.records))
         print(args.out / "adapter")
     processes.wait()

@@ -10,9 +10,9 @@
 
 The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint. Every stage takes
 --seed, --samples and --minutes, writes its state every minute and goes on from it when started again. Captions are
-mostly words; some carry V and A as numbers. The text towers see exact ones, the MMDiT those of one rater, far from the
-scene's own. So the model follows emotion words well and numbers poorly: the situation of SD3.5, which reward feedback is
-to improve.
+mostly words; some carry V and A as numbers. The text towers see exact ones, the MMDiT those of a rater with a scale of
+their own. So the model follows emotion words well, and numbers in their order only: its pictures are too pleasant and too
+calm. That is what reward feedback is to correct.
 """
 
 import argparse
@@ -47,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
 SIZE, TEXT_LENGTH = 128, 40
 CLIP_NUMBERS = 0.3  # share of the captions of the text towers that carry numbers, exact ones: they learn to read them
-RATER_SHARE, RATER_SD = (0.7, 0.6), 0.5  # the MMDiT's are a rater's, whose scale spans the upper part of V and the lower of A
+RATER_SHARE, RATER_SD = (0.7, 0.6), 0.5  # the MMDiT's are a rater's, whose scale spans the upper part of V, the lower of A
 VAE_CONFIG = vae_model.VAEConfig(channels=(16, 32, 64, 64), blocks=1, groups=4, scale=1.0, shift=0.0)
 MMDIT_CONFIG = mmdit.MMDiTConfig(depth=6, heads=5, head_dim=32, dual_blocks=(0, 1, 2), context_dim=160, pooled_dim=192,
                                  positions=16, sample_size=SIZE // 8)
@@ -112,7 +112,7 @@ def rated(v, a, rng):
     v_share, a_share = RATER_SHARE
     said = np.array([data.VA_MAX - (data.VA_MAX - v) / v_share, data.VA_MIN + (a - data.VA_MIN) / a_share])
     said += rng.normal(0, RATER_SD, 2)
-    return said if data.VA_MIN <= said.min() and said.max() <= data.VA_MAX else None
+    return said if said.min() >= data.VA_MIN and said.max() <= data.VA_MAX else None
 
 
 def caption(row, rng, empty=0.1, numbers=0.6, exact=False):
@@ -311,7 +311,7 @@ def train_clip(args):
             loss = loss + (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 4
         return loss, {"loss": float(loss.detach()), "top1": float((logits.argmax(1) == target).float().mean())}
 
-    train("clip", [small, model], loss_of, args, args.samples or 80_000, 128, 1.5e-3, 0.02, average=0.99,
+    train("clip", [small, model], loss_of, args, args.samples or 200_000, 128, 1.5e-3, 0.02, average=0.99,
           minutes=args.minutes)
     with torch.no_grad():
         image, *texts = embed(np.arange(held_out, len(pictures)), np.random.default_rng(0))
