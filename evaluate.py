@@ -69,9 +69,8 @@ def measure(draw, cases, form, batch, seed, judge=None, scorer=None):
             images = sample.to_images(pixels)
             found["meter"] += [scenes.measure_va(image) for image in images]
             if judge is not None:
-                said = feedback.judge_images(judge, images, batch, progress=partial(tqdm, disable=True),
-                                             tasks=("regression",))
-                found["judge"] += [judgement.va for judgement in said]
+                ask = feedback.judge_of(judge, batch, progress=partial(tqdm, disable=True))
+                found["judge"] += [said.va for said in feedback.judge_images(ask, images, ("regression",))]
             if scorer is not None:
                 found["clip"] += clip.clip_score(scorer, images, [case[0] for case in part]).tolist()
             bar.update(len(part))

@@ -1,19 +1,22 @@
-"""Draw pictures at a wanted valence and arousal, and have them judged (EmoFeedback², section 3.3, round 0).
+"""Draw pictures at a wanted valence and arousal, judge them, and let the judge's words improve the prompt (Algorithm 1).
 
     python sample.py --v 7 --a 3                                   # the miniature, on any laptop
     python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
+    python sample.py --v 7 --a 3 --rounds 3 --rewrite              # textual feedback: 3 rounds of 8 pictures
     python sample.py --grid 5                                      # the valence-arousal plane as one picture
-    python sample.py --v 7 --a 3 --adapter runs/gen/adapter        # after reward feedback (train_gen.py)
+    python sample.py --v 7 --a 3 --no-adapter                      # the generator before reward feedback
     python sample.py --v 7 --a 3 --preset paper                    # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
-The target enters the prompt as words; a generator trained by feedback follows them better. The judge says what valence,
-arousal and emotion it sees and why; several pictures are ordered by how near they come. Every PNG carries its prompt, V,
-A, seed, model and judgement. Left out here: rounds of feedback.
+The target enters the prompt as words. The judge says what valence and arousal it sees and why; in each further round it has
+compared the best and the worst picture and rewritten the prompt (feedback.py). A run is a folder: the PNGs, each with its
+prompt, V, A, seed, model and judgement inside, run.json, contact.png, and index.html to look at.
 """
 
 import argparse
+import json
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +31,7 @@ import data
 import feedback
 import flow_grpo
 import mmdit
+import page
 import qwen_vl
 import text_encoders
 import vae
@@ -188,9 +192,17 @@ def parse_args(argv=None):
     parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance (default: %(default)s)")
     parser.add_argument("--size", type=int, help="side in pixels (default: 128 for tiny, 512 for paper)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count up")
-    parser.add_argument("--n", type=int, default=1, help="how many pictures (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds; between two, the judge rewrites the prompt")
+    parser.add_argument("--n", "--images-per-round", type=int, help="pictures a round (default: 1, or 8 with --rounds)")
+    parser.add_argument("--rewrite", action="store_true", help="the judge writes the first prompt too")
+    parser.add_argument("--tolerance", type=float, default=0.0, metavar="LOSS", help="no further round once the judge "
+                        "finds a picture so near: |ΔV| + |ΔA| (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON file with other questions to the judge, by name: "
+                        + ", ".join(feedback.PROMPTS))
     parser.add_argument("--grid", type=int, metavar="K", help="a labelled K×K picture of the valence-arousal plane")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the PNG files (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: one in out/ named after target and seed)")
+    parser.add_argument("--json", action="store_true", help="print run.json to standard output, nothing else")
+    parser.add_argument("--batch", type=int, default=8, help="pictures drawn at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     return parser.parse_args(argv)
 
@@ -209,22 +221,37 @@ def check(args):
     if not args.prompt.strip() or len(args.prompt) > MAX_PROMPT:
         raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {MAX_PROMPT:,} "
                          f"(the text encoders read about 250 words)")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--prompt: {error.reason}; give it in UTF-8") from error
     if args.adapter and args.no_adapter:
         raise UsageError("--adapter and --no-adapter: give one of them")
     model, adapter, size, judge = PRESETS[args.preset]
     args.adapter = None if args.no_adapter else args.adapter or (adapter if args.model is None else None)
     args.model, args.size, args.judge = args.model or model, args.size or size, args.judge or judge
-    if args.grid or args.judge == "none":
-        args.judge = None
-    for name, value, low, high in (("steps", args.steps, 1, 1000), ("n", args.n, 1, 1000),
-                                   ("guidance", args.guidance, 0, 100), ("seed", args.seed, 0, 2**63 - 1001)):
+    args.n = (8 if args.rounds > 1 else 1) if args.n is None else args.n
+    for name, value, low, high in (
+            ("steps", args.steps, 1, 1000), ("rounds", args.rounds, 1, 100), ("n", args.n, 1 + (args.rounds > 1), 1000),
+            ("batch", args.batch, 1, 1000), ("tolerance", args.tolerance, 0, 16), ("guidance", args.guidance, 0, 100),
+            ("seed", args.seed, 0, 2**62)):
         if not low <= value <= high:
-            raise UsageError(f"--{name} {value}: expected {low}..{high}")
+            raise UsageError(f"--{name} {value}: expected {low}..{high}"
+                             + (" (best and worst are compared)" if name == "n" and args.rounds > 1 else ""))
+    if args.judge == "none" and (args.rounds > 1 or args.rewrite):
+        raise UsageError("--judge none: --rounds and --rewrite need a judge")
+    if args.judge == "none" or (args.grid and args.rounds == 1 and not args.rewrite):
+        args.judge = None
+    if args.prompts is not None:
+        feedback.load_prompts(args.prompts)
     if args.size % 16 or not 16 <= args.size <= 4096:
         raise UsageError(f"--size {args.size}: expected a multiple of 16, 16..4096")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    if args.out is None:
+        args.out = Path("out") / (f"grid{args.grid}_seed{args.seed}" if args.grid else
+                                  f"v{args.v:g}_a{args.a:g}_seed{args.seed}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         probe = args.out / ".probe"
@@ -249,7 +276,8 @@ def load_judge(args):
 
 
 def run(args):
-    judge = load_judge(args)
+    started = time.perf_counter()
+    model = load_judge(args)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
                                adapter=args.adapter)
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
@@ -259,49 +287,140 @@ def run(args):
     say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} "
         f"({str(generator.mmdit.pos_embed.dtype).removeprefix('torch.')}), {args.size} px, {args.steps} steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
+    judge = None if model is None else feedback.judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
+    levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
+    targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]  # the highest arousal first
+    facts = {"model": generator.name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
+    record = {"prompt": args.prompt, **facts, "judge": None if judge is None else name_of(args.judge), "seed": args.seed,
+              "rounds": args.rounds, "images_per_round": args.n, "rewrite": args.rewrite, "tolerance": args.tolerance,
+              "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
     draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance,
                    progress=partial(tqdm, desc="drawing", unit="step", leave=False))
-    facts = {"model": generator.name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
-    if args.grid:
-        levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)]
-        targets = [(v, a) for a in reversed(levels) for v in levels]  # row by row, the highest arousal first
+    ready = {}  # (prompt, seed): picture drawn ahead, as a grid's are, a row in one batch
+    if args.grid and args.rounds == args.n == 1 and not args.rewrite:
         prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
-        pictures = []
         for start in tqdm(range(0, len(prompts), args.grid), desc="grid", unit="row", leave=False):
             row = prompts[start:start + args.grid]  # one seed for all: only the emotion changes
-            pictures += to_images(draw(row, [args.seed] * len(row)))
-        path = save_png(va_grid(pictures, levels, args.size), args.out / f"grid{args.grid}_seed{args.seed}.png",
-                        prompt=args.prompt, seed=args.seed, **facts)
-        print(path)
-        return
-    prompt = data.with_words(args.prompt, args.v, args.a)
-    say(f"prompt: {prompt}")
-    stem, facts = f"v{args.v:g}_a{args.a:g}", {"prompt": prompt, "valence": args.v, "arousal": args.a, **facts}
-    pictures = []  # (path, image, seed)
-    for seed in range(args.seed, args.seed + args.n):
-        image = to_images(draw([prompt], [seed]))[0]
-        pictures.append((save_png(image, args.out / f"{stem}_seed{seed}.png", seed=seed, **facts), image, seed))
-        if judge is None:
-            print(pictures[-1][0])
-    if judge is not None:
-        judge_and_order(judge, pictures, args, stem, facts)
+            ready |= dict(zip([(prompt, args.seed) for prompt in row], to_images(draw(row, [args.seed] * len(row)))))
+    best = []  # the best picture of each cell
+    for v, a in tqdm(targets, desc="grid", unit="cell", leave=False, disable=args.grid is None or bool(ready)):
+        cell = Cell(v, a, args, facts, record["judge"], partial(picture_of, draw, ready))
+        record["cells"].append(cell.record)
+
+        def report(finished, cell=cell):
+            cell.add(finished)
+            if finished.next_prompt is None or not args.grid:
+                record["seconds"] = seconds_of(record, time.perf_counter() - started)
+                page.write(record, args.out)
+
+        feedback.refine(args.prompt, v, a, cell.generate, judge, args.rounds, args.n, args.rewrite, args.tolerance,
+                        args.seed, report=report)
+        best.append(cell.finish(judge))
+    if args.grid:
+        record["grid"] = save_png(va_grid(best, levels, args.size), args.out / f"grid{args.grid}.png", prompt=args.prompt,
+                                  seed=args.seed, **facts).name
+    record["seconds"] = seconds_of(record, time.perf_counter() - started)
+    page.write(record, args.out)
+    say(latency(record))
+    print(json.dumps(record, indent=1, ensure_ascii=False) if args.json else summary(record, args.out))
 
 
-def judge_and_order(judge, pictures, args, stem, facts):
-    """Print what the judge sees in each picture, the nearest to the target first; write that into the files, and among
-    several their place into the names."""
-    judgements = feedback.judge_images(judge, [image for _, image, _ in pictures])
-    order = sorted(range(len(pictures)), key=lambda i: judgements[i].distance(args.v, args.a))
-    for place, i in enumerate(order, 1):
-        (path, image, seed), seen = pictures[i], judgements[i]
-        target = args.out / f"{stem}_{place}_seed{seed}.png" if len(pictures) > 1 else path
-        said = {"judge": name_of(args.judge), "judged_valence": seen.v, "judged_arousal": seen.a,
-                "judged_emotion": seen.emotion, "reasoning": seen.reasoning}
-        save_png(image, target, seed=seed, **facts, **said)
-        if target != path:
-            path.unlink()
-        numbers = "its V-A answer cannot be read" if seen.v is None else f"V {seen.v:.2f}  A {seen.a:.2f}"
-        print(f"{target}  {numbers}  {seen.emotion or 'no emotion named'}\n    {seen.reasoning}")
+def picture_of(draw, ready, prompt, seeds):
+    """PIL pictures of a prompt, one a seed: those that are ready, else drawn."""
+    if all((prompt, seed) in ready for seed in seeds):
+        return [ready[prompt, seed] for seed in seeds]
+    return to_images(draw([prompt] * len(seeds), seeds))
+
+
+class Cell:
+    """One target of a run: its files, and its part of run.json."""
+
+    def __init__(self, v, a, args, facts, judge, draw):
+        self.args, self.facts, self.judge, self.draw = args, {"valence": v, "arousal": a, **facts}, judge, draw
+        self.rounds, self.prefix = [], f"v{v:g}_a{a:g}_" if args.grid else ""
+        self.record = {"v": v, "a": a, "best": None, "rounds": []}
+
+    def save(self, image, number, prompt, seed, said=None):
+        told = {} if said is None else {"judge": self.judge, "judged_valence": said.v, "judged_arousal": said.a,
+                                        "judged_emotion": said.emotion, "reasoning": said.reasoning}
+        return save_png(image, self.args.out / f"{self.prefix}round{number}_seed{seed}.png", prompt=prompt, seed=seed,
+                        **self.facts, **told).name
+
+    def generate(self, prompt, seeds):
+        """Draw and keep at once: what happens while judging loses no picture."""
+        if self.args.grid is None:
+            say(f"round {len(self.rounds)}: {prompt}")
+        images = []
+        for start in range(0, len(seeds), self.args.batch):
+            part = seeds[start:start + self.args.batch]
+            images += self.draw(prompt, part)
+            for image, seed in zip(images[start:], part):
+                self.save(image, len(self.rounds), prompt, seed)
+        return images
+
+    def add(self, finished):
+        """A finished round: write what was judged into its files."""
+        pictures, judged = [], self.judge is not None
+        for picture in finished.pictures:
+            said = picture.judgement
+            name = self.save(picture.image, len(self.rounds), finished.prompt, picture.seed, said if judged else None)
+            pictures.append({"file": name, "seed": picture.seed, "v": said.v, "a": said.a, "emotion": said.emotion,
+                             "reasoning": said.reasoning, "loss": None if said.v is None else picture.loss})
+        self.rounds.append(finished)
+        self.record["rounds"].append({
+            "prompt": finished.prompt, "images": pictures, "best": finished.best if judged else None,
+            "worst": finished.worst if judged and len(pictures) > 1 else None, "analysis": finished.analysis,
+            "next_prompt": finished.next_prompt, "note": finished.note, "seconds": finished.seconds})
+        r, i = feedback.best_of(self.rounds)
+        if judged:
+            self.record["best"] = {"round": r, "image": i}
+            if self.args.grid is None and self.args.rounds > 1:
+                loss, least = finished.pictures[finished.best].loss, self.rounds[r].pictures[i].loss
+                say("\n    ".join(filter(None, (f"    loss {loss:.2f}, best so far {least:.2f} (round {r})", finished.note,
+                                                finished.analysis))))
+
+    def finish(self, judge):
+        """The best picture of all rounds, whose emotion class is asked for as well."""
+        r, i = feedback.best_of(self.rounds)
+        best = self.rounds[r].pictures[i]
+        if judge is not None:
+            emotion = feedback.judge_images(judge, [best.image], ("class",))[0].emotion
+            self.record["rounds"][r]["images"][i]["emotion"] = emotion
+            self.save(best.image, r, self.rounds[r].prompt, best.seed, replace(best.judgement, emotion=emotion))
+        return best.image
+
+
+def seconds_of(record, total):
+    """Seconds of the whole run, by part."""
+    rounds = [r["seconds"] for cell in record["cells"] for r in cell["rounds"]]
+    return {part: sum(s[part] for s in rounds) for part in ("draw", "judge", "rewrite")} | {"total": total}
+
+
+def latency(record):
+    """What appendix C measures, of this run, in a line."""
+    rounds = [r["seconds"] for r in record["cells"][0]["rounds"]]
+    text = f"{rounds[0]['draw']:.1f} s for the first {record['images_per_round']} pictures"
+    if record["judge"] is not None:
+        text += f", {rounds[0]['judge'] + rounds[0]['rewrite']:.1f} s to judge them and rewrite the prompt"
+    if len(rounds) > 1:
+        text += f", {sum(sum(s.values()) for s in rounds):.1f} s for {len(rounds)} rounds"
+    return f"{text}; {record['seconds']['total']:.1f} s in all with loading"
+
+
+def summary(record, folder):
+    """The files of a run, the picture nearest to its target first."""
+    if record["grid"]:
+        return f"{folder / record['grid']}\n{folder / 'index.html'}"
+    images = [image for r in record["cells"][0]["rounds"] for image in r["images"]]
+    images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    lines = []
+    for image in images:
+        seen = "" if record["judge"] is None else "  its V-A answer cannot be read" if image["v"] is None else (
+            f"  V {image['v']:.2f}  A {image['a']:.2f}")
+        lines.append(f"{folder / image['file']}{seen}" + (f"  {image['emotion']}" if image["emotion"] else ""))
+    if images[0]["reasoning"]:
+        lines.insert(1, f"    {images[0]['reasoning']}")
+    return "\n".join([*lines, str(folder / "index.html")])
 
 
 def main(argv=None):
@@ -310,7 +429,7 @@ def main(argv=None):
     try:
         check(args)
         run(args)
-    except (UsageError, weights.CheckpointError, OSError) as error:
+    except (UsageError, feedback.PromptsError, weights.CheckpointError, OSError) as error:
         say(f"error: {error}")
         return 2
     except torch.OutOfMemoryError:
@@ -318,7 +437,7 @@ def main(argv=None):
             f"--device cpu")
         return 2
     except KeyboardInterrupt:
-        say("stopped; the pictures finished so far are kept")
+        say(f"stopped; the rounds and pictures finished so far are kept in {args.out}")
         return 130
     return 0
 

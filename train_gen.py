@@ -135,7 +135,8 @@ def rewards_of(images, rows, models, reward_weights):
     only watched: the errors of judge and meter and the gap between the two (NaN where an answer cannot be read)."""
     parts = {}
     if models.judge is not None:
-        seen = feedback.judge_images(models.judge, images, 64, progress=partial(tqdm, disable=True), tasks=("regression",))
+        judge = feedback.judge_of(models.judge, 64, progress=partial(tqdm, disable=True))
+        seen = feedback.judge_images(judge, images, ("regression",))
         parts["emotion"] = [1 - j.distance(row.v, row.a) / 16 for j, row in zip(seen, rows)]  # unreadable: 0
         told = [j.va for j in seen]
         parts["judge_v_error"], parts["judge_a_error"] = errors(told, rows)

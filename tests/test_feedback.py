@@ -1,8 +1,12 @@
-"""What the judge is asked, and how its answers are used."""
+"""What the judge is asked, how its answers are read, and Algorithm 1 with a made-up judge and generator."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
@@ -10,6 +14,16 @@ import feedback
 import qwen_vl
 
 PICTURE = Image.new("RGB", (64, 64))
+REQUEST = "a swan on the lake at noon"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+def said_in(conversation):
+    """The user's text of a conversation."""
+    return conversation[1]["content"][-1]["text"]
 
 
 @pytest.mark.parametrize("task", feedback.TASKS)
@@ -23,6 +37,141 @@ def test_a_question_shows_the_picture_and_says_task_scales_and_keys(task):
     assert all(word in text for word in (wanted if task == "regression" else ('"emotion_class"', *data.EMOTIONS)))
 
 
+def test_feedback_is_asked_with_both_pictures_scores_target_scales_and_keys():
+    best, worst = Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))
+    question = feedback.ask_compare(REQUEST, "a swan, gloomy", 7, 3, (best, 5.5, 4.25), (worst, None, None), "it is empty")
+    assert [part.get("image") for part in question[1]["content"]] == [best, worst, None]
+    text = qwen_vl.chat_text(question)
+    for word in (REQUEST, "a swan, gloomy", "valence 7.00, arousal 3.00", "valence 5.50, arousal 4.25",
+                 "valence unknown, arousal unknown", "it is empty"):
+        assert word in text
+    rewrite = qwen_vl.chat_text(feedback.ask_rewrite(REQUEST, 7, 3))
+    assert "image_pad" not in rewrite and "last answer" not in rewrite and "valence 7.00, arousal 3.00" in rewrite
+    for asked in (text, rewrite):
+        for word in ("weather", "light", "colours", "composition", "objects", "faces", "very sad", "very excited",
+                     '"analysis"', '"optimized_prompt"', "one JSON object and nothing else", "names"):
+            assert word in asked
+
+
+def test_a_file_replaces_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "PROMPTS", dict(feedback.PROMPTS))
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"rewrite": "$request at $v for $$5", "system": "You are terse."}))
+    feedback.load_prompts(path)
+    assert said_in(feedback.ask_rewrite("a $cat", 7, 3)) == "a $cat at 7.00 for $5"
+    assert feedback.ask("class", PICTURE)[0]["content"] == "You are terse."
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "Expecting"), ("[]", "object of texts"), ('{"compare": 3}', "object of texts"),
+    ('{"poem": ""}', "unknown prompt 'poem'"),
+    ('{"rewrite": "$request $best_v"}', "best_v"), ('{"class": "$"}', "Invalid placeholder"), (None, "No such file"),
+])
+def test_a_bad_file_of_prompts_is_refused_and_changes_nothing(text, message, tmp_path):
+    path, before = tmp_path / "prompts.json", dict(feedback.PROMPTS)
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(feedback.PromptsError, match="prompts.json") as refused:
+        feedback.load_prompts(path)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert before == feedback.PROMPTS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+GOOD = {"analysis": "Too dark: it's gloomy, and the sky is \"low\".",
+        "optimized_prompt": "a swan on the lake at noon, sunny"}
+WRITTEN = {
+    "plain": json.dumps(GOOD),
+    "fenced": f"```json\n{json.dumps(GOOD, indent=2)}\n```",
+    "talkative": f"Sure! Here it is: {json.dumps(GOOD)}\nI hope {{that}} helps.",
+    "thinking": f"<think>a {{\"analysis\": \"no\"}}</think>\n<answer>{json.dumps(GOOD)}</answer>",
+    "trailing comma": '{"analysis": "Too dark: it\'s gloomy, and the sky is \\"low\\".", '
+                      '"optimized_prompt": "a swan on the lake at noon, sunny",}',
+    "single quotes": "{'analysis': 'Too dark: it\\'s gloomy, and the sky is \"low\".', "
+                     "'optimized_prompt': 'a swan on the lake at noon, sunny'}",
+    "loose quotes": '{"analysis": "Too dark: it\'s gloomy, and the sky is "low".", '
+                    '"optimized_prompt": "a swan on the lake at noon, sunny"}',
+    "other spellings": '{Analysis: "Too dark: it\'s gloomy, and the sky is \\"low\\".", '
+                       '"Optimised prompt" : "a swan on the lake at noon, sunny"}',
+    "line breaks": '{"analysis": "Too dark: it\'s gloomy,\nand the sky is \\"low\\".",\n'
+                   '"optimized_prompt":\n"a swan on the lake at noon,\n sunny"\n}',
+    "no end": json.dumps(GOOD)[:-1],
+    "a list": json.dumps(GOOD | {"analysis": ["Too dark: it's gloomy,", "and the sky is \"low\"."]}),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_what_language_models_write_is_read(how):
+    assert feedback.read_rewrite(WRITTEN[how], REQUEST) == tuple(GOOD.values())
+
+
+@pytest.mark.parametrize("answer, why", [
+    ("I cannot.", "no JSON object"), ('{"analysis": "dark", "optimized_pr', "breaks off: no optimized_prompt"),
+    ('{"analysis": "dark", "optimized_prompt": "a swan on the la', "breaks off"), ('{"analysis": "dark"}', "broken"),
+    ('{"analysis": "", "optimized_prompt": ", , "}', "expected words"), ("{" * 5000, "breaks off"),
+    (json.dumps(GOOD | {"optimized_prompt": "swan lake noon " * 400}), "5,999 characters"),
+    (json.dumps(GOOD | {"optimized_prompt": "a sunny lake at noon"}), "lost swan")])
+def test_what_cannot_be_used_says_why(answer, why):
+    with pytest.raises(feedback.Unusable, match=why.replace(".", r"\.")):
+        feedback.read_rewrite(answer, REQUEST)
+
+
+@given(st.text(max_size=300))
+def test_no_text_breaks_the_reader(text):
+    for answer in (text, '{"analysis": "' + text, '{"valence": ' + text + "}"):
+        for read in (lambda t: feedback.read_rewrite(t, REQUEST), feedback.read_scores, feedback.read_emotion):
+            try:
+                assert read(answer)
+            except feedback.Unusable as reason:
+                assert str(reason)
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="{}<\\\"“”", exclude_categories=("C", "Z")), min_size=1,
+                max_size=40)
+
+
+@given(TEXTS, TEXTS, st.sampled_from("\"'"), st.booleans(), st.sampled_from(("", "Well: ", "```json\n")),
+       st.integers(0, 200))
+def test_every_loose_form_of_any_texts_is_read_or_given_up(analysis, prompt, quote, comma, before, cut):
+    analysis, prompt = (text.replace("'", "").replace(":", "") for text in (analysis, prompt))
+    pairs = {"analysis": analysis, "optimized_prompt": prompt}.items()
+    answer = f"{before}{{" + ", ".join(f"{quote}{key}{quote}: {quote}{value}{quote}" for key, value in pairs)
+    whole = answer + (",}" if comma else "}")
+    found = feedback.read_object(whole, ("analysis", "optimized_prompt"))
+    assert found == {"analysis": analysis, "optimized_prompt": prompt}
+    try:  # a text that breaks off is whole or missing, never a part
+        assert feedback.read_object(whole[:cut], ("optimized_prompt",))["optimized_prompt"] == prompt
+    except feedback.Unusable:
+        assert cut < len(answer)
+
+
+@pytest.mark.parametrize("answer, scores", [
+    ('<think>fog</think><answer>{"valence": 2.5, "arousal": 3}</answer>', (2.5, 3.0)),
+    ("{'valence': '6.2 of 9', arousal: four}", (6.2, 4)),
+    ('```\n{"Valence score": 7.25, "Arousal score": 1.00,}\n```', (7.25, 1.0)), ('{"valence": 20, "arousal": 3}', None),
+    ('{"valence": true, "arousal": 3}', None), ('{"valence": "high", "arousal": 3}', None),
+    ('{"valence": NaN, "arousal": 3}', None),
+])
+def test_scores_are_read_and_kept_within_the_scale(answer, scores):
+    if scores is None:
+        with pytest.raises(feedback.Unusable, match=r"1\.\.9"):
+            feedback.read_scores(answer)
+    else:
+        assert feedback.read_scores(answer) == scores
+
+
+@pytest.mark.parametrize("request_, prompt, lost", [
+    (REQUEST, "At noon, swans on a misty lake", []), (REQUEST, "a boat on the lake", ["swan", "noon"]),
+    ("a person walks away from a large fire", "A person walking away from a large, raging fire at dusk", []),
+    ("two horses", "a horse", ["two"]), ("湖上的天鹅", "宁静湖上的白天鹅", []),
+    ("湖上的天鹅", "宁静的森林", ["湖", "上", "天", "鹅"]),
+])
+def test_lost_words_are_those_that_carry_meaning(request_, prompt, lost):
+    assert feedback.lost_words(request_, prompt) == lost
+
+
 class Scripted:
     """A judge with given answers, which remembers how many pictures it was asked about at once."""
 
@@ -32,7 +181,7 @@ class Scripted:
     def generate(self, messages, **settings):
         assert settings["temperature"] == 0
         self.batches.append(len(messages))
-        tasks = ["regression" if "valence" in m[1]["content"][1]["text"] else "class" for m in messages]
+        tasks = ["regression" if "valence" in said_in(m) else "class" for m in messages]
         return [[SimpleNamespace(text=self.answers[task].pop(0))] for task in tasks]
 
 
@@ -40,11 +189,107 @@ def test_judgements_hold_values_class_and_reasoning_and_none_where_an_answer_is_
     judge = Scripted({
         "regression": ['<think> fog </think><answer>{"valence": 2.5, "arousal": 3}</answer>', "I feel nothing",
                        '<think>sun</think><answer>{"valence": 20, "arousal": 3}</answer>'],
-        "class": ['<think>x</think><answer>{"emotion_class": "sadness"}</answer>', "",
+        "class": ['<think>x</think><answer>{"emotion_class": "Sadness"}</answer>', "",
                   '<think>x</think><answer>[]</answer>']})
-    first, second, third = feedback.judge_images(judge, [PICTURE] * 3, batch=2)
+    first, second, third = feedback.judge_images(feedback.judge_of(judge, batch=2), [PICTURE] * 3)
     assert first == feedback.Judgement(2.5, 3.0, "sadness", "fog")
     assert (second.v, second.a, second.emotion, second.reasoning) == (None, None, None, "I feel nothing")
     assert (third.v, third.emotion, third.reasoning) == (None, None, "sun")
     assert judge.batches == [2, 1, 2, 1]
-    assert first.distance(3, 5) == 2.5 and second.distance(3, 5) == 16
+    assert first.distance(3, 5) == 2.5 and second.distance(3, 5) == 16 and math.isnan(second.va[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+class World:
+    """A generator whose pictures are (prompt, seed), and a judge that finds `moods[prompt]`, plus 0.1 a seed, in them and
+    answers questions for a prompt from a list."""
+
+    def __init__(self, moods, answers):
+        self.moods, self.answers, self.drawn, self.asked, self.attempts = moods, answers, [], [], []
+
+    def generate(self, prompt, seeds):
+        self.drawn.append((prompt, list(seeds)))
+        return [(prompt, seed) for seed in seeds]
+
+    def judge(self, conversations, attempt=0):
+        texts = []
+        for messages in conversations:
+            *pictures, text = messages[1]["content"]
+            if "optimized_prompt" in text["text"]:
+                self.asked.append(([part["image"] for part in pictures], text["text"]))
+                self.attempts.append(attempt)
+                texts.append(self.answers.pop(0))
+            else:
+                prompt, seed = pictures[0]["image"]
+                mood = self.moods[prompt]
+                texts.append("..." if mood is None else json.dumps({"valence": mood[0] + seed / 10, "arousal": mood[1]}))
+        return texts
+
+
+def advice(prompt, analysis="darker"):
+    return json.dumps({"analysis": analysis, "optimized_prompt": prompt})
+
+
+ROUND_0 = data.with_words(REQUEST, 7, 3)
+
+
+def test_refine_draws_judges_compares_best_and_worst_and_goes_on_with_the_new_prompt():
+    better, last = f"{REQUEST}, sunny", f"{REQUEST}, golden"
+    world = World({ROUND_0: (5, 3), better: (6.38, 3), last: (6, 4)}, [advice(better, "more sun"), advice(last)])
+    finished = []
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 3, 4, report=finished.append)
+    assert world.drawn == [(ROUND_0, [0, 1, 2, 3]), (better, [4, 5, 6, 7]), (last, [8, 9, 10, 11])]
+    assert [(r.best, r.worst) for r in rounds] == [(3, 0), (2, 0), (2, 0)] and rounds == finished
+    assert [p.loss for p in rounds[0].pictures] == pytest.approx([2, 1.9, 1.8, 1.7])
+    told = [(r.analysis, r.next_prompt, r.note) for r in rounds]
+    assert told == [("more sun", better, ""), ("darker", last, ""), (None, None, "")]
+    assert world.asked[0][0] == [(ROUND_0, 3), (ROUND_0, 0)]  # best first, then worst
+    for text in (f"The prompt: {ROUND_0}", "valence 5.30, arousal 3.00", "valence 5.00, arousal 3.00", "valence 7.00"):
+        assert text in world.asked[0][1]
+    assert feedback.best_of(rounds) == (1, 2) and set(rounds[0].seconds) == {"draw", "judge", "rewrite"}
+
+
+def test_refine_stops_early_within_the_tolerance_and_keeps_the_best_of_all_rounds():
+    better = f"{REQUEST}, sunny"
+    world = World({ROUND_0: (5, 3), better: (6.5, 3)}, [advice(better)])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 9, 2, tolerance=0.35, seed=1)
+    assert len(rounds) == 2 and rounds[1].next_prompt is None
+    assert rounds[1].pictures[rounds[1].best].loss == pytest.approx(0.1)
+
+
+def test_a_rewrite_that_is_broken_or_loses_the_subject_is_asked_for_again_and_then_refused():
+    good = f"{REQUEST}, sunny"
+    world = World({ROUND_0: (5, 3), good: (5, 3)}, ["{", advice("a sunny lake at noon"), advice(good), "", "no", "{}"])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, rounds=3, images_per_round=2)
+    assert rounds[0].next_prompt == good and rounds[0].note == "" and world.attempts == [0, 1, 2, 0, 1, 2]
+    assert "could not be used" not in world.asked[0][1] and "its prompt lost swan" in world.asked[2][1]
+    assert rounds[1].next_prompt == rounds[2].prompt == good and rounds[1].analysis is None
+    assert "3 answers could not be used" in rounds[1].note and "the prompt is kept" in rounds[1].note
+
+
+def test_the_first_prompt_can_be_given_or_rewritten():
+    first = f"{REQUEST}, serene"
+    world = World({first: (7, 3), ROUND_0: (7, 3)}, [advice(first), "", "", ""])
+    one, kept = (feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 1, 1, rewrite=True)[0] for _ in range(2))
+    assert one.prompt == first and world.asked[0][0] == [] and one.note == ""
+    assert kept.prompt == ROUND_0 and "could not be used" in kept.note
+    assert feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 1, 1, start=first)[0].prompt == first
+
+
+def test_pictures_that_cannot_be_judged_are_the_worst_and_do_not_stop_the_loop():
+    world = World({ROUND_0: None, "b a swan lake noon": (7, 3)}, [advice("b a swan lake noon")])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 2, 2)
+    assert [p.loss for p in rounds[0].pictures] == [16, 16] and "valence unknown" in world.asked[0][1]
+    assert feedback.best_of(rounds) == (1, 0)
+    alone = feedback.refine(REQUEST, 7, 3, world.generate, None, 1, 2)[0]
+    assert alone.pictures[0].judgement.v is None and alone.analysis is None
+
+
+@pytest.mark.parametrize("settings", [
+    {"rounds": 0}, {"rounds": 2, "images_per_round": 1}, {"images_per_round": 0}, {"v": 12}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="expected|1..9"):
+        feedback.refine(**{"prompt": REQUEST, "v": 7, "a": 3, "generate": None, "judge": None, **settings})

@@ -108,14 +108,16 @@ def run(*arguments):
         return end.code
 
 
+def read(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
 def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     for name in ("one", "two"):
         assert run("--v", 7, "--a", 3, "--steps", 3, "--seed", 4, "--out", tmp_path / name) == 0
     out, err = capsys.readouterr()
-    paths = [tmp_path / name / "v7_a3_seed4.png" for name in ("one", "two")]
-    assert [line for line in out.splitlines() if not line.startswith(" ")] == [
-        line for line in out.splitlines() if line.startswith(tuple(map(str, paths)))]
-    assert "preset paper would need" in err
+    paths = [tmp_path / name / "round0_seed4.png" for name in ("one", "two")]
+    assert "preset paper would need" in err and "s for the first 1 pictures" in err
     assert paths[0].read_bytes() == paths[1].read_bytes()
     image = Image.open(paths[0])
     assert image.size == (128, 128)
@@ -125,58 +127,125 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
-    assert out.splitlines()[:2] == [f"{paths[0]}  {numbers}", f"    {image.text['reasoning']}"]
+    assert out.splitlines()[:3] == [f"{paths[0]}  {numbers}", f"    {image.text['reasoning']}",
+                                    str(tmp_path / "one" / "index.html")]
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {"round0_seed4.png", "run.json", "contact.png", "index.html"}
+    record = read(tmp_path / "one")
+    assert record["model"] == image.text["model"] and record["cells"][0]["rounds"][0]["images"][0]["seed"] == 4
 
 
-def test_several_pictures_are_ordered_by_how_near_the_judge_finds_them(tmp_path, capsys, monkeypatch):
-    seen = {0: (2.0, 2.0), 1: (7.0, 3.5), 2: (6.0, 3.0), 3: None}
+def scripted(moods, advice):
+    """A judge for feedback.judge_of: it finds moods[i] in the i-th picture it sees and answers advice(question)."""
+    moods = iter(moods)
 
-    def judge_images(model, images, **_):
-        return [feedback.Judgement(*(seen[i] or (None, None)), "awe", "calm <water>") for i in range(len(images))]
+    def judge(conversations, attempt=0):
+        texts = []
+        for messages in conversations:
+            text = messages[1]["content"][-1]["text"]
+            if "optimized_prompt" in text:
+                texts.append(advice(text))
+            elif "emotion_class" in text:
+                texts.append('{"emotion_class": "awe"}')
+            else:
+                mood = next(moods)
+                texts.append("" if mood is None else
+                             f'<think>calm <water></think>{{"valence": {mood[0]}, "arousal": {mood[1]}}}')
+        return texts
 
-    monkeypatch.setattr(feedback, "judge_images", judge_images)
-    assert run("--v", 7, "--a", 3, "--n", 4, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
-    names = ["v7_a3_1_seed1.png", "v7_a3_2_seed2.png", "v7_a3_3_seed0.png", "v7_a3_4_seed3.png"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    out = capsys.readouterr().out
-    assert [Path(line.split("  ")[0]).name for line in out.splitlines()[::2]] == names
-    assert "cannot be read" in out and "V 7.00  A 3.50  awe" in out
+    return lambda *_, **__: judge
 
 
-def test_an_interruption_while_judging_keeps_the_pictures(tmp_path, capsys, monkeypatch):
-    def judge_images(*_, **__):
-        raise KeyboardInterrupt
+QUICK = ("--v", 7, "--a", 3, "--steps", 2, "--size", 64)
 
-    monkeypatch.setattr(feedback, "judge_images", judge_images)
-    assert run("--v", 7, "--a", 3, "--n", 2, "--steps", 2, "--size", 64, "--out", tmp_path) == 130
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["v7_a3_seed0.png", "v7_a3_seed1.png"]
+
+def test_several_pictures_are_listed_by_how_near_the_judge_finds_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(feedback, "judge_of", scripted([(2.0, 2.0), (7.0, 3.5), (6.0, 3.0), None], None))
+    assert run(*QUICK, "--n", 4, "--out", tmp_path) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [Path(line.split("  ")[0]).name for line in out if line[0] != " "] == [
+        "round0_seed1.png", "round0_seed2.png", "round0_seed0.png", "round0_seed3.png", "index.html"]
+    assert out[0].endswith("V 7.00  A 3.50  awe") and "cannot be read" in out[4] and out[1] == "    calm <water>"
+    assert "calm &lt;water&gt;" in (tmp_path / "index.html").read_text()
+
+
+def test_rounds_of_feedback_are_recorded_whole(tmp_path, capsys, monkeypatch):
+    better = f"{sample.DEFAULT_PROMPT}, golden"
+    advice = json.dumps({"analysis": "dull water", "optimized_prompt": better})
+    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 3), (4, 3), (7, 3.5), (2, 2)], lambda _: advice))
+    assert run(*QUICK, "--rounds", 2, "--n", 2, "--json", "--out", tmp_path) == 0
+    out, err = capsys.readouterr()
+    record = json.loads(out)
+    assert record == read(tmp_path)
+    first, second = record["cells"][0]["rounds"]
+    assert (first["best"], first["worst"], first["analysis"], first["next_prompt"]) == (0, 1, "dull water", better)
+    assert second["prompt"] == better and second["analysis"] is None
+    assert record["cells"][0]["best"] == {"round": 1, "image": 0}
+    assert [i["file"] for r in (first, second) for i in r["images"]] == [
+        "round0_seed0.png", "round0_seed1.png", "round1_seed2.png", "round1_seed3.png"]
+    assert second["images"][0]["emotion"] == "awe" and second["images"][0]["loss"] == 0.5
+    assert Image.open(tmp_path / "round1_seed2.png").text["prompt"] == better
+    for text in ("loss 2.00", "loss 0.50, best so far 0.50 (round 1)", "dull water", "2 rounds", "first 2 pictures"):
+        assert text in err
+    assert record["seconds"]["total"] > sum(second["seconds"].values()) > 0
+
+
+def test_the_tolerance_ends_the_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "judge_of", scripted([(6.9, 3), (4, 3)], None))
+    assert run(*QUICK, "--rounds", 3, "--n", 2, "--tolerance", 0.2, "--out", tmp_path) == 0
+    assert len(read(tmp_path)["cells"][0]["rounds"]) == 1
+
+
+def test_an_interruption_keeps_every_finished_round_and_every_picture(tmp_path, capsys, monkeypatch):
+    def advice(question):
+        if "golden" in question:
+            raise KeyboardInterrupt
+        return json.dumps({"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})
+
+    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 3)] * 4, advice))
+    assert run(*QUICK, "--rounds", 3, "--n", 2, "--out", tmp_path) == 130
+    assert "kept" in capsys.readouterr().err
+    assert len(read(tmp_path)["cells"][0]["rounds"]) == 1
+    assert len(list(tmp_path.glob("round?_seed?.png"))) == 4 and (tmp_path / "index.html").exists()
 
 
 def test_the_judge_finds_its_target_in_what_is_drawn_for_it(tmp_path):
     judged = {}
     for v, a in ((8, 7), (2, 3)):
         assert run("--v", v, "--a", a, "--n", 3, "--out", tmp_path) == 0
-        pictures = [Image.open(p).text for p in tmp_path.glob(f"v{v}_a{a}_*.png")]
+        pictures = [Image.open(p).text for p in tmp_path.glob("round0_*.png")]
         judged[v, a] = np.mean([[float(t["judged_valence"]), float(t["judged_arousal"])] for t in pictures], axis=0)
     assert np.all(judged[8, 7] > judged[2, 3] + 1)
 
 
 def test_several_pictures_and_the_grid(tmp_path, capsys):
     assert run("--v", 2, "--a", 8.5, "--n", 2, "--steps", 2, "--size", 64, "--judge", "none", "--out", tmp_path) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"v2_a8.5_seed0.png", "v2_a8.5_seed1.png"}
-    assert run("--grid", 3, "--steps", 2, "--size", 64, "--out", tmp_path) == 0
-    grid = Image.open(tmp_path / "grid3_seed0.png")
+    assert {p.name for p in tmp_path.glob("round*")} == {"round0_seed0.png", "round0_seed1.png"}
+    assert run("--grid", 3, "--steps", 2, "--size", 64, "--out", tmp_path / "grid") == 0
+    assert capsys.readouterr().out.splitlines()[-2] == str(tmp_path / "grid" / "grid3.png")
+    grid = Image.open(tmp_path / "grid" / "grid3.png")
     assert grid.width > 3 * 64 and grid.height > 3 * 64
+    record = read(tmp_path / "grid")
+    assert [(c["v"], c["a"]) for c in record["cells"]] == [(v, a) for a in (9, 5, 1) for v in (1, 5, 9)]
+    assert (tmp_path / "grid" / record["cells"][0]["rounds"][0]["images"][0]["file"]).name == "v1_a9_round0_seed0.png"
+
+
+def test_a_grid_with_feedback_shows_the_best_of_each_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 5)] * 16, lambda _: json.dumps(
+        {"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})))
+    assert run("--grid", 2, "--rounds", 2, "--n", 2, "--steps", 1, "--size", 64, "--out", tmp_path) == 0
+    record = read(tmp_path)
+    assert [len(c["rounds"]) for c in record["cells"]] == [2] * 4 and record["grid"] == "grid2.png"
+    assert all(c["best"] == {"round": 0, "image": 0} for c in record["cells"])
 
 
 def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
-    read = {}
+    seen = {}
     for v, a in ((8, 7), (2, 3), (8, 3), (2, 7)):
         assert run("--v", v, "--a", a, "--n", 4, "--judge", "none", "--out", tmp_path) == 0
-        pictures = [Image.open(tmp_path / f"v{v}_a{a}_seed{s}.png") for s in range(4)]
-        read[v, a] = np.mean([scenes.measure_va(p) for p in pictures], axis=0)
-    assert min(read[8, 7][0], read[8, 3][0]) > max(read[2, 7][0], read[2, 3][0]) + 1.5
-    assert read[8, 7][1] > read[8, 3][1] + 0.75 and read[2, 7][1] > read[2, 3][1] + 0.75
+        pictures = [Image.open(tmp_path / f"round0_seed{s}.png") for s in range(4)]
+        seen[v, a] = np.mean([scenes.measure_va(p) for p in pictures], axis=0)
+    assert min(seen[8, 7][0], seen[8, 3][0]) > max(seen[2, 7][0], seen[2, 3][0]) + 1.5
+    assert seen[8, 7][1] > seen[8, 3][1] + 0.75 and seen[2, 7][1] > seen[2, 3][1] + 0.75
 
 
 def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, capsys):
@@ -188,8 +257,8 @@ def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, caps
         return draw(self, prompts, seeds, **options)
 
     monkeypatch.setattr(sample.Generator, "draw", interrupted)
-    assert run("--v", 5, "--a", 5, "--n", 3, "--steps", 2, "--size", 64, "--out", tmp_path) == 130
-    assert [p.name for p in tmp_path.iterdir()] == ["v5_a5_seed0.png"]
+    assert run(*QUICK, "--n", 3, "--batch", 1, "--out", tmp_path) == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["round0_seed0.png"]
     assert "kept" in capsys.readouterr().err
 
 
@@ -204,7 +273,7 @@ def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
     pictures = {}
     for name, extra in {"with": ("--adapter", tmp_path / "adapter"), "without": ("--no-adapter",)}.items():
         assert run("--v", 7, "--a", 3, "--steps", 2, "--judge", "none", "--out", tmp_path / name, *extra) == 0
-        pictures[name] = Image.open(tmp_path / name / "v7_a3_seed0.png")
+        pictures[name] = Image.open(tmp_path / name / "round0_seed0.png")
     assert pictures["with"].tobytes() != pictures["without"].tobytes()
     assert pictures["with"].text["model"] == f"tiny/weights with {tmp_path / 'adapter'}"
     assert pictures["without"].text["model"] == "tiny/weights"
@@ -217,11 +286,17 @@ BAD = {
     "no target": ((), "--v and --a"),
     "no arousal": (("--v", 5), "--v and --a"),
     "long prompt": (("--v", 5, "--a", 5, "--prompt", "x" * 10_000), "10,000 characters"),
+    "broken prompt": (("--v", 5, "--a", 5, "--prompt", "a \udc80 swan"), "UTF-8"),
     "empty prompt": (("--v", 5, "--a", 5, "--prompt", "  "), "characters"),
     "odd size": (("--v", 5, "--a", 5, "--size", 100), "multiple of 16"),
     "huge size": (("--v", 5, "--a", 5, "--size", 2048), "at most"),
     "no steps": (("--v", 5, "--a", 5, "--steps", 0), "--steps"),
     "steps a word": (("--v", 5, "--a", 5, "--steps", "many"), "--steps"),
+    "feedback without a judge": (("--v", 5, "--a", 5, "--rounds", 2, "--judge", "none"), "need a judge"),
+    "one picture to compare": (("--v", 5, "--a", 5, "--rounds", 2, "--n", 1), "--n 1: expected 2"),
+    "no rounds": (("--v", 5, "--a", 5, "--rounds", 0), "--rounds 0"),
+    "missing prompts": (("--v", 5, "--a", 5, "--prompts", "./none.json"), "none.json"),
+    "tolerance": (("--v", 5, "--a", 5, "--tolerance", -1), "--tolerance"),
     "one-cell grid": (("--grid", 1), "2..9"),
     "missing judge": (("--v", 5, "--a", 5, "--judge", "./nobody"), "no such file or folder"),
     "a generator as judge": (("--v", 5, "--a", 5, "--judge", sample.TINY / "vae"), "not a Qwen2.5-VL"),

@@ -1,17 +1,32 @@
 """What the miniature judge is taught before GRPO: answers in words, written from the facts of a scene.
 
-Every answer says what is in the picture and how it looks, then the result. The figures of valence and arousal are not
+Every judgement says what is in the picture and how it looks, then the result. The figures of valence and arousal are not
 those the scene was drawn with: they are drawn, anew for each answer, from the lexicon's Gaussians of the scene's
 emotion class, as the paper labels its pictures (section 4.1). So the judge learns to see a mood and to put it into words,
 the form of an answer, and a vague idea of the values: what number belongs to what it sees is left to GRPO.
+
+Feedback is taught from two scenes with the same things in them, which stand for two pictures of one prompt, and a wished
+emotion: what tells the two apart, what the better one lacks, and a prompt that makes up for it. GRPO does not touch it.
 """
 
 import json
+from dataclasses import dataclass
+
+import numpy as np
 
 import data
 from tiny import scenes
 
 DESCRIBE = "What is in this picture?"
+PROMPT_SPREAD = 0.8  # how far a prompt's pictures lie, in the mean, from what its words say: a generator's own bias
+WISH_SPREAD = 1.2  # how far the wish lies from the better picture
+JUDGE_SPREAD = 0.8  # how far judged values lie from a picture's own
+GAIN = 0.7  # share of what the better picture misses that new words make up for; part of it is one picture's chance
+
+
+def mood(v, a):
+    """The word of (v, a) on either scale, one of seven each."""
+    return data.VALENCE_WORDS[data.level(v, 7)][0], data.AROUSAL_WORDS[data.level(a, 7)][0]
 
 
 def thought(scene, v, a):
@@ -20,7 +35,7 @@ def thought(scene, v, a):
     Nothing in it is left to chance: in GRPO every token that was drawn at random adds noise to the gradient.
     """
     seen = scenes.facts(scene, v, a)
-    valence, arousal = data.VALENCE_WORDS[data.level(v, 7)][0], data.AROUSAL_WORDS[data.level(a, 7)][0]
+    valence, arousal = mood(v, a)
     return (f"{seen['subject']} {seen['place']} {seen['time']}: {seen['weather']}, {seen['light']}. "
             f"It feels {valence} and {arousal}.")
 
@@ -34,3 +49,83 @@ def answer(task, scene, v, a, rng):
     else:
         result = json.dumps({"emotion_class": emotion})
     return f"<think>{thought(scene, v, a)}</think><answer>{result}</answer>"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A question `compare`, all but its pictures, and what answers it."""
+    request: str
+    prompt: str  # that both pictures were drawn of
+    wish: tuple[float, float]
+    best: tuple[float, float]  # judged values
+    worst: tuple[float, float]
+    order: int  # 1 if the first of the two rows is the better picture, -1 if the second
+    answer: str
+
+
+def on_scale(*values):
+    return tuple(float(x) for x in np.clip(values, data.VA_MIN, data.VA_MAX))
+
+
+def shaken(va, sd, rng):
+    return on_scale(*(x + rng.normal(0, sd) for x in va))
+
+
+def comparison(one, other, rng):
+    """The Comparison of two (scene, v, a) rows that show the same things.
+
+    The wish lies near the first row, so that this is the better picture. The prompt had no mood, figures, or words that
+    missed it by as much as a generator's bias; the new one corrects those words by what the better picture missed.
+    """
+    wish = shaken(one[1:], WISH_SPREAD, rng)
+    order = 1 if np.abs(np.subtract(one[1:], wish)).sum() <= np.abs(np.subtract(other[1:], wish)).sum() else -1
+    (scene, *seen), (_, *seen_other) = (one, other)[::order]
+    request, kind = scenes.neutral_caption(scene), rng.random()
+    if kind < 0.1:
+        prompt, better = request, wish
+    elif kind < 0.35:
+        prompt, better = data.with_numbers(request, *wish), wish
+    else:
+        meant = shaken(seen, PROMPT_SPREAD, rng)
+        prompt = scenes.emotional_caption(scene, *meant, rng) if kind < 0.6 else rich_prompt(scene, request, *meant)
+        better = on_scale(*np.add(meant, GAIN * np.subtract(wish, seen)))
+    analysis = f"{look(scene, *seen, 'The first')} {look(scene, *seen_other, 'The second')} {lack(scene, seen, wish)}"
+    text = {"analysis": analysis, "optimized_prompt": rich_prompt(scene, request, *better)}
+    return Comparison(request, prompt, wish, shaken(seen, JUDGE_SPREAD, rng), shaken(seen_other, JUDGE_SPREAD, rng), order,
+                      json.dumps(text))
+
+
+def look(scene, v, a, which):
+    """How one of two pictures looks and feels, in a sentence."""
+    seen = scenes.facts(scene, v, a)
+    return f"{which} has {seen['weather']} and {seen['light']}: {' and '.join(mood(v, a))}."
+
+
+def lack(scene, seen, wish):
+    """What the better picture lacks, in two sentences: how far it is off, and what must be seen instead."""
+    off = [amount(have - want, low, high) for have, want, low, high in
+           zip(seen, wish, ("sad", "calm"), ("pleasant", "excited"))]
+    wanted = scenes.facts(scene, *wish)
+    return f"The first is {off[0]} and {off[1]}. It needs {wanted['weather']}, {wanted['light']}, {wanted['colour']}."
+
+
+def amount(difference, low, high):
+    """How far a picture is off on one scale."""
+    size = abs(difference)
+    word = low if difference < 0 else high
+    return f"{word} enough" if size < 0.5 else f"{'a little' if size < 1.5 else 'much'} too {word}"
+
+
+def rich_prompt(scene, request, v, a):
+    """The request with the words of (v, a) and what such a mood puts in the picture."""
+    seen = scenes.facts(scene, v, a)
+    return ", ".join([data.with_words(request, v, a), seen["weather"], seen["light"]])
+
+
+def rewrite(scene, wish):
+    """The answer to the question `rewrite` about a scene and a wish."""
+    seen = scenes.facts(scene, *wish)
+    analysis = (f"Wanted is a {' and '.join(mood(*wish))} picture: {seen['weather']}, {seen['light']}, {seen['colour']}, "
+                f"{seen['motion']}.")
+    return json.dumps({"analysis": analysis,
+                       "optimized_prompt": rich_prompt(scene, scenes.neutral_caption(scene), *wish)})

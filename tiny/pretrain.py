@@ -392,7 +392,7 @@ def judge_processor(rows, rng):
     texts = list(feedback.PROMPTS.values()) * 20 + [lessons.DESCRIBE]
     for scene, v, a in rows:
         texts += [lessons.answer(task, scene, v, a, rng) for task in feedback.TASKS]
-        texts.append(scenes.emotional_caption(scene, v, a, rng))
+        texts += [scenes.emotional_caption(scene, v, a, rng), lessons.rewrite(scene, (v, a))]
     learner = qwen_vl.byte_bpe({}, [], special=())
     learner.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1200, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -417,26 +417,42 @@ def train_judge(args):
     questions = {task: processor(feedback.ask(task, blank)) for task in feedback.TASKS}
     questions["describe"] = processor([{"role": "user", "content": [
         {"type": "image", "image": blank}, {"type": "text", "text": lessons.DESCRIBE}]}])
+    alike = {}  # (subject, place, time): rows
+    for i, (scene, _, _) in enumerate(rows[:held_out]):
+        alike.setdefault((scene.subject, scene.place, scene.time), []).append(i)
 
-    def lesson(task, picks, answers, rng):
-        """(prompts, answers as ids [P,answers,C], -1 as padding) about the pictures of some rows."""
-        prompts = [replace(questions[task], pixels=qwen_vl.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
-                   for i in picks]
-        texts = [lessons.thought(*rows[i]) if task == "describe" else lessons.answer(task, *rows[i], rng)
-                 for i in picks for _ in range(answers)]
-        ids = [torch.tensor([*e.ids, processor.stop[0]]) for e in processor.tokenizer.encode_batch(texts)]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
-        return prompts, ids.view(len(picks), answers, -1)
+    def judging(task, i, rng):
+        """(Prompt, answers) about row i; an answer's figures are drawn anew each time."""
+        prompt = replace(questions[task], pixels=qwen_vl.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
+        if task == "describe":
+            return prompt, [lessons.thought(*rows[i])]
+        return prompt, [lessons.answer(task, *rows[i], rng) for _ in range(3)]
+
+    def advising(task, i, rng):
+        """(Prompt, answers) of a comparison of row i with one alike, or of a rewrite for it."""
+        why = "it has no JSON object" if rng.random() < 0.1 else None
+        scene, *wish = rows[i]
+        if task == "rewrite":
+            return processor(feedback.ask_rewrite(scenes.neutral_caption(scene), *wish, why)), [lessons.rewrite(scene, wish)]
+        j = int(rng.choice(alike[scene.subject, scene.place, scene.time]))
+        said = lessons.comparison(rows[i], rows[j], rng)
+        best, worst = ((Image.fromarray(pictures[k]), *va) for k, va in zip((i, j)[::said.order], (said.best, said.worst)))
+        return processor(feedback.ask_compare(said.request, said.prompt, *said.wish, best, worst, why)), [said.answer]
 
     def loss_of(step, generator, rng, batch):
-        task = ("describe", "regression", "describe", "describe", "class", "describe")[step % 6]
-        picks = np.sort(rng.integers(held_out, size=batch if task == "describe" else batch // 2))
-        prompts, ids = lesson(task, picks, 1 if task == "describe" else 3, rng)
+        task = ("describe", "regression", "compare", "describe", "rewrite", "compare", "describe", "class", "compare",
+                "describe")[step % 10]
+        picks = np.sort(rng.integers(held_out, size=batch // {"describe": 1, "compare": 4, "rewrite": 4}.get(task, 2)))
+        ask = advising if task in ("compare", "rewrite") else judging
+        prompts, texts = zip(*(ask(task, i, rng) for i in picks))
+        encoded = processor.tokenizer.encode_batch([text for answers in texts for text in answers])
+        ids = [torch.tensor([*e.ids, processor.stop[0]]) for e in encoded]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).view(len(picks), len(texts[0]), -1)
         hidden = model.completion_hidden(prompts, ids.clamp(min=0))
         loss = F.cross_entropy(F.linear(hidden, model.head_weight).flatten(0, 2), ids.flatten(), ignore_index=-1)
         return loss, {task: float(loss.detach())}
 
-    train("judge", [model], loss_of, args, args.samples or 48_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
+    train("judge", [model], loss_of, args, args.samples or 80_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
     model.requires_grad_(False)
     model.save_pretrained(CACHE / "judge")  # before GRPO; weights/judge is the one after it
 

@@ -1,0 +1,185 @@
+"""Reward and textual feedback in the miniature, alone and together (figure 5 as numbers), and error by round.
+
+    python tiny/feedback_study.py                 # 100 held-out cases, 3 seeds; runs what is missing, prints the tables
+    python tiny/feedback_study.py --cases 10 --seeds 0     # a quick look
+
+A case is a neutral request with a target V and A, given as numbers in the first prompt. For each generator, the base and the
+one after reward feedback (RF), it is drawn
+
+- once,
+- by textual feedback (TF, feedback.refine): rounds 0..3 of `--n` pictures, the best of all by the judge,
+- and as TF's control: best of as many pictures by the judge, of the unchanged prompt. Round 0 is the same pictures.
+
+The meter, which takes no part, and the judge, which chose, read V and A of the chosen picture; CLIP-Score compares it with
+the request. A killed study goes on with the next case; the cases lie in tiny/cache/feedback_study.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/feedback_study.py` finds data.py
+import clip
+import data
+import evaluate
+import feedback
+import qwen_vl
+import sample
+import training
+from tiny import scenes
+from tiny.judge_study import run_missing
+
+STUDY = Path(__file__).resolve().parent / "cache" / "feedback_study"
+GENERATORS = {"base": None, "RF": sample.TINY / "adapter"}
+ROUNDS = 4
+COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge", "judge_a": "A-Error by judge",
+           "clip": "CLIP-Score ↑", "pictures": "pictures", "seconds": "seconds"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One case
+
+
+class Judged:
+    """The pictures of a case, in the order they were drawn, as numbers."""
+
+    def __init__(self, target, request, scorer):
+        self.target, self.request, self.scorer, self.figures, self.images = target, request, scorer, [], []
+
+    def add(self, pictures):
+        for picture in pictures:
+            errors = np.abs(np.subtract(scenes.measure_va(picture.image), self.target))
+            said = np.abs(np.subtract(picture.judgement.va, self.target))  # NaN: unreadable
+            self.images.append(picture.image)
+            self.figures.append({"v": float(errors[0]), "a": float(errors[1]), "judge_v": float(said[0]),
+                                 "judge_a": float(said[1]), "loss": picture.loss})
+
+    def best(self, count):
+        """The figures of the picture that the judge finds nearest among the first `count`."""
+        i = min(range(count), key=lambda i: self.figures[i]["loss"])
+        return self.figures[i] | {"clip": float(clip.clip_score(self.scorer, [self.images[i]], [self.request])[0]),
+                                  "pictures": count}
+
+
+def run_case(case, seed, draw, judge, scorer, n):
+    """The record of one case: figures of one picture, and by round of TF and of its control."""
+    request, *target = case
+    start = data.with_numbers(request, *target)
+
+    def generate(prompt, seeds):
+        return sample.to_images(draw([prompt] * len(seeds), seeds))
+
+    started = time.perf_counter()
+    rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start)
+    took = time.perf_counter() - started
+    words, control = Judged(target, request, scorer), Judged(target, request, scorer)
+    for number, finished in enumerate(rounds):
+        words.add(finished.pictures)
+        if number > 0:  # the same seeds, the first prompt
+            finished = feedback.refine(request, *target, generate, judge, 1, n, seed=seed + number * n, start=start)[0]
+        control.add(finished.pictures)
+    done = [n * (number + 1) for number in range(len(rounds))]
+    return {"case": [request, *target], "seed": seed, "prompts": [r.prompt for r in rounds],
+            "notes": [r.note for r in rounds], "one": control.best(1) | {"seconds": rounds[0].seconds["draw"] / n},
+            "words": [words.best(k) | {"seconds": took} for k in done], "control": [control.best(k) for k in done],
+            "words_round": [mean_of(words.figures[k - n:k]) for k in done],
+            "seconds": [r.seconds for r in rounds]}
+
+
+def mean_of(figures):
+    """{"v": , "a": } of all pictures of a round, chosen or not."""
+    return {key: statistics.mean(f[key] for f in figures) for key in ("v", "a")}
+
+
+def run_cases(args):
+    """One generator and seed: append the missing cases to its file."""
+    judge = feedback.judge_of(qwen_vl.QwenVL.from_pretrained(args.judge), max_new_tokens=feedback.REWRITE_LIMIT,
+                              progress=partial(tqdm, disable=True))
+    generator = sample.load_generator(sample.TINY, adapter=args.adapter if args.only == "RF" else None)
+    scorer = clip.CLIP.from_pretrained(sample.TINY / "clip")
+    draw = partial(generator.draw, size=128, steps=args.steps)
+    path = file_of(args, args.only, args.seeds[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = training.read_records(path)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))  # without a half-written last line
+    cases = evaluate.held_out_cases(args.cases, seed=5)
+    for i in tqdm(range(len(records), args.cases), f"{args.only} {args.seeds[0]}", args.cases, initial=len(records)):
+        seed = (args.seeds[0] * args.cases + i) * 10_000
+        record = run_case(cases[i], seed, draw, judge, scorer, args.n)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def file_of(args, generator, seed):
+    return args.out / f"{generator}_seed{seed}" / "cases.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def over_seeds(records, get):
+    """Mean over the cases, then "mean ± standard deviation" over the seeds. records: one list a seed."""
+    means = [float(np.nanmean([get(r) for r in cases])) for cases in records]
+    return f"{statistics.mean(means):.2f}" + (f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else "")
+
+
+def tables(results):
+    """Two Markdown tables of {generator: [records of a seed]}: the four methods with TF's control, and error by round."""
+    lines = ["| method | " + " | ".join(COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, records in results.items():
+        for method, get in ((name, lambda r: r["one"]), (f"{name}, best of as many as TF", lambda r: r["control"][-1]),
+                            ("TF" if name == "base" else f"{name} + TF", lambda r: r["words"][-1])):
+            cells = ["" if key not in get(records[0][0]) else over_seeds(records, lambda r, k=key, g=get: g(r)[k])
+                     for key in COLUMNS]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines += ["", "| V-Error + A-Error by the meter | " + " | ".join(f"round {r}" for r in range(ROUNDS)) + " |",
+              "| --- " * (ROUNDS + 1) + "|"]
+    for name, records in results.items():
+        for kind, key in (("TF, best so far", "words"), ("control: best of as many", "control"),
+                          ("TF, mean of the round's pictures", "words_round")):
+            cells = [over_seeds(records, lambda r, k=key, n=n: r[k][n]["v"] + r[k][n]["a"]) for n in range(ROUNDS)]
+            lines.append(f"| {name}: {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100, help="held-out cases (default: %(default)s)")
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2],
+                        help="of the pictures (default: 0,1,2)")
+    parser.add_argument("--n", type=int, default=4, help="pictures a round (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default: %(default)s)")
+    parser.add_argument("--judge", type=Path, default=sample.TINY / "judge", help="folder of the judge")
+    parser.add_argument("--adapter", type=Path, default=sample.TINY / "adapter", help="folder of the adapter of RF")
+    parser.add_argument("--out", type=Path, default=STUDY, help="folder of the study (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--only", choices=GENERATORS, help="run the cases of one generator and the first seed, no table")
+    args = parser.parse_args(argv)
+    if args.only:
+        return run_cases(args)
+    flags = [f"--{name}={getattr(args, name)}" for name in ("cases", "n", "steps", "judge", "adapter", "out")]
+    runs = []
+    for seed in args.seeds:
+        for name in GENERATORS:
+            if not finished(folder := file_of(args, name, seed).parent, args.cases):
+                runs.append((folder, "missing", [[sys.executable, __file__, "--only", name, "--seeds", seed, *flags]]))
+    run_missing(runs, args.jobs, "feedback")
+    print(tables({name: [training.read_records(file_of(args, name, seed))[:args.cases] for seed in args.seeds]
+                  for name in GENERATORS}))
+    return 0
+
+
+def finished(folder, cases):
+    return len(training.read_records(folder / "cases.jsonl")) >= cases
+
+
+if __name__ == "__main__":
+    sys.exit(main())
