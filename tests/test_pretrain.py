@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clip
 import data
 import feedback
 import grpo
@@ -111,6 +112,39 @@ def test_lessons_are_answers_as_grpo_rewards_them_with_values_of_the_class():
         assert abs(mean[0] - data.LEXICON[label][0]) < 1.5 and sd[0] > 0.5  # noise around the class, not the scene's own
         assert grpo.class_reward(lessons.answer("class", scene, v, a, rng), label) == 1
         assert scene.subject in lessons.thought(scene, v, a) or scenes.NAMES[scene.subject] in lessons.thought(scene, v, a)
+
+
+def levels(prompt):
+    """Levels 0..6 of a prompt's words of valence and arousal; None where it has none."""
+    parts = prompt.split(", ")
+    return [next((i for i, words in enumerate(table) if set(words) & set(parts)), None)
+            for table in (data.VALENCE_WORDS, data.AROUSAL_WORDS)]
+
+
+def test_lessons_of_feedback_keep_the_subject_and_move_the_words_by_what_the_better_picture_missed():
+    rng, tokenize = np.random.default_rng(1), clip.PromptTokenizer(sample.TINY / "tokenizer")
+    kinds, moved, told = set(), [], []
+    for _ in range(300):
+        scene = scenes.random_scene(rng)
+        rows = [(scene, *map(float, rng.uniform(1, 9, 2))) for _ in range(2)]
+        said = lessons.comparison(*rows, rng)
+        better, worse = (np.abs(np.subtract(row[1:], said.wish)).sum() for row in rows[::said.order])
+        assert better <= worse and said.prompt.startswith(said.request)
+        told.append(said.request == scenes.neutral_caption(scene))
+        analysis, prompt = feedback.read_rewrite(said.answer, said.request)
+        assert feedback.read_rewrite(said.brief, said.request) == (analysis[analysis.index("Wanted is"):], prompt)
+        assert feedback.lost_words(said.request, prompt) == [] and len(tokenize([prompt])[0].unique()) < pretrain.TEXT_LENGTH
+        before, after, missed = levels(said.prompt), levels(prompt), np.subtract(said.wish, rows[::said.order][0][1:])
+        kinds.add("numbers" if "valence" in said.prompt else "words" if before[0] is not None else "nothing")
+        if before[0] is None:
+            assert after == [data.level(x, 7) for x in said.wish]
+        else:
+            moved += [(b - a, m) for a, b, m in zip(before, after, missed)]
+    moved = np.array(moved)
+    assert kinds == {"numbers", "words", "nothing"} and 0.4 < np.mean(told) < 0.6  # the pictures show other things, else
+    assert all(step * miss >= 0 for step, miss in moved) and np.corrcoef(moved.T)[0, 1] > 0.7
+    analysis, prompt = feedback.read_rewrite(lessons.rewrite(scene, (8, 2)), scenes.neutral_caption(scene))
+    assert "blissful" in analysis and levels(prompt) == [data.level(8, 7), data.level(2, 7)]
 
 
 def test_a_stage_without_data_says_what_to_run(tmp_path, monkeypatch):

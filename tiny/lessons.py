@@ -19,7 +19,7 @@ from tiny import scenes
 
 DESCRIBE = "What is in this picture?"
 PROMPT_SPREAD = 0.8  # how far a prompt's pictures lie, in the mean, from what its words say: a generator's own bias
-WISH_SPREAD = 1.2  # how far the wish lies from the better picture
+WISH_SPREAD = 1.2  # how far the wish lies from the better picture, or it lies anywhere
 JUDGE_SPREAD = 0.8  # how far judged values lie from a picture's own
 GAIN = 0.7  # share of what the better picture misses that new words make up for; part of it is one picture's chance
 
@@ -61,6 +61,7 @@ class Comparison:
     worst: tuple[float, float]
     order: int  # 1 if the first of the two rows is the better picture, -1 if the second
     answer: str
+    brief: str  # the answer without what only the pictures show
 
 
 def on_scale(*values):
@@ -74,12 +75,15 @@ def shaken(va, sd, rng):
 def comparison(one, other, rng):
     """The Comparison of two (scene, v, a) rows that show the same things.
 
-    The wish lies near the first row, so that this is the better picture. The prompt had no mood, figures, or words that
-    missed it by as much as a generator's bias; the new one corrects those words by what the better picture missed.
+    The prompt had no mood, figures, or words that missed the pictures by as much as a generator's bias; the new one corrects
+    those words by what the better picture missed. In half of the cases the pictures miss the request's subject and time of
+    day: these must be read, not seen.
     """
-    wish = shaken(one[1:], WISH_SPREAD, rng)
+    wish = shaken(one[1:], WISH_SPREAD, rng) if rng.random() < 0.5 else on_scale(*rng.uniform(data.VA_MIN, data.VA_MAX, 2))
     order = 1 if np.abs(np.subtract(one[1:], wish)).sum() <= np.abs(np.subtract(other[1:], wish)).sum() else -1
     (scene, *seen), (_, *seen_other) = (one, other)[::order]
+    if rng.random() < 0.5:
+        scene = scenes.with_other_words(scene, rng)
     request, kind = scenes.neutral_caption(scene), rng.random()
     if kind < 0.1:
         prompt, better = request, wish
@@ -89,10 +93,14 @@ def comparison(one, other, rng):
         meant = shaken(seen, PROMPT_SPREAD, rng)
         prompt = scenes.emotional_caption(scene, *meant, rng) if kind < 0.6 else rich_prompt(scene, request, *meant)
         better = on_scale(*np.add(meant, GAIN * np.subtract(wish, seen)))
-    analysis = f"{look(scene, *seen, 'The first')} {look(scene, *seen_other, 'The second')} {lack(scene, seen, wish)}"
-    text = {"analysis": analysis, "optimized_prompt": rich_prompt(scene, request, *better)}
+    lacks, text = lack(scene, seen, wish), rich_prompt(scene, request, *better)
+    analysis = f"{look(scene, *seen, 'The first')} {look(scene, *seen_other, 'The second')} {lacks}"
     return Comparison(request, prompt, wish, shaken(seen, JUDGE_SPREAD, rng), shaken(seen_other, JUDGE_SPREAD, rng), order,
-                      json.dumps(text))
+                      advice(analysis, text), advice(lacks, text))
+
+
+def advice(analysis, prompt):
+    return json.dumps({"analysis": analysis, "optimized_prompt": prompt})
 
 
 def look(scene, v, a, which):
@@ -106,7 +114,8 @@ def lack(scene, seen, wish):
     off = [amount(have - want, low, high) for have, want, low, high in
            zip(seen, wish, ("sad", "calm"), ("pleasant", "excited"))]
     wanted = scenes.facts(scene, *wish)
-    return f"The first is {off[0]} and {off[1]}. It needs {wanted['weather']}, {wanted['light']}, {wanted['colour']}."
+    return (f"Wanted is {' and '.join(mood(*wish))}: the first is {off[0]} and {off[1]}. It needs {wanted['weather']}, "
+            f"{wanted['light']}, {wanted['colour']}.")
 
 
 def amount(difference, low, high):
@@ -127,5 +136,4 @@ def rewrite(scene, wish):
     seen = scenes.facts(scene, *wish)
     analysis = (f"Wanted is a {' and '.join(mood(*wish))} picture: {seen['weather']}, {seen['light']}, {seen['colour']}, "
                 f"{seen['motion']}.")
-    return json.dumps({"analysis": analysis,
-                       "optimized_prompt": rich_prompt(scene, scenes.neutral_caption(scene), *wish)})
+    return advice(analysis, rich_prompt(scene, scenes.neutral_caption(scene), *wish))

@@ -429,21 +429,29 @@ def train_judge(args):
         return prompt, [lessons.answer(task, *rows[i], rng) for _ in range(3)]
 
     def advising(task, i, rng):
-        """(Prompt, answers) of a comparison of row i with one alike, or of a rewrite for it."""
+        """(Prompt, answers) of a comparison of row i with one alike, or of a rewrite for it; in brief: the figures alone."""
         why = "it has no JSON object" if rng.random() < 0.1 else None
         scene, *wish = rows[i]
-        if task == "rewrite":
-            return processor(feedback.ask_rewrite(scenes.neutral_caption(scene), *wish, why)), [lessons.rewrite(scene, wish)]
-        j = int(rng.choice(alike[scene.subject, scene.place, scene.time]))
-        said = lessons.comparison(rows[i], rows[j], rng)
-        best, worst = ((Image.fromarray(pictures[k]), *va) for k, va in zip((i, j)[::said.order], (said.best, said.worst)))
-        return processor(feedback.ask_compare(said.request, said.prompt, *said.wish, best, worst, why)), [said.answer]
+        if task == "rewrite" or (task == "brief" and rng.random() < 0.3):
+            question, said = feedback.ask_rewrite(scenes.neutral_caption(scene), *wish, why), lessons.rewrite(scene, wish)
+        else:
+            j = int(rng.choice(alike[scene.subject, scene.place, scene.time]))
+            both = lessons.comparison(rows[i], rows[j], rng)
+            ends = ((Image.fromarray(pictures[k]), *va) for k, va in zip((i, j)[::both.order], (both.best, both.worst)))
+            question, said = feedback.ask_compare(both.request, both.prompt, *both.wish, *ends, why), both.answer
+            if task == "brief":
+                said = both.brief
+        if task == "brief":  # its last lines: short sequences, from which it learns to read and to copy
+            text = question[1]["content"][-1]["text"].split("\n", 1)[1]
+            question = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+        return processor(question), [said]
 
     def loss_of(step, generator, rng, batch):
-        task = ("describe", "regression", "compare", "describe", "rewrite", "compare", "describe", "class", "compare",
-                "describe")[step % 10]
-        picks = np.sort(rng.integers(held_out, size=batch // {"describe": 1, "compare": 4, "rewrite": 4}.get(task, 2)))
-        ask = advising if task in ("compare", "rewrite") else judging
+        task = ("describe", "regression", "brief", "compare", "describe", "brief", "compare", "class", "brief", "compare",
+                "describe", "rewrite")[step % 12]
+        size = batch // {"regression": 2, "class": 2, "compare": 4, "rewrite": 4}.get(task, 1)
+        picks = np.sort(rng.integers(held_out, size=size))
+        ask = advising if task in ("brief", "compare", "rewrite") else judging
         prompts, texts = zip(*(ask(task, i, rng) for i in picks))
         encoded = processor.tokenizer.encode_batch([text for answers in texts for text in answers])
         ids = [torch.tensor([*e.ids, processor.stop[0]]) for e in encoded]
@@ -452,7 +460,7 @@ def train_judge(args):
         loss = F.cross_entropy(F.linear(hidden, model.head_weight).flatten(0, 2), ids.flatten(), ignore_index=-1)
         return loss, {task: float(loss.detach())}
 
-    train("judge", [model], loss_of, args, args.samples or 80_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
+    train("judge", [model], loss_of, args, args.samples or 144_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
     model.requires_grad_(False)
     model.save_pretrained(CACHE / "judge")  # before GRPO; weights/judge is the one after it
 

@@ -16,7 +16,7 @@ are fractions of the picture, x right and y down. The brush is in brush.py, the 
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sin
 from pathlib import Path
 
@@ -86,6 +86,12 @@ def random_scene(rng: np.random.Generator) -> Scene:
         seed=int(rng.integers(1 << 16)),
         template=int(rng.integers(4)),
     )
+
+
+def with_other_words(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with another subject, time of day and form of its caption, in the same place."""
+    others = [name for name in SUBJECTS if (name in AFLOAT) == (scene.subject in AFLOAT)]
+    return replace(scene, subject=str(rng.choice(others)), time=str(rng.choice(list(TIMES))), template=int(rng.integers(4)))
 
 
 def content_words(scene: Scene) -> tuple[str, str, str]:
