@@ -334,8 +334,10 @@ class Round:
 
 
 def best_of(rounds):
-    """(round, place) of the picture of least loss of all rounds, the earliest among equals."""
-    return min(((r, round.best) for r, round in enumerate(rounds)), key=lambda at: rounds[at[0]].pictures[at[1]].loss)
+    """(round, place) of the picture of least loss of all rounds. Among equals a later round's: a judge says few different
+    numbers, and a later prompt has been improved."""
+    return min(((r, round.best) for r, round in enumerate(rounds)),
+               key=lambda at: (rounds[at[0]].pictures[at[1]].loss, -at[0]))
 
 
 def rewritten(judge, request, question):

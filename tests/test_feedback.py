@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -286,6 +287,15 @@ def test_pictures_that_cannot_be_judged_are_the_worst_and_do_not_stop_the_loop()
     assert feedback.best_of(rounds) == (1, 0)
     alone = feedback.refine(REQUEST, 7, 3, world.generate, None, 1, 2)[0]
     assert alone.pictures[0].judgement.v is None and alone.analysis is None
+
+
+def test_among_pictures_of_equal_loss_that_of_the_latest_round_is_the_best():
+    better = f"{REQUEST}, sunny"
+    world = World({ROUND_0: (6, 3), better: (5.8, 3)}, [advice(better)])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 2, 2)
+    assert rounds[0].pictures[1].loss == pytest.approx(0.9) and rounds[1].pictures[1].loss == pytest.approx(0.9)
+    equal = [replace(r, pictures=[replace(p, loss=1.0) for p in r.pictures]) for r in rounds]
+    assert feedback.best_of(equal) == (1, 0) and [r.best for r in equal] == [0, 0]
 
 
 @pytest.mark.parametrize("settings", [

@@ -16,6 +16,7 @@ the request. A killed study goes on with the next case; the cases lie in tiny/ca
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -50,8 +51,8 @@ COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge"
 class Judged:
     """The pictures of a case, in the order they were drawn, as numbers."""
 
-    def __init__(self, target, request, scorer):
-        self.target, self.request, self.scorer, self.figures, self.images = target, request, scorer, [], []
+    def __init__(self, target, request, scorer, n):
+        self.target, self.request, self.scorer, self.n, self.figures, self.images = target, request, scorer, n, [], []
 
     def add(self, pictures):
         for picture in pictures:
@@ -62,8 +63,8 @@ class Judged:
                                  "judge_a": float(said[1]), "loss": picture.loss})
 
     def best(self, count):
-        """The figures of the picture that the judge finds nearest among the first `count`."""
-        i = min(range(count), key=lambda i: self.figures[i]["loss"])
+        """The figures of the picture that the judge finds nearest among the first `count`, as feedback.best_of chooses."""
+        i = min(range(count), key=lambda i: (self.figures[i]["loss"], -(i // self.n)))
         return self.figures[i] | {"clip": float(clip.clip_score(self.scorer, [self.images[i]], [self.request])[0]),
                                   "pictures": count}
 
@@ -79,7 +80,7 @@ def run_case(case, seed, draw, judge, scorer, n):
     started = time.perf_counter()
     rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start)
     took = time.perf_counter() - started
-    words, control = Judged(target, request, scorer), Judged(target, request, scorer)
+    words, control = (Judged(target, request, scorer, n) for _ in range(2))
     for number, finished in enumerate(rounds):
         words.add(finished.pictures)
         if number > 0:  # the same seeds, the first prompt
@@ -126,9 +127,10 @@ def file_of(args, generator, seed):
 
 
 def over_seeds(records, get):
-    """Mean over the cases, then "mean ± standard deviation" over the seeds. records: one list a seed."""
-    means = [float(np.nanmean([get(r) for r in cases])) for cases in records]
-    return f"{statistics.mean(means):.2f}" + (f" ± {statistics.stdev(means):.2f}" if len(means) > 1 else "")
+    """Mean over the cases, then "mean ± standard deviation" over the seeds. records: one list a seed. What could not be read
+    (NaN) is left out."""
+    means = [np.mean([x for x in map(get, cases) if not math.isnan(x)] or math.nan) for cases in records]
+    return f"{np.mean(means):.2f}" + (f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else "")
 
 
 def tables(results):
