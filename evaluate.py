@@ -62,14 +62,14 @@ def measure(draw, cases, form, batch, seed, judge=None, scorer=None):
     """{"meter": [(v, a)], "judge": [(v, a)], "clip": [score]} of the pictures which `draw(prompts, seeds)` makes of the
     cases; without a judge or a CLIP as scorer its entry is empty. NaN where the judge's answer cannot be read."""
     found = {"meter": [], "judge": [], "clip": []}
+    ask = None if judge is None else feedback.judge_of(judge, batch, progress=partial(tqdm, disable=True))
     with tqdm(total=len(cases), desc=form, unit="picture") as bar:
         for start in range(0, len(cases), batch):
             part = cases[start:start + batch]
             pixels = draw([FORMS[form](*case) for case in part], [seed + start + i for i in range(len(part))])
             images = sample.to_images(pixels)
             found["meter"] += [scenes.measure_va(image) for image in images]
-            if judge is not None:
-                ask = feedback.judge_of(judge, batch, progress=partial(tqdm, disable=True))
+            if ask is not None:
                 found["judge"] += [said.va for said in feedback.judge_images(ask, images, ("regression",))]
             if scorer is not None:
                 found["clip"] += clip.clip_score(scorer, images, [case[0] for case in part]).tolist()

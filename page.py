@@ -208,10 +208,10 @@ def plane(cells):
     lines, dots, targets, heads, top = [], [], [], [], []  # drawn in this order: the best of all is never hidden
     for cell in cells:
         targets.append(put(cell["v"], cell["a"], cross(one), f"target: {target(cell)}"))
-        way = [] if one else [at(cell["v"], cell["a"])]
+        way, chosen = [] if one else [at(cell["v"], cell["a"])], best_of(cell)
         for r, round in enumerate(cell["rounds"]):
             for i, image in enumerate(round["images"]):
-                best = best_of(cell) is not None and best_of(cell)[:2] == (r, i)
+                best = chosen is not None and chosen[:2] == (r, i)
                 head = best or (one and i == round["best"])
                 if image["v"] is not None and (one or best):
                     mark = dot(colour(r, rounds), str(r) if head and one else "") + (ring if best and one else "")

@@ -46,7 +46,6 @@ PRESETS = {  # model, adapter trained by reward feedback, side in pixels, judge
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a GPU with 48 GB, or 12 GB "
                "with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
-MAX_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
 
 
 class UsageError(Exception):
@@ -218,8 +217,8 @@ def check(args):
             raise UsageError(f"--v, --a: {error}") from error
     elif not 2 <= args.grid <= 9:
         raise UsageError(f"--grid {args.grid}: expected 2..9 rows and columns")
-    if not args.prompt.strip() or len(args.prompt) > MAX_PROMPT:
-        raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {MAX_PROMPT:,} "
+    if not args.prompt.strip() or len(args.prompt) > feedback.LONGEST_PROMPT:
+        raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {feedback.LONGEST_PROMPT:,} "
                          f"(the text encoders read about 250 words)")
     try:
         args.prompt.encode()
@@ -309,7 +308,7 @@ def run(args):
 
         def report(finished, cell=cell):
             cell.add(finished)
-            if finished.next_prompt is None or not args.grid:
+            if not ready and (finished.next_prompt is None or not args.grid):
                 record["seconds"] = seconds_of(record, time.perf_counter() - started)
                 page.write(record, args.out)
 

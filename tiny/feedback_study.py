@@ -17,7 +17,6 @@ the request. A killed study goes on with the next case; the cases lie in tiny/ca
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from functools import partial
@@ -35,10 +34,10 @@ import qwen_vl
 import sample
 import training
 from tiny import scenes
-from tiny.judge_study import run_missing
+from tiny.judge_study import run_all
 
 STUDY = Path(__file__).resolve().parent / "cache" / "feedback_study"
-GENERATORS = {"base": None, "RF": sample.TINY / "adapter"}
+GENERATORS = ("base", "RF")
 ROUNDS = 4
 COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge", "judge_a": "A-Error by judge",
            "clip": "CLIP-Score ↑", "pictures": "pictures", "seconds": "seconds"}
@@ -48,25 +47,11 @@ COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge"
 # One case
 
 
-class Judged:
-    """The pictures of a case, in the order they were drawn, as numbers."""
-
-    def __init__(self, target, request, scorer, n):
-        self.target, self.request, self.scorer, self.n, self.figures, self.images = target, request, scorer, n, [], []
-
-    def add(self, pictures):
-        for picture in pictures:
-            errors = np.abs(np.subtract(scenes.measure_va(picture.image), self.target))
-            said = np.abs(np.subtract(picture.judgement.va, self.target))  # NaN: unreadable
-            self.images.append(picture.image)
-            self.figures.append({"v": float(errors[0]), "a": float(errors[1]), "judge_v": float(said[0]),
-                                 "judge_a": float(said[1]), "loss": picture.loss})
-
-    def best(self, count):
-        """The figures of the picture that the judge finds nearest among the first `count`, as feedback.best_of chooses."""
-        i = min(range(count), key=lambda i: (self.figures[i]["loss"], -(i // self.n)))
-        return self.figures[i] | {"clip": float(clip.clip_score(self.scorer, [self.images[i]], [self.request])[0]),
-                                  "pictures": count}
+def figures(picture, target, request, scorer, count):
+    """What meter, judge and CLIP say of the picture chosen among `count`; NaN where the judge's answer could not be read."""
+    said = {"": scenes.measure_va(picture.image), "judge_": picture.judgement.va}
+    return {f"{who}{axis}": abs(x - wish) for who, va in said.items() for axis, x, wish in zip("va", va, target)} | {
+        "loss": picture.loss, "clip": float(clip.clip_score(scorer, [picture.image], [request])[0]), "pictures": count}
 
 
 def run_case(case, seed, draw, judge, scorer, n):
@@ -80,23 +65,27 @@ def run_case(case, seed, draw, judge, scorer, n):
     started = time.perf_counter()
     rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start)
     took = time.perf_counter() - started
-    words, control = (Judged(target, request, scorer, n) for _ in range(2))
-    for number, finished in enumerate(rounds):
-        words.add(finished.pictures)
-        if number > 0:  # the same seeds, the first prompt
-            finished = feedback.refine(request, *target, generate, judge, 1, n, seed=seed + number * n, start=start)[0]
-        control.add(finished.pictures)
-    done = [n * (number + 1) for number in range(len(rounds))]
+    control = rounds[:1]
+    for number in range(1, len(rounds)):  # the same seeds, the first prompt
+        control += feedback.refine(request, *target, generate, judge, 1, n, seed=seed + number * n, start=start)
+
+    def best(of):
+        r, i = feedback.best_of(of)
+        return figures(of[r].pictures[i], target, request, scorer, n * len(of))
+
+    first = figures(rounds[0].pictures[0], target, request, scorer, 1)
+    done = range(1, len(rounds) + 1)
     return {"case": [request, *target], "seed": seed, "prompts": [r.prompt for r in rounds],
-            "notes": [r.note for r in rounds], "one": control.best(1) | {"seconds": rounds[0].seconds["draw"] / n},
-            "words": [words.best(k) | {"seconds": took} for k in done], "control": [control.best(k) for k in done],
-            "words_round": [mean_of(words.figures[k - n:k]) for k in done],
+            "notes": [r.note for r in rounds], "one": first | {"seconds": rounds[0].seconds["draw"] / n},
+            "words": [best(rounds[:k]) | {"seconds": took} for k in done], "control": [best(control[:k]) for k in done],
+            "words_round": [mean_errors(r.pictures, target) for r in rounds],
             "seconds": [r.seconds for r in rounds]}
 
 
-def mean_of(figures):
-    """{"v": , "a": } of all pictures of a round, chosen or not."""
-    return {key: statistics.mean(f[key] for f in figures) for key in ("v", "a")}
+def mean_errors(pictures, target):
+    """{"v": , "a": } by the meter of all pictures of a round, chosen or not."""
+    errors = np.abs(np.subtract([scenes.measure_va(picture.image) for picture in pictures], target)).mean(0)
+    return dict(zip("va", errors.tolist()))
 
 
 def run_cases(args):
@@ -172,8 +161,8 @@ def main(argv=None):
     for seed in args.seeds:
         for name in GENERATORS:
             if not finished(folder := file_of(args, name, seed).parent, args.cases):
-                runs.append((folder, "missing", [[sys.executable, __file__, "--only", name, "--seeds", seed, *flags]]))
-    run_missing(runs, args.jobs, "feedback")
+                runs.append((folder, [[sys.executable, __file__, "--only", name, "--seeds", seed, *flags]]))
+    run_all(runs, args.jobs, "feedback")
     print(tables({name: [training.read_records(file_of(args, name, seed))[:args.cases] for seed in args.seeds]
                   for name in GENERATORS}))
     return 0

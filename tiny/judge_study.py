@@ -36,14 +36,17 @@ ABLATIONS = {  # row of the table: (folder, flags, dataset)
 
 
 def run_missing(runs, jobs, what):
-    """Make the products that are not there yet, `jobs` runs at a time and each with its share of the cores: so small a model
-    gains little from a second thread. runs: [(folder, product within it, commands)]; what the commands say goes to the
-    folder's output.txt."""
+    """Make the products that are not there yet: `run_all` of [(folder, product within it, commands)]."""
+    run_all([(folder, commands) for folder, product, commands in runs if not (folder / product).exists()], jobs, what)
+
+
+def run_all(runs, jobs, what):
+    """Run [(folder, commands)], `jobs` at a time and each with its share of the cores: so small a model gains little from a
+    second thread. What the commands say goes to the folder's output.txt."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    missing = [run for run in runs if not (run[0] / run[1]).exists()]
 
     def one(run):
-        folder, _, commands = run
+        folder, commands = run
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "output.txt", "a") as output:
             for command in commands:
@@ -54,7 +57,7 @@ def run_missing(runs, jobs, what):
                                             f"{folder}/output.txt")
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(tqdm(pool.map(one, missing), total=len(missing), desc=what, unit="run"))
+        list(tqdm(pool.map(one, runs), total=len(runs), desc=what, unit="run"))
 
 
 def run_of(folder, seed, flags, dataset, extra):

@@ -91,9 +91,9 @@ def comparison(one, other, rng):
         prompt, better = data.with_numbers(request, *wish), wish
     else:
         meant = shaken(seen, PROMPT_SPREAD, rng)
-        prompt = scenes.emotional_caption(scene, *meant, rng) if kind < 0.6 else rich_prompt(scene, request, *meant)
+        prompt = scenes.emotional_caption(scene, *meant, rng) if kind < 0.6 else rich_prompt(scene, *meant)
         better = on_scale(*np.add(meant, GAIN * np.subtract(wish, seen)))
-    lacks, text = lack(scene, seen, wish), rich_prompt(scene, request, *better)
+    lacks, text = lack(scene, seen, wish), rich_prompt(scene, *better)
     analysis = f"{look(scene, *seen, 'The first')} {look(scene, *seen_other, 'The second')} {lacks}"
     return Comparison(request, prompt, wish, shaken(seen, JUDGE_SPREAD, rng), shaken(seen_other, JUDGE_SPREAD, rng), order,
                       advice(analysis, text), advice(lacks, text))
@@ -125,10 +125,10 @@ def amount(difference, low, high):
     return f"{word} enough" if size < 0.5 else f"{'a little' if size < 1.5 else 'much'} too {word}"
 
 
-def rich_prompt(scene, request, v, a):
-    """The request with the words of (v, a) and what such a mood puts in the picture."""
+def rich_prompt(scene, v, a):
+    """The scene's request with the words of (v, a) and what such a mood puts in the picture."""
     seen = scenes.facts(scene, v, a)
-    return ", ".join([data.with_words(request, v, a), seen["weather"], seen["light"]])
+    return ", ".join([data.with_words(scenes.neutral_caption(scene), v, a), seen["weather"], seen["light"]])
 
 
 def rewrite(scene, wish):
@@ -136,4 +136,4 @@ def rewrite(scene, wish):
     seen = scenes.facts(scene, *wish)
     analysis = (f"Wanted is a {' and '.join(mood(*wish))} picture: {seen['weather']}, {seen['light']}, {seen['colour']}, "
                 f"{seen['motion']}.")
-    return advice(analysis, rich_prompt(scene, scenes.neutral_caption(scene), *wish))
+    return advice(analysis, rich_prompt(scene, *wish))
