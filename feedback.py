@@ -11,6 +11,7 @@ it say. `load_prompts` puts a user's own in their place.
 import json
 import math
 import re
+import statistics
 import string
 import time
 from dataclasses import dataclass, replace
@@ -261,25 +262,27 @@ class Judgement:
         return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
-def judge_images(judge, images, tasks=TASKS):
+def judge_images(judge, images, tasks=TASKS, readings=1):
     """Judgement of each PIL image: valence, arousal, emotion class, and the reasoning of the first answer.
 
-    judge: as in `refine`. tasks: the questions to ask, all pictures at once; what is not asked is None.
+    judge: as in `refine`. tasks: the questions to ask, all pictures at once; what is not asked is None. readings: answers to
+    `regression` for each picture, the likeliest and further ones, whose mean is its valence and arousal: a trained judge
+    says few different numbers, and many pictures of one prompt would tie.
     """
     texts = {task: judge([ask(task, image) for image in images]) for task in tasks}
+    further = judge([ask("regression", image) for image in images] * (readings - 1), 1) if readings > 1 else []
     out = []
     for i in range(len(images)):
-        v, a, emotion = None, None, None
-        for task, answers in texts.items():
+        found = {"regression": [], "class": []}
+        answers = [(task, texts[task][i]) for task in tasks] + [("regression", text) for text in further[i::len(images)]]
+        for task, text in answers:
             try:
-                if task == "regression":
-                    v, a = read_scores(answers[i])
-                else:
-                    emotion = read_emotion(answers[i])
+                found[task].append(read_scores(text) if task == "regression" else read_emotion(text))
             except Unusable:
-                continue  # None says so
-        thought = next(iter(texts.values()))[i].split("</think>")[0].removeprefix("<think>").strip()
-        out.append(Judgement(v, a, emotion, thought))
+                continue  # None says so, if all are
+        v, a = map(statistics.mean, zip(*found["regression"])) if found["regression"] else (None, None)
+        thought = answers[0][1].split("</think>")[0].removeprefix("<think>").strip()
+        out.append(Judgement(v, a, next(iter(found["class"]), None), thought))
     return out
 
 
@@ -353,21 +356,21 @@ def rewritten(judge, request, question):
 
 
 def refine(prompt, v, a, generate, judge, rounds=3, images_per_round=8, rewrite=False, tolerance=0.0, seed=0, start=None,
-           report=None):
+           readings=1, report=None):
     """Algorithm 1 (appendix B.3): draw, judge, compare best and worst, rewrite the prompt -> list of Round.
 
     prompt: the request, without emotion. v, a: the target, 1..9. generate(prompt, seeds) -> list of PIL images, one a seed;
     a round has `images_per_round`, and no seed comes twice. judge(conversations, attempt) -> list of texts, one a
     conversation (a list of messages as in qwen_vl.chat_text); attempt counts from 0 how often a question was asked. start:
     the first round's prompt (default: the request with the target in words); rewrite: the judge's VA-change rewrite of the
-    request instead. The loop ends early when a picture's loss is at most `tolerance` (0..16). report(round) is called after
-    each. The answer is the best picture of all rounds: `best_of`. Without a judge (None) one round can be drawn. Raises
-    ValueError for settings out of range.
+    request instead. The loop ends early when a picture's loss is at most `tolerance` (0..16). readings: answers of the judge
+    for each picture, as in `judge_images`. report(round) is called after each. The answer is the best picture of all rounds:
+    `best_of`. Without a judge (None) one round can be drawn. Raises ValueError for settings out of range.
     """
     v, a = data.check_va(v, a)
-    if rounds < 1 or images_per_round < 1 + (rounds > 1):
-        raise ValueError(f"expected rounds >= 1 and images_per_round >= 1, or 2 if there is more than one round, for best "
-                         f"and worst to differ; got {rounds} and {images_per_round}")
+    if rounds < 1 or readings < 1 or images_per_round < 1 + (rounds > 1):
+        raise ValueError(f"expected rounds, readings and images_per_round >= 1, images_per_round >= 2 if there is more than "
+                         f"one round, for best and worst to differ; got {rounds}, {readings} and {images_per_round}")
     text, note, out = start or data.with_words(prompt, v, a), "", []
     clock = time.perf_counter()
 
@@ -386,7 +389,7 @@ def refine(prompt, v, a, generate, judge, rounds=3, images_per_round=8, rewrite=
         seconds = {"draw": lap()}
         judgements = [Judgement(None, None, None, "")] * len(images)
         if judge is not None:
-            judgements = judge_images(judge, images, ("regression",))
+            judgements = judge_images(judge, images, ("regression",), readings)
         seconds["judge"] = lap()
         pictures = [Picture(*drawn, drawn[-1].distance(v, a)) for drawn in zip(images, seeds, judgements, strict=True)]
         now = Round(text, pictures, None, None, note, {**seconds, "rewrite": before})

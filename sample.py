@@ -196,6 +196,8 @@ def parse_args(argv=None):
     parser.add_argument("--rewrite", action="store_true", help="the judge writes the first prompt too")
     parser.add_argument("--tolerance", type=float, default=0.0, metavar="LOSS", help="no further round once the judge "
                         "finds a picture so near: |ΔV| + |ΔA| (default: %(default)s)")
+    parser.add_argument("--readings", type=int, default=1, help="answers of the judge whose mean is a picture's V and A "
+                        "(default: %(default)s)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON file with other questions to the judge, by name: "
                         + ", ".join(feedback.PROMPTS))
     parser.add_argument("--grid", type=int, metavar="K", help="a labelled K×K picture of the valence-arousal plane")
@@ -232,8 +234,8 @@ def check(args):
     args.n = (8 if args.rounds > 1 else 1) if args.n is None else args.n
     for name, value, low, high in (
             ("steps", args.steps, 1, 1000), ("rounds", args.rounds, 1, 100), ("n", args.n, 1 + (args.rounds > 1), 1000),
-            ("batch", args.batch, 1, 1000), ("tolerance", args.tolerance, 0, 16), ("guidance", args.guidance, 0, 100),
-            ("seed", args.seed, 0, 2**62)):
+            ("batch", args.batch, 1, 1000), ("readings", args.readings, 1, 100), ("tolerance", args.tolerance, 0, 16),
+            ("guidance", args.guidance, 0, 100), ("seed", args.seed, 0, 2**62)):
         if not low <= value <= high:
             raise UsageError(f"--{name} {value}: expected {low}..{high}"
                              + (" (best and worst are compared)" if name == "n" and args.rounds > 1 else ""))
@@ -292,7 +294,8 @@ def run(args):
     facts = {"model": generator.name, "steps": args.steps, "guidance": args.guidance, "size": args.size}
     record = {"prompt": args.prompt, **facts, "judge": None if judge is None else name_of(args.judge), "seed": args.seed,
               "rounds": args.rounds, "images_per_round": args.n, "rewrite": args.rewrite, "tolerance": args.tolerance,
-              "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
+              "readings": args.readings, "device": args.device, "torch": torch.__version__, "grid": None, "cells": [],
+              "seconds": {}}
     draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance,
                    progress=partial(tqdm, desc="drawing", unit="step", leave=False))
     ready = {}  # (prompt, seed): picture drawn ahead, as a grid's are, a row in one batch
@@ -313,7 +316,7 @@ def run(args):
                 page.write(record, args.out)
 
         feedback.refine(args.prompt, v, a, cell.generate, judge, args.rounds, args.n, args.rewrite, args.tolerance,
-                        args.seed, report=report)
+                        args.seed, readings=args.readings, report=report)
         best.append(cell.finish(judge))
     if args.grid:
         record["grid"] = save_png(va_grid(best, levels, args.size), args.out / f"grid{args.grid}.png", prompt=args.prompt,

@@ -200,6 +200,21 @@ def test_judgements_hold_values_class_and_reasoning_and_none_where_an_answer_is_
     assert first.distance(3, 5) == 2.5 and second.distance(3, 5) == 16 and math.isnan(second.va[0])
 
 
+def test_several_readings_of_a_picture_are_averaged_over_those_that_can_be_read():
+    said, attempts = [["2 4", "5 5"], ["3 6", "?", "4 5", "?"]], []
+
+    def judge(conversations, attempt=0):
+        attempts.append(attempt)
+        answers = said.pop(0)
+        assert len(conversations) == len(answers)
+        return [answer if answer == "?" else json.dumps(dict(zip(("valence", "arousal"), map(int, answer.split()))))
+                for answer in answers]
+
+    judgements = feedback.judge_images(judge, [PICTURE] * 2, ("regression",), readings=3)
+    assert [j.va for j in judgements] == [(3, 5), (5, 5)] and attempts == [0, 1]
+    assert judgements[0].reasoning == '{"valence": 2, "arousal": 4}'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 
@@ -299,7 +314,7 @@ def test_among_pictures_of_equal_loss_that_of_the_latest_round_is_the_best():
 
 
 @pytest.mark.parametrize("settings", [
-    {"rounds": 0}, {"rounds": 2, "images_per_round": 1}, {"images_per_round": 0}, {"v": 12}])
+    {"rounds": 0}, {"rounds": 2, "images_per_round": 1}, {"images_per_round": 0}, {"v": 12}, {"readings": 0}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="expected|1..9"):
         feedback.refine(**{"prompt": REQUEST, "v": 7, "a": 3, "generate": None, "judge": None, **settings})

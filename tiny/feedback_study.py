@@ -54,7 +54,7 @@ def figures(picture, target, request, scorer, count):
         "loss": picture.loss, "clip": float(clip.clip_score(scorer, [picture.image], [request])[0]), "pictures": count}
 
 
-def run_case(case, seed, draw, judge, scorer, n):
+def run_case(case, seed, draw, judge, scorer, n, readings):
     """The record of one case: figures of one picture, and by round of TF and of its control."""
     request, *target = case
     start = data.with_numbers(request, *target)
@@ -63,11 +63,12 @@ def run_case(case, seed, draw, judge, scorer, n):
         return sample.to_images(draw([prompt] * len(seeds), seeds))
 
     started = time.perf_counter()
-    rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start)
+    rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start, readings=readings)
     took = time.perf_counter() - started
     control = rounds[:1]
     for number in range(1, len(rounds)):  # the same seeds, the first prompt
-        control += feedback.refine(request, *target, generate, judge, 1, n, seed=seed + number * n, start=start)
+        control += feedback.refine(request, *target, generate, judge, 1, n, seed=seed + number * n, start=start,
+                                   readings=readings)
 
     def best(of):
         r, i = feedback.best_of(of)
@@ -102,7 +103,7 @@ def run_cases(args):
     cases = evaluate.held_out_cases(args.cases, seed=5)
     for i in tqdm(range(len(records), args.cases), f"{args.only} {args.seeds[0]}", args.cases, initial=len(records)):
         seed = (args.seeds[0] * args.cases + i) * 10_000
-        record = run_case(cases[i], seed, draw, judge, scorer, args.n)
+        record = run_case(cases[i], seed, draw, judge, scorer, args.n, args.readings)
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
@@ -147,7 +148,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2],
                         help="of the pictures (default: 0,1,2)")
     parser.add_argument("--n", type=int, default=4, help="pictures a round (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default: %(default)s)")
+    parser.add_argument("--readings", type=int, default=8, help="answers of the judge a picture (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the sampler (default: %(default)s)")
     parser.add_argument("--judge", type=Path, default=sample.TINY / "judge", help="folder of the judge")
     parser.add_argument("--adapter", type=Path, default=sample.TINY / "adapter", help="folder of the adapter of RF")
     parser.add_argument("--out", type=Path, default=STUDY, help="folder of the study (default: %(default)s)")
@@ -156,7 +158,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.only:
         return run_cases(args)
-    flags = [f"--{name}={getattr(args, name)}" for name in ("cases", "n", "steps", "judge", "adapter", "out")]
+    flags = [f"--{name}={getattr(args, name)}" for name in ("cases", "n", "readings", "steps", "judge", "adapter", "out")]
     runs = []
     for seed in args.seeds:
         for name in GENERATORS:
