@@ -460,7 +460,7 @@ def train_judge(args):
         loss = F.cross_entropy(F.linear(hidden, model.head_weight).flatten(0, 2), ids.flatten(), ignore_index=-1)
         return loss, {task: float(loss.detach())}
 
-    train("judge", [model], loss_of, args, args.samples or 144_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
+    train("judge", [model], loss_of, args, args.samples or 240_000, 32, 3e-3, 0.01, average=0.99, minutes=args.minutes)
     model.requires_grad_(False)
     model.save_pretrained(CACHE / "judge")  # before GRPO; weights/judge is the one after it
 
