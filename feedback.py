@@ -269,21 +269,20 @@ def judge_images(judge, images, tasks=TASKS, readings=1):
     `regression` for each picture, the likeliest and further ones, whose mean is its valence and arousal: a trained judge
     says few different numbers, and many pictures of one prompt would tie.
     """
-    texts = {task: judge([ask(task, image) for image in images]) for task in tasks}
-    further = judge([ask("regression", image) for image in images] * (readings - 1), 1) if readings > 1 else []
-    out = []
-    for i in range(len(images)):
-        found = {"regression": [], "class": []}
-        answers = [(task, texts[task][i]) for task in tasks] + [("regression", text) for text in further[i::len(images)]]
-        for task, text in answers:
+    found, thoughts = [{"regression": [], "class": []} for _ in images], []
+    for task in tasks:
+        asked = [ask(task, image) for image in images]
+        texts = judge(asked)
+        thoughts = thoughts or [text.split("</think>")[0].removeprefix("<think>").strip() for text in texts]
+        if task == "regression" and readings > 1:
+            texts = texts + judge(asked * (readings - 1), 1)
+        for i, text in enumerate(texts):
             try:
-                found[task].append(read_scores(text) if task == "regression" else read_emotion(text))
+                found[i % len(images)][task].append(read_scores(text) if task == "regression" else read_emotion(text))
             except Unusable:
                 continue  # None says so, if all are
-        v, a = map(statistics.mean, zip(*found["regression"])) if found["regression"] else (None, None)
-        thought = answers[0][1].split("</think>")[0].removeprefix("<think>").strip()
-        out.append(Judgement(v, a, next(iter(found["class"]), None), thought))
-    return out
+    return [Judgement(*(map(statistics.mean, zip(*seen["regression"])) if seen["regression"] else (None, None)),
+                      next(iter(seen["class"]), None), thought) for seen, thought in zip(found, thoughts, strict=True)]
 
 
 def judge_of(model, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm):
