@@ -274,11 +274,13 @@ def judge_images(judge, images, tasks=TASKS, readings=1):
         asked = [ask(task, image) for image in images]
         texts = judge(asked)
         thoughts = thoughts or [text.split("</think>")[0].removeprefix("<think>").strip() for text in texts]
+        places = list(range(len(images)))
         if task == "regression" and readings > 1:
-            texts = texts + judge(asked * (readings - 1), 1)
-        for i, text in enumerate(texts):
+            texts = texts + judge(asked, 1, readings - 1)
+            places += [i for i in places for _ in range(readings - 1)]
+        for i, text in zip(places, texts, strict=True):
             try:
-                found[i % len(images)][task].append(read_scores(text) if task == "regression" else read_emotion(text))
+                found[i][task].append(read_scores(text) if task == "regression" else read_emotion(text))
             except Unusable:
                 continue  # None says so, if all are
     return [Judgement(*(map(statistics.mean, zip(*seen["regression"])) if seen["regression"] else (None, None)),
@@ -286,18 +288,18 @@ def judge_images(judge, images, tasks=TASKS, readings=1):
 
 
 def judge_of(model, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm):
-    """A QwenVL as the callable that `refine` asks: judge(conversations, attempt=0) -> list of texts.
+    """A QwenVL as the callable that `refine` asks: judge(conversations, attempt=0, n=1) -> list of texts, n for each.
 
-    All conversations of a call are answered in one batched generation (several if there are more than `batch`), by the
+    All conversations of a call are answered in one batched generation (several for more than `batch` answers), by the
     likeliest tokens; further attempts at the same question are drawn at temperature 0.7, each from its own seed.
     """
-    def judge(conversations, attempt=0):
-        texts = []
-        for start in progress(range(0, len(conversations), batch), desc="asking the judge", leave=False):
+    def judge(conversations, attempt=0, n=1):
+        texts, share = [], max(1, batch // n)
+        for start in progress(range(0, len(conversations), share), desc="asking the judge", leave=False):
             answers = model.generate(
-                conversations[start:start + batch], max_new_tokens=max_new_tokens, temperature=0.7 if attempt else 0.0,
+                conversations[start:start + share], n, max_new_tokens, temperature=0.7 if attempt else 0.0,
                 generator=torch.Generator().manual_seed(attempt), progress=partial(progress, desc="tokens", leave=False))
-            texts += [answer[0].text for answer in answers]
+            texts += [completion.text for each in answers for completion in each]
         return texts
 
     return judge
@@ -360,7 +362,8 @@ def refine(prompt, v, a, generate, judge, rounds=3, images_per_round=8, rewrite=
 
     prompt: the request, without emotion. v, a: the target, 1..9. generate(prompt, seeds) -> list of PIL images, one a seed;
     a round has `images_per_round`, and no seed comes twice. judge(conversations, attempt) -> list of texts, one a
-    conversation (a list of messages as in qwen_vl.chat_text); attempt counts from 0 how often a question was asked. start:
+    conversation (a list of messages as in qwen_vl.chat_text); attempt counts from 0 how often a question was asked; with
+    readings > 1 also judge(conversations, attempt, n), n texts a conversation, one after another. start:
     the first round's prompt (default: the request with the target in words); rewrite: the judge's VA-change rewrite of the
     request instead. The loop ends early when a picture's loss is at most `tolerance` (0..16). readings: answers of the judge
     for each picture, as in `judge_images`. report(round) is called after each. The answer is the best picture of all rounds:

@@ -179,11 +179,11 @@ class Scripted:
     def __init__(self, answers):
         self.answers, self.batches = answers, []
 
-    def generate(self, messages, **settings):
-        assert settings["temperature"] == 0
+    def generate(self, messages, n, max_new_tokens, temperature, **settings):
+        assert temperature == (0.7 if n > 1 else 0)
         self.batches.append(len(messages))
         tasks = ["regression" if "valence" in said_in(m) else "class" for m in messages]
-        return [[SimpleNamespace(text=self.answers[task].pop(0))] for task in tasks]
+        return [[SimpleNamespace(text=self.answers[task].pop(0)) for _ in range(n)] for task in tasks]
 
 
 def test_judgements_hold_values_class_and_reasoning_and_none_where_an_answer_is_unreadable():
@@ -201,18 +201,13 @@ def test_judgements_hold_values_class_and_reasoning_and_none_where_an_answer_is_
 
 
 def test_several_readings_of_a_picture_are_averaged_over_those_that_can_be_read():
-    said, attempts = [["2 4", "5 5"], ["3 6", "?", "4 5", "?"]], []
+    def texts(*said):
+        return [va if va == "?" else json.dumps(dict(zip(("valence", "arousal"), va))) for va in said]
 
-    def judge(conversations, attempt=0):
-        attempts.append(attempt)
-        answers = said.pop(0)
-        assert len(conversations) == len(answers)
-        return [answer if answer == "?" else json.dumps(dict(zip(("valence", "arousal"), map(int, answer.split()))))
-                for answer in answers]
-
-    judgements = feedback.judge_images(judge, [PICTURE] * 2, ("regression",), readings=3)
-    assert [j.va for j in judgements] == [(3, 5), (5, 5)] and attempts == [0, 1]
-    assert judgements[0].reasoning == '{"valence": 2, "arousal": 4}'
+    judge = Scripted({"regression": texts((2, 4), "?", (5, 5), (3, 6), (4, 5), "?", "?", (5, 4), (6, 3))})
+    judgements = feedback.judge_images(feedback.judge_of(judge, batch=4), [PICTURE] * 3, ("regression",), readings=3)
+    assert [(j.v, j.a) for j in judgements] == [(3, 5), (None, None), (16 / 3, 4)]
+    assert judgements[0].reasoning == '{"valence": 2, "arousal": 4}' and judge.batches == [3, 2, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,12 +91,12 @@ def main(argv=None):
     args, extra = parser.parse_known_args(argv)  # the rest goes to train_judge.py
     if not (SUPERVISED / "model.safetensors").exists():
         sys.exit("tiny/cache/judge is missing; run `python tiny/pretrain.py judge` first")
-    for name, labels in (("dataset", "true"), ("dataset_drawn", "drawn")):
-        if not (DATASETS / name / "train.jsonl").exists():
-            data.write_tiny(DATASETS / name, 4000, 500, labels)
     runs = [(f"step_seed{seed}", seed, [], "dataset") for seed in SEEDS]
     if not args.no_ablations:
         runs += [(folder, 0, flags, dataset) for folder, flags, dataset in ABLATIONS.values()]
+    for name in dict.fromkeys(dataset for *_, dataset in runs):
+        if not (DATASETS / name / "train.jsonl").exists():
+            data.write_tiny(DATASETS / name, 4000, 500, "drawn" if name == "dataset_drawn" else "true")
     try:
         run_missing([run_of(*run, extra) for run in runs], args.jobs, "judges")
     except training.RunError as error:
