@@ -40,7 +40,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), "folder or hub id to start from"),
     "group": (8, 8, "answers to each question, G"),
     "batch": (16, 16, "questions in a step, over all processes"),
-    "epochs": (5.0, 0.5, "passes over the training pictures"),
+    "epochs": (5.0, 0.75, "passes over the training pictures"),
     "lr": (1e-6, 3e-4, "learning rate at the start"),
     "lr_end": (1e-9, 1e-5, "and at the end, linear in between"),
     "beta": (1e-3, 1e-3, "weight of the KL to the reference (k3)"),

@@ -217,6 +217,14 @@ def test_the_judge_finds_its_target_in_what_is_drawn_for_it(tmp_path):
     assert np.all(judged[8, 7] > judged[2, 3] + 1)
 
 
+def test_the_shipped_judge_rewrites_the_prompt_and_keeps_its_subject(tmp_path):
+    assert run("--v", 2, "--a", 7, "--rounds", 2, "--n", 2, "--rewrite", "--steps", 6, "--out", tmp_path) == 0
+    first, second = read(tmp_path)["cells"][0]["rounds"]
+    assert first["note"] == second["note"] == "" and first["analysis"].startswith("The first has")
+    for prompt in (first["prompt"], second["prompt"]):
+        assert prompt != data.with_words(sample.DEFAULT_PROMPT, 2, 7) and prompt.startswith(sample.DEFAULT_PROMPT)
+
+
 def test_several_pictures_and_the_grid(tmp_path, capsys):
     assert run("--v", 2, "--a", 8.5, "--n", 2, "--steps", 2, "--size", 64, "--judge", "none", "--out", tmp_path) == 0
     assert {p.name for p in tmp_path.glob("round*")} == {"round0_seed0.png", "round0_seed1.png"}
