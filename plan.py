@@ -342,7 +342,7 @@ class Plan:
             for gone in (False, True):
                 peaks[peak_name(gone, way)] = (encoders * (not gone) + sum(others) + sum(held.values())
                                                + max(rollout, update, self.optimizer.peak, models.encoder.peak))
-        cached = min(ROWS * len(args.prompts), args.steps * prompts) * size_of(models.encoding)
+        cached = min(ROWS * len(set(args.prompts)), args.steps * prompts) * size_of(models.encoding)
         return rows | peaks | {"host memory of each process: encoded prompts": cached}
 
     def costs(self, gpus):

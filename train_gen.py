@@ -45,12 +45,13 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(sample.TINY / "judge"), "folder or hub id of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(sample.TINY / "clip"), "folder or hub id of PickScore, or none"),
     "reward_weights": ("emotion=1,pickscore=1", "emotion=1,pickscore=1", "of the two rewards"),
-    "prompts": (("numbers",), ("numbers",), "how the target enters the prompt: numbers, words, emotional (the row's own "
-                "words) or neutral; several with commas are drawn from, and the first is evaluated"),
+    "prompts": (("numbers",), ("numbers", "numbers", "words"), "how the target enters the prompt: numbers, words, emotional "
+                "(the row's own words) or neutral; several with commas are drawn from, one given twice twice as often, and "
+                "the first is evaluated"),
     "group": (8, 4, "pictures of each prompt, G"),
     "guided": (0, 2, "of these, drawn with the row's emotional prompt, which only training has"),
     "batch": (16, 16, "prompts in a step, over all processes"),
-    "steps": (1000, 12, "training steps"),
+    "steps": (1000, 36, "training steps"),
     "sample_steps": (10, 6, "steps of the stochastic sampler, T"),
     "eval_steps": (25, 25, "steps of the deterministic sampler in evaluations"),
     "window": (0, 2, "how many of the T steps are stochastic and trained; 0: all"),
