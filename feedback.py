@@ -283,8 +283,11 @@ def judge_images(judge, images, tasks=TASKS, readings=1):
                 found[i][task].append(read_scores(text) if task == "regression" else read_emotion(text))
             except Unusable:
                 continue  # None says so, if all are
-    return [Judgement(*(map(statistics.mean, zip(*seen["regression"])) if seen["regression"] else (None, None)),
-                      next(iter(seen["class"]), None), thought) for seen, thought in zip(found, thoughts, strict=True)]
+    out = []
+    for seen, thought in zip(found, thoughts, strict=True):
+        v, a = map(statistics.mean, zip(*seen["regression"])) if seen["regression"] else (None, None)
+        out.append(Judgement(v, a, next(iter(seen["class"]), None), thought))
+    return out
 
 
 def judge_of(model, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm):
