@@ -1,6 +1,6 @@
 """The miniature judge before and after GRPO, three seeds, and the ablations of Tables 4 and 5, as one table.
 
-    python tiny/judge_study.py            # trains what is missing (about an hour and a half on 2 cores), then prints the table
+    python tiny/judge_study.py            # trains what is missing (about 90 minutes on 2 cores), then prints the table
 
 Every run starts from the supervised judge (`python tiny/pretrain.py judge`), sees the same 4,000 pictures and is judged on
 the same 500 held-out ones, whose V and A are those they were drawn with. A killed study goes on where it was. The runs lie
