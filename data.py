@@ -154,31 +154,72 @@ class Row:
     emotional: str | None = None
 
 
-def load_rows(folder, split):
-    """The rows of a dataset folder's `split` ("train" or "test"). Raises DatasetError at the first unusable row."""
-    path = Path(folder) / f"{split}.jsonl"
-    if not path.is_file():
-        raise DatasetError(f"{path}: missing; give a dataset folder, or make the miniature's with "
-                           f"`python data.py tiny --out {folder}`")
+def parse_lines(path, parse):
+    """[parse(object)] of a file of JSON lines. Raises DatasetError at the first line that cannot be used, or if none is."""
     rows = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
-                raw = json.loads(line)
-                v, a = check_va(raw["v"], raw["a"])
-                row = Row(str(raw["id"]), Path(folder) / raw["image"], raw["label"], v, a, raw["neutral"],
-                          raw.get("emotional"))
-                if row.label not in LEXICON:
-                    raise ValueError(f"unknown label {row.label!r}")
-                if not row.image.is_file():
-                    raise ValueError(f"no picture {row.image}")
+                rows.append(parse(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else error
                 raise DatasetError(f"{path}, line {number}: {reason}; mend or remove the line") from error
-            rows.append(row)
     if not rows:
         raise DatasetError(f"{path}: no rows")
     return rows
+
+
+def load_rows(folder, split):
+    """The rows of a dataset folder's `split` ("train" or "test"). Raises DatasetError at the first unusable row."""
+    def parse(raw):
+        v, a = check_va(raw["v"], raw["a"])
+        row = Row(str(raw["id"]), Path(folder) / raw["image"], raw["label"], v, a, raw["neutral"], raw.get("emotional"))
+        if row.label not in LEXICON:
+            raise ValueError(f"unknown label {row.label!r}")
+        if not row.image.is_file():
+            raise ValueError(f"no picture {row.image}")
+        return row
+
+    path = Path(folder) / f"{split}.jsonl"
+    if not path.is_file():
+        raise DatasetError(f"{path}: missing; give a dataset folder, or make the miniature's with "
+                           f"`python data.py tiny --out {folder}`")
+    return parse_lines(path, parse)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture that is wished for: what to draw, and the V and A it should have."""
+    id: str
+    neutral: str
+    v: float
+    a: float
+
+
+def load_cases(path):
+    """The cases of a file of JSON lines with id, neutral, v and a, such as a dataset's test.jsonl (other keys are passed
+    over). Raises DatasetError at the first unusable line."""
+    seen = set()
+
+    def parse(raw):
+        case = Case(str(raw["id"]), str(raw["neutral"]), *check_va(raw["v"], raw["a"]))
+        if Path(case.id).name != case.id or case.id in seen:  # it names the case's picture
+            raise ValueError(f"the id {case.id!r} {'a second time' if case.id in seen else 'cannot name a file'}")
+        seen.add(case.id)
+        return case
+
+    if not Path(path).is_file():
+        raise DatasetError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, like a dataset's "
+                           f"test.jsonl")
+    return parse_lines(path, parse)
+
+
+def picture_of(folder, case):
+    """The picture that a method made of a case: `<id>.png`, .jpg, .jpeg or .webp in its folder. Raises DatasetError."""
+    for ending in ("png", "jpg", "jpeg", "webp"):
+        if (path := Path(folder) / f"{case.id}.{ending}").is_file():
+            return path
+    raise DatasetError(f"{folder}: no picture of case {case.id!r}; expected {case.id}.png, .jpg, .jpeg or .webp")
 
 
 def tiny_row(out, split, labels, seed):
