@@ -1,8 +1,9 @@
 """CLIP (Radford et al. 2021): a text tower and an image tower that meet in one space.
 
-SD3.5 reads prompts with the text towers of CLIP-L and OpenCLIP-bigG (`TextTower`); scores of pictures against words use
-both towers (`CLIP`): `pick_score` and `clip_score`. Weights are read in the layout that transformers publishes
-(`text_model.*`, `vision_model.*`), with the q, k and v projections fused into one here.
+SD3.5 reads prompts with the text towers of CLIP-L and OpenCLIP-bigG (`TextTower`); scores of pictures use both towers
+(`CLIP`): `pick_score`, `clip_score`, `clip_iqa` and, with LAION's head on the image tower, `aesthetic_score`. Weights are
+read in the layout that transformers publishes (`text_model.*`, `vision_model.*`), with the q, k and v projections fused into
+one here.
 
 In the order data meets them: pictures, prompts, the towers, scores, checkpoints.
 
@@ -12,14 +13,19 @@ Left out: attention masks (CLIP is trained without them: padding follows the end
 """
 
 import functools
+import re
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
@@ -375,14 +381,14 @@ class CLIP(nn.Module):
 # Scores
 
 
-@torch.no_grad()
 def pick_score(model, images, prompts):
     """PickScore (Kirstain et al. 2023) of picture i for prompt i: exp(logit_scale) times their cosine -> [B] float32.
 
-    model: a CLIP with a processor. images: B PIL images, or uint8 [B,3,H,W]. prompts: B strings, cut with a warning to the
-    77 tokens that the text tower reads. Raises ValueError, and weights.CheckpointError if the model has no processor.
+    model: a CLIP with a processor. images: B PIL images, or uint8 [B,3,H,W], or their embeddings from `embed_pictures`.
+    prompts: B strings, cut with a warning to the 77 tokens that the text tower reads. Raises ValueError, and
+    weights.CheckpointError if the model has no processor.
     """
-    return model.logit_scale.exp() * cosines(model, images, prompts)
+    return model.logit_scale.detach().exp() * cosines(model, images, prompts)
 
 
 def clip_score(model, images, prompts):
@@ -393,22 +399,98 @@ def clip_score(model, images, prompts):
     return 100 * cosines(model, images, prompts).clamp(min=0)
 
 
-@torch.no_grad()
 def cosines(model, images, prompts):
     """Cosine of the embeddings of picture i and prompt i -> [B] float32. A prompt of many pictures is embedded once."""
-    processor, images, weight = model.processor, to_pil(images), model.vision.class_token
-    if processor is None:
+    pictures = embed_pictures(model, images)
+    if isinstance(prompts, str) or len(prompts) != len(pictures):
+        raise ValueError(f"every picture needs its prompt: {len(pictures)} pictures, "
+                         f"{'one string' if isinstance(prompts, str) else len(prompts)} as prompts")
+    different = list(dict.fromkeys(prompts))
+    texts = embed_prompts(model, different)[[different.index(prompt) for prompt in prompts]]  # [B,P]
+    return (pictures * texts).sum(dim=-1)
+
+
+IQA_PROMPTS = ("Good photo.", "Bad photo.")
+
+
+def clip_iqa(model, images, prompts=IQA_PROMPTS):
+    """CLIP-IQA (Wang et al. 2023): the probability of the first prompt against the second, at temperature 1/100
+    -> [B] float32 in 0..1.
+
+    As torchmetrics computes it with a CLIP of transformers. The paper's own variant, a ResNet without position embeddings
+    that keeps the picture's size, is another model; its figures differ. Arguments and errors as for `pick_score`.
+    """
+    logits = 100 * embed_pictures(model, images) @ embed_prompts(model, prompts).T  # [B,2]
+    return logits.softmax(dim=-1)[:, 0]
+
+
+def aesthetic_score(model, head, images):
+    """LAION's aesthetic score: a linear map of the image embedding, of unit length -> [B] float32, about 1..10.
+
+    model: CLIP-L/14 for the published heads. head: from `aesthetic_head`. images: as for `pick_score`. Raises ValueError if
+    they do not fit.
+    """
+    x = embed_pictures(model, images)
+    if head[0][0].shape[1] != x.shape[1]:
+        raise ValueError(f"the aesthetic head reads {head[0][0].shape[1]} numbers and this CLIP makes {x.shape[1]}; the "
+                         f"published heads belong to openai/clip-vit-large-patch14")
+    for weight, bias in head:  # the published MLP has no activations: dropout alone separates its layers
+        x = F.linear(x, weight.to(x.device), bias.to(x.device))
+    return x[:, 0]
+
+
+def aesthetic_head(path):
+    """[(weight, bias)] float32, first layer first, of an aesthetic predictor as LAION publishes it: the linear one
+    (`weight`, `bias`; sa_0_4_vit_l_14_linear.pth) or the MLP (`layers.0.weight`, …; sac+logos+ava1-l14-linearMSE.pth).
+
+    A .pth file is read as plain tensors: no code in it is run. A .safetensors file with the same names is read too. Raises
+    weights.CheckpointError.
+    """
+    path = Path(path).expanduser()
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise weights.CheckpointError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
+                                      f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise weights.CheckpointError(f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    layers = {}  # {number: {"weight": tensor, "bias": tensor}}
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
+            layers.setdefault(int(match[1] or 0), {})[match[2]] = value
+    head = [(layer.get("weight"), layer.get("bias")) for _, layer in sorted(layers.items())]
+    whole = head and sum(map(len, layers.values())) == len(state) and all(b is not None and w is not None for w, b in head)
+    if not whole or len(head[-1][0]) != 1 or any(len(a[0]) != b[0].shape[1] for a, b in pairwise(head)):
+        raise weights.CheckpointError(f"{path}: not the layers of an aesthetic predictor that ends in one number; expected "
+                                      f"weight and bias, or layers.0.weight, layers.0.bias, …")
+    return [(w.float(), b.float()) for w, b in head]
+
+
+@torch.no_grad()
+def embed_pictures(model, images):
+    """B PIL images, or uint8 [B,3,H,W] -> unit vectors [B,P] float32, which every score takes in their place.
+
+    Raises ValueError, and weights.CheckpointError if the model has no processor.
+    """
+    if isinstance(images, torch.Tensor) and images.dim() == 2 and images.is_floating_point():
+        return images
+    c = processor_of(model).image
+    pixels = preprocess(to_pil(images), c.size, c.mean, c.std, c.square)
+    return model.embed_images(pixels.to(model.vision.class_token))
+
+
+@torch.no_grad()
+def embed_prompts(model, prompts):
+    """B strings -> unit vectors [B,P] float32."""
+    return model.embed_text(processor_of(model).tokenizer(prompts).to(model.vision.class_token.device))
+
+
+def processor_of(model):
+    if model.processor is None:
         raise weights.CheckpointError(f"this CLIP has no tokenizer; load it with CLIP.from_pretrained(…, processor=…), for "
                                       f"PickScore with processor={PICKSCORE_PROCESSOR!r}")
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        raise ValueError(f"every picture needs its prompt: {len(images)} pictures, "
-                         f"{'one string' if isinstance(prompts, str) else len(prompts)} as prompts")
-    c = processor.image
-    pixels = preprocess(images, c.size, c.mean, c.std, c.square).to(weight)
-    different = list(dict.fromkeys(prompts))
-    texts = model.embed_text(processor.tokenizer(different).to(weight.device))
-    texts = texts[[different.index(prompt) for prompt in prompts]]  # [B,P]
-    return (model.embed_images(pixels) * texts).sum(dim=-1)
+    return model.processor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

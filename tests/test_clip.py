@@ -1,14 +1,20 @@
 """Pictures, towers and scores against transformers; full-size names and counts; the miniature's CLIP; bad input."""
 
 import json
+import os
 import shutil
 import warnings
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -354,6 +360,126 @@ def test_transformers_reads_the_miniature_and_scores_alike(miniature, held_out):
     with torch.no_grad():
         expected = theirs[1](**inputs).logits_per_image.diag()
     assert error(clip.pick_score(miniature, pictures[:8], captions[:8]), expected) < 1e-4
+
+
+class OfTensors:
+    """A CLIPModel whose features are plain tensors, as torchmetrics expects them of every transformers."""
+
+    def __init__(self, model):
+        self.model, self.config = model, model.config
+
+    def to(self, device):
+        return self
+
+    def get_image_features(self, pixels):
+        return self.model.get_image_features(pixels).pooler_output
+
+    def get_text_features(self, ids, mask):
+        return self.model.get_text_features(ids, mask).pooler_output
+
+
+@pytest.fixture
+def torchmetrics(reference, monkeypatch):
+    """torchmetrics' functions of pictures and prompts, with the random CLIP."""
+    from torchmetrics.functional.multimodal import clip_image_quality_assessment, clip_score
+    _, model, processor = reference
+    pair = OfTensors(model.requires_grad_(False)), processor
+    monkeypatch.setitem(clip_image_quality_assessment.__globals__, "_get_clip_iqa_model_and_processor", lambda name: pair)
+
+    def pixels(images):  # the processor scales 0..255 to 0..1 itself
+        return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+
+    return SimpleNamespace(
+        clip_score=lambda images, prompts: clip_score(pixels(images), prompts, lambda: pair),
+        clip_iqa=lambda images, prompts: clip_image_quality_assessment(
+            torch.stack(pixels(images)), model_name_or_path="given", data_range=1.0, prompts=prompts))
+
+
+def test_clip_score_equals_torchmetrics(reference, torchmetrics):
+    model, images, prompts = clip.CLIP.from_pretrained(reference[0]), some_pictures(), [p for p in PROMPTS if len(p) < 99]
+    pairs = [(image, prompt) for image in images for prompt in prompts]
+    theirs = torch.stack([torchmetrics.clip_score([image], [prompt]) for image, prompt in pairs])
+    assert error(clip.clip_score(model, *zip(*pairs)), theirs) < 1e-4 and float(theirs.std()) > 1
+    mean = torchmetrics.clip_score([image for image, _ in pairs], [prompt for _, prompt in pairs])
+    assert error(100 * clip.cosines(model, *zip(*pairs)).mean().clamp(min=0), mean) < 1e-4
+
+
+@pytest.mark.parametrize("name, prompts", [
+    ("quality", clip.IQA_PROMPTS), (("a lake at night", "a lake"),) * 2])
+def test_clip_iqa_equals_torchmetrics(reference, torchmetrics, name, prompts):
+    model, images = clip.CLIP.from_pretrained(reference[0]), [image.resize((50, 40)) for image in some_pictures()]
+    ours, theirs = clip.clip_iqa(model, images, prompts), torchmetrics.clip_iqa(images, (name,))
+    assert ours.shape == (6,) and torch.allclose(ours, theirs, atol=1e-4) and torch.allclose(ours, theirs, rtol=1e-3, atol=0)
+    assert len(set(theirs.tolist())) == 6 and 0 <= float(ours.min()) <= float(ours.max()) <= 1
+
+
+def aesthetic_file(folder, sides, seed=0):
+    """A predictor in LAION's layout with random weights: (file, the module that made it)."""
+    torch.manual_seed(seed)
+    if len(sides) == 2:
+        module = nn.Linear(*sides)
+    else:  # dropout between the layers, but none before the last
+        layers = [nn.Linear(*pair) for pair in pairwise(sides)]
+        module = nn.Module()
+        module.layers = nn.Sequential(*[x for layer in layers[:-2] for x in (layer, nn.Dropout(0.2))], *layers[-2:])
+    torch.save(module.state_dict(), folder / "head.pth")
+    return folder / "head.pth", module.eval()
+
+
+@pytest.mark.parametrize("sides", [(24, 1), (24, 1024, 128, 64, 16, 1)], ids=["linear", "MLP"])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@torch.no_grad()
+def test_an_aesthetic_head_of_the_published_layout_scores_the_unit_embeddings(reference, tmp_path, sides, ending):
+    file, module = aesthetic_file(tmp_path, sides)
+    if len(sides) > 2:
+        assert sorted(module.state_dict()) == sorted(f"layers.{i}.{k}" for i in (0, 2, 4, 6, 7) for k in ("weight", "bias"))
+    if ending == "safetensors":
+        save_file(module.state_dict(), tmp_path / "head.safetensors")
+        file = tmp_path / "head.safetensors"
+    model, images = clip.CLIP.from_pretrained(reference[0]), some_pictures()
+    features = reference[1].get_image_features(
+        reference[2](images=images, return_tensors="pt")["pixel_values"]).pooler_output
+    features = features / features.norm(dim=-1, keepdim=True)
+    expected = (module(features) if len(sides) == 2 else module.layers(features))[:, 0]
+    scores = clip.aesthetic_score(model, clip.aesthetic_head(file), images)
+    assert scores.shape == (6,) and float((scores - expected).abs().max()) < 1e-4 and float(expected.std()) > 1e-3
+
+
+def test_embeddings_stand_for_their_pictures_in_every_score(reference, tmp_path):
+    model, images = clip.CLIP.from_pretrained(reference[0]), some_pictures()
+    embedded, head = clip.embed_pictures(model, images), clip.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
+    prompts = PROMPTS[:3] * 2
+    assert embedded.shape == (6, 24) and torch.equal(clip.clip_iqa(model, embedded), clip.clip_iqa(model, images))
+    assert torch.equal(clip.clip_score(model, embedded, prompts), clip.clip_score(model, images, prompts))
+    assert torch.equal(clip.aesthetic_score(model, head, embedded), clip.aesthetic_score(model, head, images))
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch malice",)
+
+
+@pytest.mark.parametrize("content, message", [
+    (Malice(), "not a file of plain tensors"), (b"not a file of torch", "not a file of plain tensors"),
+    ({"fc.weight": torch.zeros(1, 24)}, "not the layers"), ({}, "not the layers"),
+    (torch.zeros(3), "not the layers"), ({"weight": torch.zeros(2, 24), "bias": torch.zeros(2)}, "ends in one number"),
+    ({"layers.0.weight": torch.zeros(8, 24), "layers.0.bias": torch.zeros(8), "layers.2.weight": torch.zeros(1, 9),
+      "layers.2.bias": torch.zeros(1)}, "not the layers"), (None, "no such file; download LAION's")])
+def test_a_file_that_is_no_aesthetic_head_is_refused_and_no_code_in_it_runs(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        Path("head.pth").write_bytes(content)
+    elif content is not None:
+        torch.save(content, "head.pth")
+    with pytest.raises(weights.CheckpointError, match=message) as caught:
+        clip.aesthetic_head("head.pth")
+    assert "\n" not in str(caught.value) and not Path("malice").exists()
+
+
+def test_a_head_of_another_width_is_refused(miniature, tmp_path):
+    head = clip.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
+    with pytest.raises(ValueError, match="reads 24 numbers and this CLIP makes .*clip-vit-large-patch14"):
+        clip.aesthetic_score(miniature, head, some_pictures())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
