@@ -155,6 +155,10 @@ def methods_of(study, rater, case):
     return random.Random(repr((study.seed, rater, case.id))).sample(study.methods, len(study.methods))
 
 
+def count_rated(study, rater):
+    return sum((rater, case.id) in study.done for case in study.cases.values())
+
+
 def save(study, rater, case, form):
     """Write the rows of a case, whose answers are complete, unless they are written already."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -166,7 +170,7 @@ def save(study, rater, case, form):
         if (rater, case.id) not in study.done:
             append(study.out, lines(rows))
             study.done.add((rater, case.id))
-            say(f"{rater}: case {sum(name == rater for name, _ in study.done)} of {len(study.cases)}")
+            say(f"{rater}: case {count_rated(study, rater)} of {len(study.cases)}")
 
 
 def pixels(path):
@@ -182,10 +186,11 @@ def pixels(path):
 # Pages
 
 LOOK = STYLE + """
-.cards { grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1.25rem }
-.card { max-width: 30rem } .card > div, label.card span { display: block; padding: .8rem 1rem }
+.cards, .card:only-child { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)) }
+.cards { gap: 1.25rem } .card:not(:only-child) { max-width: 30rem }
+.card > div, label.card span { display: block; padding: .8rem 1rem }
 .card h2 { margin: 0 } fieldset { border: 0; margin: 0; padding: 0; min-width: 0 } .card fieldset { margin-top: .7rem }
-legend { padding: 0 } .alert, .missing legend { color: var(--gone); font-weight: 600 }
+legend, .alert { padding: 0; font-weight: 600 } .alert, .missing legend { color: var(--gone) } th { white-space: nowrap }
 .choices { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 3px; margin: .2rem 0 }
 .choices label { position: relative; text-align: center; font-variant-numeric: tabular-nums }
 input[type=radio] { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer }
@@ -243,7 +248,7 @@ any time under the same name.</p>
 
 def question(study, rater, token, title, lead, fields, button):
     """A page about a case: a form with fields (HTML), below the rater's progress."""
-    progress = f"{sum(name == rater for name, _ in study.done) + 1} of {len(study.cases)}"
+    progress = f"{count_rated(study, rater) + 1} of {len(study.cases)}"
     return document(title, paragraph(progress, "soft") + lead, f"""<form action="/case" method="post">
 <input type="hidden" name="rater" value="{plain(rater)}"><input type="hidden" name="case" value="{token}">
 {fields}<p><button>{button}</button></p>
@@ -285,10 +290,10 @@ def best_page(study, rater, token, form, said):
                       for i in range(count) for name in SCALES)
     cards = "".join(f'<label class="card">{picture(rater, token, i)}<input type="radio" name="best" value="{i}" required>'
                     f"<span>Picture {chr(65 + i)}</span></label>\n" for i in range(count))
-    lead = (paragraph(case.neutral, "prompt", "The pictures were meant to show: ")
-            + paragraph(f"{data.emotion_words(case.v, case.a)} (valence {case.v:.1f}, arousal {case.a:.1f}, each 1 to 9)",
-                        "prompt", "with the emotion: ") + paragraph(said, "alert"))
-    return question(study, rater, token, "Which picture fits best?", lead,
+    words = f"{data.emotion_words(case.v, case.a)} (valence {case.v:.1f}, arousal {case.a:.1f})"
+    lead = (paragraph(words, "prompt", '<span class="soft">The emotion:</span> ')
+            + paragraph(case.neutral, "prompt", '<span class="soft">The scene:</span> ') + paragraph(said, "alert"))
+    return question(study, rater, token, "What the pictures were meant to convey", lead,
                     f'{ratings}<input type="hidden" name="target" value="shown"><fieldset><legend>Which picture best '
                     f'conveys this emotion?</legend>\n<div class="cards">{cards}</div></fieldset>\n', "Send")
 
@@ -351,10 +356,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             try:
                 save(study, rater, case, form)
-                self.send(303, "", Location=following)
             except OSError as error:
                 say(f"error: {study.out}: ratings of {rater} cannot be written: {error.strerror}; they can be sent again")
                 self.send(500, document("Your answers could not be kept. Please go back and send them again", "", ""))
+            else:
+                self.send(303, "", Location=following)
 
     def foreign(self):
         """Whether another site may stand behind the request: under a name that leads here, or with a form of its own."""
