@@ -194,15 +194,16 @@ class Case:
     neutral: str
     v: float
     a: float
+    group: str | None = None  # of cases that differ in V and A only
 
 
 def load_cases(path):
-    """The cases of a file of JSON lines with id, neutral, v and a, such as a dataset's test.jsonl (other keys are passed
-    over). Raises DatasetError at the first unusable line."""
+    """The cases of a file of JSON lines with id, neutral, v, a and perhaps group, such as a dataset's test.jsonl (other keys
+    are passed over). Raises DatasetError at the first unusable line."""
     seen = set()
 
     def parse(raw):
-        case = Case(str(raw["id"]), str(raw["neutral"]), *check_va(raw["v"], raw["a"]))
+        case = Case(str(raw["id"]), str(raw["neutral"]), *check_va(raw["v"], raw["a"]), raw.get("group"))
         if Path(case.id).name != case.id or case.id in seen:  # it names the case's picture
             raise ValueError(f"the id {case.id!r} {'a second time' if case.id in seen else 'cannot name a file'}")
         seen.add(case.id)
@@ -214,12 +215,23 @@ def load_cases(path):
     return parse_lines(path, parse)
 
 
+def pictures_of(folder, cases):
+    """The picture that a method made of each case: `<id>.png`, .jpg, .jpeg or .webp in its folder. Raises DatasetError that
+    names the missing ones."""
+    def find(case):
+        paths = (Path(folder) / f"{case.id}.{ending}" for ending in ("png", "jpg", "jpeg", "webp"))
+        return next((path for path in paths if path.is_file()), None)
+
+    paths = list(map(find, cases))
+    lost = [case.id for case, path in zip(cases, paths, strict=True) if path is None]
+    if lost:
+        raise DatasetError(f"{folder}: {len(lost)} of {len(cases)} pictures are missing: {', '.join(lost[:5])}"
+                           f"{', …' if len(lost) > 5 else ''}; expected <id>.png, .jpg, .jpeg or .webp")
+    return paths
+
+
 def picture_of(folder, case):
-    """The picture that a method made of a case: `<id>.png`, .jpg, .jpeg or .webp in its folder. Raises DatasetError."""
-    for ending in ("png", "jpg", "jpeg", "webp"):
-        if (path := Path(folder) / f"{case.id}.{ending}").is_file():
-            return path
-    raise DatasetError(f"{folder}: no picture of case {case.id!r}; expected {case.id}.png, .jpg, .jpeg or .webp")
+    return pictures_of(folder, [case])[0]
 
 
 def tiny_row(out, split, labels, seed):

@@ -1,23 +1,34 @@
-"""How well a generator hits valence and arousal (EmoFeedback², section 4.2): V-Error, A-Error and rank correlation.
+"""How well a method hits valence and arousal, keeps to its prompt and looks (EmoFeedback², section 4.2).
 
-    python evaluate.py                 # the miniature, 200 held-out cases, about 3 minutes on 2 cores
-    python evaluate.py --cases 40      # a quick look
-    python evaluate.py --adapter runs/gen/adapter --judge tiny/weights/judge --forms numbers
+    python evaluate.py                                   # the miniature, 200 held-out cases, about 3 minutes on 2 cores
+    python evaluate.py --adapter runs/gen/adapter --forms numbers,words --judge tiny/weights/judge
+    python evaluate.py --preset paper --cases DATASET/test.jsonl --judge runs/judge/judge --judge other=FOLDER_OR_ID
+    python evaluate.py --preset paper --cases cases.jsonl --judge FOLDER_OR_ID --images FLUX_pictures   # any method's
+    python evaluate.py cases --data DATASET --out cases.jsonl           # what other methods should draw, with their scales
+    python evaluate.py table out/evaluate/FLUX out/evaluate/ours --form 1               # the paper's tables (tables.py)
+    python evaluate.py rate --cases cases.jsonl --images ours=DIR --images FLUX=DIR     # people rate, in a browser (rate.py)
 
-Every case is a neutral prompt with a target V and A, drawn once with the target as numbers and once as words. The
-pictures are measured by the analytic meter of the miniature world, which knows its landscapes and nothing else: the
-figures of another model mean little. A judge is asked too if one is given, and CLIP-Score compares each picture with its
-neutral prompt. Left out here: CLIP-IQA and the aesthetic score.
+A case is a neutral prompt with a target V and A. A generator of ours draws it with the target as numbers, as words, or by
+textual feedback; another method's pictures are read from a folder, `<id>.png` each. Who reads V and A of a picture is named
+in every column: judges, and for the miniature the analytic meter, which knows its landscapes and nothing else. A generator
+trained by one judge should not be graded by it alone: give `--judge` twice. CLIP-Score compares a picture with its neutral
+prompt; CLIP-IQA and the aesthetic score look at the picture alone. Cases with a `group` are one scene over a grid of V and
+A, drawn from one noise: their order over grid neighbours is the continuity of section 4.3.1.
+
+Every finished batch is a few lines in the run's folder: the same command goes on where it was stopped.
 """
 
 import argparse
-import math
+import json
+import os
+import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import clip
@@ -25,124 +36,290 @@ import data
 import feedback
 import qwen_vl
 import sample
+import tables
+import training
 import weights
 from tiny import scenes
 
-FORMS = {"numbers": data.with_numbers, "words": data.with_words}
+FORMS = {"numbers": data.with_numbers, "words": data.with_words, "feedback": None}  # how a generator gets the target
+PRESETS = {  # model, CLIP, aesthetic head, side in pixels, meter
+    "tiny": (sample.TINY, sample.TINY / "clip", sample.TINY / "aesthetic.safetensors", 128, True),
+    "paper": (sample.PAPER, "openai/clip-vit-large-patch14", None, 512, False),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
 
 
 def held_out_cases(count, seed=0):
-    """[(neutral prompt, v, a)]: scenes drawn apart from the training rows, V and A uniform on 1..9."""
+    """Cases of the miniature: scenes drawn apart from the training rows, V and A uniform on 1..9."""
     rng = np.random.default_rng([seed, 4242])
-    return [(scenes.neutral_caption(scenes.random_scene(rng)), *map(float, rng.uniform(1, 9, 2))) for _ in range(count)]
+    return [data.Case(f"scene{seed}_{i}", scenes.neutral_caption(scenes.random_scene(rng)),
+                      *map(float, rng.uniform(data.VA_MIN, data.VA_MAX, 2))) for i in range(count)]
 
 
-def ranks(x):
-    """Ranks 0..n-1 of a sequence; equal values share their mean rank."""
-    _, inverse, counts = np.unique(np.asarray(x, float), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+def grid_of(cases, side):
+    """Each case's prompt over a side × side grid of V and A, as one group."""
+    levels = np.linspace(data.VA_MIN, data.VA_MAX, side).tolist()
+    return [data.Case(f"{case.id}_v{v:g}_a{a:g}", case.neutral, v, a, case.id)
+            for case in cases for a in levels for v in levels]
 
 
-def spearman(x, y):
-    """Rank correlation in -1..1; NaN if one side has no spread."""
-    x, y = ranks(x), ranks(y)
-    spread = x.std() * y.std()
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread else float("nan")
+def for_others(case, label=None):
+    """A case as a line of a file for other methods, which the paper compares with: prompts that say the target, EmoEdit's
+    class word (the picture's own label, else the nearest class), and EmotiCrafter's V and A, on -3..3."""
+    row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a} | ({"group": case.group} if case.group else {})
+    return row | {"numbers": data.with_numbers(case.neutral, case.v, case.a),
+                  "words": data.with_words(case.neutral, case.v, case.a),
+                  "emoedit": label or data.nearest_emotion(case.v, case.a),
+                  "emoticrafter": [round((x - 5) * 3 / 4, 4) for x in (case.v, case.a)]}
 
 
-def scores(targets, measured):
-    """Metrics of [(v, a)] measured against [(v, a)] wanted."""
-    targets, measured = np.asarray(targets), np.asarray(measured)  # [n,2] each
-    error = np.abs(measured - targets).mean(0)
-    return {"v_error": float(error[0]), "a_error": float(error[1]),
-            "v_spearman": spearman(targets[:, 0], measured[:, 0]), "a_spearman": spearman(targets[:, 1], measured[:, 1])}
+def write_cases(argv):
+    """`evaluate.py cases`: a file of cases for any method."""
+    parser = argparse.ArgumentParser(prog="evaluate.py cases", description="Write the cases that methods are compared on.")
+    parser.add_argument("--data", type=Path, help="dataset whose test rows are the cases (default: scenes of the miniature)")
+    parser.add_argument("--count", type=int, default=1000, help="cases, or prompts with --grid (default: %(default)s)")
+    parser.add_argument("--grid", type=int, metavar="K", help="each prompt on a K × K grid of V and A, for continuity")
+    parser.add_argument("--seed", type=int, default=0, help="of the miniature's scenes")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    args = parser.parse_args(argv)
+    if args.count < 1 or (args.grid is not None and not 2 <= args.grid <= 9):
+        parser.error("--count: expected at least 1; --grid: expected 2..9")
+    rows = [] if args.data is None else data.load_rows(args.data, "test")[:args.count]
+    cases = [data.Case(r.id, r.neutral, r.v, r.a) for r in rows] if args.data else held_out_cases(args.count, args.seed)
+    labels = {row.id: row.label for row in rows} if args.grid is None else {}
+    cases = cases if args.grid is None else grid_of(cases, args.grid)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(for_others(case, labels.get(case.id)), ensure_ascii=False) + "\n" for case in cases]
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, args.out)
+    print(f"{args.out}: {len(cases)} cases")
+    return 0
 
 
-def measure(draw, cases, form, batch, seed, judge=None, scorer=None):
-    """{"meter": [(v, a)], "judge": [(v, a)], "clip": [score]} of the pictures which `draw(prompts, seeds)` makes of the
-    cases; without a judge or a CLIP as scorer its entry is empty. NaN where the judge's answer cannot be read."""
-    found = {"meter": [], "judge": [], "clip": []}
-    ask = None if judge is None else feedback.judge_of(judge, batch, progress=partial(tqdm, disable=True))
-    with tqdm(total=len(cases), desc=form, unit="picture") as bar:
-        for start in range(0, len(cases), batch):
-            part = cases[start:start + batch]
-            pixels = draw([FORMS[form](*case) for case in part], [seed + start + i for i in range(len(part))])
-            images = sample.to_images(pixels)
-            found["meter"] += [scenes.measure_va(image) for image in images]
-            if ask is not None:
-                found["judge"] += [said.va for said in feedback.judge_images(ask, images, ("regression",))]
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and their figures
+
+
+def drawer(generator, form, args, ask):
+    """draw(cases, seeds) -> PIL images, by a generator of ours that gets the target in one of FORMS."""
+    draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance)
+    if form != "feedback":
+        return lambda cases, seeds: sample.to_images(draw([FORMS[form](c.neutral, c.v, c.a) for c in cases], seeds))
+
+    def best(case, seed):  # of all rounds, by the judge that rewrites
+        rounds = feedback.refine(case.neutral, case.v, case.a, lambda prompt, seeds: sample.to_images(
+            draw([prompt] * len(seeds), seeds)), ask, args.rounds, args.n, seed=seed * args.rounds * args.n)
+        r, i = feedback.best_of(rounds)
+        return rounds[r].pictures[i].image
+
+    return lambda cases, seeds: [best(case, seed) for case, seed in zip(cases, seeds, strict=True)]
+
+
+def opener(folder):
+    """draw(cases, seeds) -> PIL images, read from another method's folder. Raises data.DatasetError."""
+    def read(case):
+        path = data.picture_of(folder, case)
+        try:
+            with Image.open(path) as image:
+                return clip.to_rgb(image)
+        except (OSError, SyntaxError) as error:
+            raise data.DatasetError(f"{path}: cannot be read as a picture ({error}); make it again") from error
+
+    return lambda cases, seeds: [read(case) for case in cases]
+
+
+def readers_of(judges, meter, batch):
+    """{name: read(images) -> [(V, A)]}, NaN where an answer cannot be read. judges: {name: judge of feedback.judge_of}."""
+    def asking(judge):
+        return lambda images: [said.va for said in feedback.judge_images(judge, images, ("regression",))]
+
+    return ({"meter": lambda images: [scenes.measure_va(image) for image in images]} if meter else {}) | {
+        name: asking(judge) for name, judge in judges.items()}
+
+
+def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, name=""):
+    """Append the records of the cases that the file `path` does not hold yet, a batch at a time; memory does not grow.
+
+    A record: id, v, a, group, "read" {reader: [V, A] or None}, clip_score (100 · cosine), clip_iqa, aesthetic, seconds to
+    draw. draw(cases, seeds) -> PIL images. scorer: a clip.CLIP; head: of clip.aesthetic_head.
+    """
+    done = {record["id"] for record in cut_to_whole_lines(path)}
+    left = [(case, seed) for case, seed in zip(cases, seeds, strict=True) if case.id not in done]
+    with tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture") as bar:
+        for start in range(0, len(left), batch):
+            part, part_seeds = zip(*left[start:start + batch])
+            started = time.perf_counter()
+            images = draw(part, part_seeds)
+            seconds = (time.perf_counter() - started) / len(part)
+            figures = {}
             if scorer is not None:
-                found["clip"] += clip.clip_score(scorer, images, [case[0] for case in part]).tolist()
+                embedded = clip.embed_pictures(scorer, images)
+                figures["clip_score"] = 100 * clip.cosines(scorer, embedded, [case.neutral for case in part])
+                figures["clip_iqa"] = clip.clip_iqa(scorer, embedded)
+            if head is not None:
+                figures["aesthetic"] = clip.aesthetic_score(scorer, head, embedded)
+            said = {reader: read(images) for reader, read in readers.items()}
+            records = [{"id": case.id, "v": case.v, "a": case.a, "group": case.group,
+                        "read": {reader: None if np.isnan(va[i][0]) else list(va[i]) for reader, va in said.items()},
+                        **{key: float(values[i]) for key, values in figures.items()}, "seconds": seconds}
+                       for i, case in enumerate(part)]
+            with open(path, "a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(record) + "\n" for record in records))
             bar.update(len(part))
-    return found
 
 
-COLUMNS = {"v_error": "V-Error ↓", "a_error": "A-Error ↓", "v_spearman": "Spearman V ↑", "a_spearman": "Spearman A ↑",
-           "judge_v_error": "V-Error by judge ↓", "judge_a_error": "A-Error by judge ↓", "clip_score": "CLIP-Score ↑",
-           "seconds_per_picture": "seconds per picture"}
+def cut_to_whole_lines(path):
+    """The records of a run's file, from which a half-written last line is removed."""
+    records = training.read_records(path)
+    whole = sum(map(len, path.read_bytes().splitlines(keepends=True)[:len(records)])) if path.exists() else 0
+    if whole and whole < path.stat().st_size:
+        os.truncate(path, whole)
+    return records
 
 
-def table(results):
-    """The results, {form: {column: figure}}, as a Markdown table."""
-    keys = [k for k in COLUMNS if all(k in r for r in results.values())]
-    lines = ["| target given as | " + " | ".join(COLUMNS[k] for k in keys) + " |", "| --- " * (len(keys) + 1) + "|"]
-    for form, r in results.items():
-        lines.append(f"| {form} | " + " | ".join(f"{r[k]:.2f}" for k in keys) + " |")
-    return "\n".join(lines)
+def seeds_of(cases, seed):
+    """The seed of each case's noise: its place, counted from `seed`; all cases of a group share that of their first."""
+    first = {}
+    return [seed + (first.setdefault(case.group, i) if case.group else i) for i, case in enumerate(cases)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=200, help="(prompt, V, A) cases (default: %(default)s)")
-    parser.add_argument("--model", default=sample.TINY, help="folder or hub id of the generator (default: the miniature)")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for the miniature, or for photographs")
+    parser.add_argument("--cases", default="200", help="a file of cases, or how many of the miniature's (default: 200)")
+    parser.add_argument("--images", type=Path, help="folder of another method's pictures, <id>.png each")
+    parser.add_argument("--name", help="of the method in tables (default: that of the generator or the folder)")
+    parser.add_argument("--model", help="folder or hub id of a generator (default: the preset's)")
     parser.add_argument("--adapter", help="folder or hub id of an adapter of it (default: none)")
-    parser.add_argument("--judge", help="folder or hub id of a judge that is asked beside the meter (default: none)")
-    parser.add_argument("--clip", default=sample.TINY / "clip", help="folder or hub id of the CLIP of CLIP-Score "
-                        "(default: the miniature's)")
-    parser.add_argument("--forms", default=",".join(FORMS), help="how the target is given (default: %(default)s)")
+    parser.add_argument("--forms", default="numbers,words", help="how the target is given, of " + ", ".join(FORMS)
+                        + " (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --forms feedback (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=8, help="pictures a round of --forms feedback (default: %(default)s)")
+    parser.add_argument("--judge", action="append", default=[], metavar="[NAME=]SOURCE", help="folder or hub id of a judge, "
+                        "once for each; the first one also gives the feedback (default: none)")
+    parser.add_argument("--clip", help="folder or hub id of the CLIP of the scores, or none (default: the preset's)")
+    parser.add_argument("--aesthetic", help="file of LAION's aesthetic head for that CLIP, or none (default: the preset's)")
     parser.add_argument("--batch", type=int, default=20, help="pictures drawn together (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, help="steps of the sampler (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.5, help="classifier-free guidance (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the cases and the noise (default: %(default)s)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: the preset's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the miniature's cases and the noise (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, help="per picture, of a method whose pictures are read (for table 7)")
+    parser.add_argument("--parameters", type=float, help="of a method whose pictures are read, in billions (for table 7)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for evaluate.json (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.cases < 2 or args.batch < 1:
-        parser.error("--cases must be at least 2 and --batch at least 1")
-    args.forms = args.forms.split(",")
-    if set(args.forms) - set(FORMS):
-        parser.error(f"--forms: expected some of {', '.join(FORMS)}")
-    return args
+    parser.add_argument("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
+    return parser.parse_args(argv)
+
+
+def check(args):
+    """Fill in the defaults and refuse what cannot work before anything is loaded -> the cases. Raises sample.UsageError,
+    data.DatasetError."""
+    model, scorer, head, size, meter = PRESETS[args.preset]
+    args.model, args.size = args.model or model, args.size or size
+    args.clip = {None: scorer, "none": None}.get(args.clip, args.clip)
+    args.aesthetic = {None: head if args.clip == scorer else None, "none": None}.get(args.aesthetic, args.aesthetic)
+    args.meter = meter
+    args.forms = ["images"] if args.images else args.forms.split(",")
+    judges = [text.rpartition("=") for text in args.judge]
+    args.judge = {name or f"judge{i or ''}": source for i, (name, _, source) in enumerate(judges)}
+    if len(args.judge) < len(judges) or set(args.judge) & {"meter", ""}:
+        raise sample.UsageError("--judge: every judge needs a name of its own, as in --judge other=FOLDER_OR_ID")
+    if not args.images and set(args.forms) - set(FORMS):
+        raise sample.UsageError(f"--forms {','.join(args.forms)}: expected some of {', '.join(FORMS)}")
+    if "feedback" in args.forms and not args.judge:
+        raise sample.UsageError("--forms feedback: needs a --judge that rewrites the prompts")
+    if args.aesthetic and not args.clip:
+        raise sample.UsageError("--aesthetic: needs the CLIP that its head belongs to, --clip")
+    for name, low in (("batch", 1), ("steps", 1), ("rounds", 1), ("n", 2), ("seed", 0)):
+        if getattr(args, name) < low:
+            raise sample.UsageError(f"--{name} {getattr(args, name)}: expected at least {low}")
+    if args.cases.isdecimal():
+        if int(args.cases) < 2:
+            raise sample.UsageError(f"--cases {args.cases}: expected at least 2, or a file of cases")
+        cases = held_out_cases(int(args.cases), args.seed)
+    else:
+        cases = data.load_cases(args.cases)
+    if args.images:
+        data.pictures_of(args.images, cases)
+    return cases
+
+
+def open_run(args, facts):
+    """The folder of the run. Raises sample.UsageError if it holds another run, so that no two are mixed."""
+    out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
+    facts = json.loads(json.dumps(facts))
+    if (out / "settings.json").exists():
+        before = weights.read_json(out / "settings.json")
+        changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
+        if changed:
+            raise sample.UsageError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it or give "
+                                    f"another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    weights.write_json(out / "settings.json", facts)
+    return out
+
+
+def stamp(source):
+    """Name of a checkpoint with the time and size of its files: trained again, it is another one."""
+    if source is None or not Path(source).exists():
+        return None if source is None else str(source)
+    path = Path(source)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return [sample.name_of(source), *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+
+
+def run(args):
+    cases = check(args)
+    device = args.device
+    judges = {name: feedback.judge_of(qwen_vl.QwenVL.from_pretrained(source, device), args.batch, feedback.REWRITE_LIMIT
+                                      if "feedback" in args.forms else feedback.ANSWER_LIMIT, partial(tqdm, disable=True))
+              for name, source in args.judge.items()}
+    scorer = None if args.clip is None else clip.CLIP.from_pretrained(args.clip, device)
+    head = None if args.aesthetic is None else clip.aesthetic_head(args.aesthetic)
+    generator = None if args.images else sample.load_generator(args.model, device, adapter=args.adapter)
+    name = args.name or (args.images.resolve().name if args.images else generator.name)
+    billions = args.parameters if args.images else weights.count_parameters(generator.mmdit) / 1e9
+    facts = {"name": name, "command": " ".join(sys.argv), "cases": args.cases, "count": len(cases), "seed": args.seed,
+             "images": args.images and str(args.images), "model": None if args.images else stamp(args.model),
+             "adapter": stamp(args.adapter), "judges": {k: stamp(v) for k, v in args.judge.items()},
+             "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic), "billions": billions,
+             "seconds_given": args.seconds, "device": device}
+    if not args.images:
+        facts |= {key: getattr(args, key) for key in ("size", "steps", "guidance", "rounds", "n", "batch")}
+    out = open_run(args, facts)
+    readers = readers_of(judges, args.meter, args.batch)
+    for form in args.forms:
+        draw = opener(args.images) if args.images else drawer(generator, form, args, next(iter(judges.values()), None))
+        measure(draw, cases, seeds_of(cases, args.seed), out / f"{form}.jsonl", args.batch, readers, scorer, head, form)
+    methods = tables.read_run(out)
+    print(tables.overview(methods))
+    weights.write_json(out / "evaluate.json", {"settings": facts, "results": {m.form: tables.figures(m) for m in methods}})
+    return 0
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        judge = None if args.judge is None else qwen_vl.QwenVL.from_pretrained(args.judge, args.device)
-        scorer = clip.CLIP.from_pretrained(args.clip, args.device)
-        generator = sample.load_generator(args.model, args.device, adapter=args.adapter)
-    except weights.CheckpointError as error:
+        if argv[:1] == ["rate"]:
+            import rate
+            return rate.main(argv[1:])
+        if argv[:1] in (["cases"], ["table"]):
+            return {"cases": write_cases, "table": tables.main}[argv[0]](argv[1:])
+        return run(parse_args(argv))
+    except (sample.UsageError, data.DatasetError, weights.CheckpointError, ValueError, OSError) as error:
         sample.say(f"error: {error}")
         return 2
-    cases, results = held_out_cases(args.cases, args.seed), {}
-    draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance)
-    for form in args.forms:
-        started = time.perf_counter()
-        found = measure(draw, cases, form, args.batch, args.seed, judge, scorer)
-        seconds, targets = (time.perf_counter() - started) / len(cases), [case[1:] for case in cases]
-        results[form] = {**scores(targets, found["meter"]), "clip_score": float(np.mean(found["clip"])),
-                         "seconds_per_picture": seconds}
-        if judge is not None:
-            read = [i for i, (v, _) in enumerate(found["judge"]) if not math.isnan(v)]
-            seen = scores([targets[i] for i in read], [found["judge"][i] for i in read])
-            results[form] |= {"judge_v_error": seen["v_error"], "judge_a_error": seen["a_error"],
-                              "judge_unreadable": 1 - len(read) / len(cases)}
-    print(table(results))
-    args.out.mkdir(parents=True, exist_ok=True)
-    facts = {**vars(args), "model": generator.name, "out": str(args.out), "clip": sample.name_of(args.clip)}
-    weights.write_json(args.out / "evaluate.json", {"arguments": facts, "results": results})
-    return 0
+    except KeyboardInterrupt:
+        sample.say("stopped; the same command goes on where it was")
+        return 130
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 import clip
 import data
-import evaluate as evaluation
 import feedback
 import flow_grpo
 import grpo
 import plan
 import qwen_vl
 import sample
+import tables
 import training
 import weights
 
@@ -379,7 +379,7 @@ def evaluate(models, contexts, rows, args, processes, strip=None):
     if models.meter:
         for axis, name in ((0, "v"), (1, "a")):
             wanted = [getattr(row, name) for row in rows]
-            figures[f"meter_{name}_spearman"] = evaluation.spearman(wanted, [r[2][axis] for r in records])
+            figures[f"meter_{name}_spearman"] = tables.spearman(wanted, [r[2][axis] for r in records])
     return figures
 
 

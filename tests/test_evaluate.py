@@ -1,93 +1,255 @@
-"""Metrics, held-out cases and the evaluation program."""
+"""Cases, measuring with resume, any method's folder, and the evaluation program."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from PIL import Image
 
+import clip
+import data
 import evaluate
 import sample
+import tables
 from tiny import scenes
 
-
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=30))
-def test_spearman_is_the_correlation_of_average_ranks(pairs):
-    x, y = np.array(pairs, float).T
-
-    def average_ranks(values):  # by counting, element by element
-        return [sum(v < u for v in values) + (sum(v == u for v in values) - 1) / 2 for u in values]
-
-    assert evaluate.ranks(x).tolist() == average_ranks(x)
-    value = evaluate.spearman(x, y)
-    if len(set(x)) == 1 or len(set(y)) == 1:
-        assert np.isnan(value)
-    else:
-        assert value == pytest.approx(np.corrcoef(average_ranks(x), average_ranks(y))[0, 1], abs=1e-9)
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--steps", "2", "--size", "64"]
+JUDGE = sample.TINY / "judge"
 
 
-def test_a_monotone_but_biased_generator_is_ranked_well_and_erred_by_its_bias():
-    targets = [(v, a) for v in range(1, 10) for a in range(1, 10)]
-    result = evaluate.scores(targets, [(v + 1, 10 - a) for v, a in targets])
-    assert result["v_error"] == 1 and result["v_spearman"] == pytest.approx(1)
-    assert result["a_error"] == pytest.approx(40 / 9) and result["a_spearman"] == pytest.approx(-1)
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def render(case, rng=None):
+    return scenes.render(scenes.random_scene(rng or np.random.default_rng(0)), case.v, case.a, 64)
+
+
+def figures_of(cases, draw, folder, **kwargs):
+    path = folder / "form.jsonl"
+    kwargs = {"readers": evaluate.readers_of({}, True, 8)} | kwargs
+    evaluate.measure(draw, cases, evaluate.seeds_of(cases, 0), path, 7, **kwargs)
+    return tables.figures(tables.Method("method", "form", sorted(lines(path), key=lambda r: r["id"]), {}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
 
 
 def test_cases_repeat_with_the_seed_and_spread_over_the_plane():
     cases = evaluate.held_out_cases(200)
     assert cases == evaluate.held_out_cases(200) != evaluate.held_out_cases(200, seed=1)
-    va = np.array([case[1:] for case in cases])
+    va = np.array([(case.v, case.a) for case in cases])
     assert va.min() >= 1 and va.max() <= 9 and (va.std(0) > 2).all()
-    assert len({case[0] for case in cases}) > 100
+    assert len({case.neutral for case in cases}) > 100 and len({case.id for case in cases}) == 200
 
 
-def test_a_generator_that_draws_the_scenes_themselves_is_measured_as_nearly_perfect():
+def test_a_file_of_cases_says_the_target_in_every_methods_own_terms(tmp_path, capsys):
+    assert evaluate.main(["cases", "--count", "3", "--out", str(tmp_path / "cases.jsonl")]) == 0
+    assert "3 cases" in capsys.readouterr().out
+    cases = data.load_cases(tmp_path / "cases.jsonl")
+    assert cases == evaluate.held_out_cases(3)
+    for case, row in zip(cases, lines(tmp_path / "cases.jsonl"), strict=True):
+        assert row["emoedit"] == data.nearest_emotion(case.v, case.a)
+        assert row["emoticrafter"] == pytest.approx([(case.v - 5) * 0.75, (case.a - 5) * 0.75], abs=1e-4)
+        assert row["words"] == data.with_words(case.neutral, case.v, case.a) and f"valence {case.v:.1f}" in row["numbers"]
+    ends = [evaluate.for_others(data.Case("x", "a lake", v, a))["emoticrafter"] for v, a in ((1, 9), (9, 1))]
+    assert ends == [[-3, 3], [3, -3]]
+
+
+def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(tmp_path):
+    dataset = tmp_path / "data"
+    data.main(["tiny", "--out", str(dataset), "--train", "1", "--test", "4"])
+    assert evaluate.main(["cases", "--data", str(dataset), "--count", "3", "--out", str(tmp_path / "a.jsonl")]) == 0
+    rows = data.load_rows(dataset, "test")[:3]
+    assert [line["emoedit"] for line in lines(tmp_path / "a.jsonl")] == [row.label for row in rows]
+    evaluate.main(["cases", "--count", "2", "--grid", "3", "--out", str(tmp_path / "grid.jsonl")])
+    cases = data.load_cases(tmp_path / "grid.jsonl")
+    assert len(cases) == 18 and len({case.group for case in cases}) == 2
+    assert {(case.v, case.a) for case in cases[:9]} == {(v, a) for v in (1, 5, 9) for a in (1, 5, 9)}
+    assert evaluate.seeds_of(cases, 5) == [5] * 9 + [14] * 9
+    assert evaluate.seeds_of(evaluate.held_out_cases(3), 5) == [5, 6, 7]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def test_a_generator_that_draws_the_scenes_themselves_is_measured_as_nearly_perfect(tmp_path):
     cases, rng = evaluate.held_out_cases(30), np.random.default_rng(0)
-
-    def draw(prompts, seeds):
-        pictures = [scenes.render(scenes.random_scene(rng), *cases[seed][1:], 64) for seed in seeds]
-        return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
-
-    measured = evaluate.measure(draw, cases, "words", batch=7, seed=0)
-    assert measured["judge"] == measured["clip"] == []
-    result = evaluate.scores([case[1:] for case in cases], measured["meter"])
-    assert result["v_error"] < 0.5 and result["a_error"] < 0.5 and min(result["v_spearman"], result["a_spearman"]) > 0.9
+    result = figures_of(cases, lambda part, seeds: [render(case, rng) for case in part], tmp_path)
+    assert result["meter_v_error"] < 0.5 and result["meter_a_error"] < 0.5
+    assert min(result["meter_v_spearman"], result["meter_a_spearman"]) > 0.9 and result["meter_unreadable"] == 0
 
 
-def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well():
-    generator, cases = sample.load_generator(sample.TINY), evaluate.held_out_cases(40, seed=9)
-    result = {}
-    for form in evaluate.FORMS:
-        measured = evaluate.measure(lambda p, s: generator.draw(p, s, 128, steps=10), cases, form, batch=20, seed=0)
-        result[form] = evaluate.scores([case[1:] for case in cases], measured["meter"])
-    assert min(result["words"]["v_spearman"], result["words"]["a_spearman"]) >= 0.7
-    assert result["numbers"]["a_error"] > result["words"]["a_error"]
+def test_a_grid_of_scenes_is_in_order_and_one_turned_round_is_not(tmp_path):
+    cases = evaluate.grid_of(evaluate.held_out_cases(2), 3)
+    scene = scenes.random_scene(np.random.default_rng(3))
+    result = figures_of(cases, lambda part, seeds: [scenes.render(scene, c.v, c.a, 64) for c in part], tmp_path)
+    assert min(result["meter_v_order"], result["meter_a_order"]) > 0.9
+    (tmp_path / "form.jsonl").unlink()
+    turned = figures_of(cases, lambda part, seeds: [scenes.render(scene, 10 - c.v, c.a, 64) for c in part], tmp_path)
+    assert turned["meter_v_order"] < 0.1 and turned["meter_a_order"] > 0.9
 
 
-def test_the_program_prints_a_table_and_writes_json(tmp_path, capsys):
-    assert evaluate.main(["--cases", "4", "--steps", "2", "--size", "64", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "V-Error" in printed and "| numbers |" in printed and "| words |" in printed
-    written = json.loads((tmp_path / "evaluate.json").read_text())
-    assert set(written["results"]) == {"numbers", "words"} and written["arguments"]["cases"] == 4
+def test_measuring_goes_on_where_it_was_and_repeats_no_case(tmp_path):
+    cases, drawn = evaluate.held_out_cases(20), []
+
+    def draw(part, seeds):
+        drawn.extend(seeds)
+        if len(drawn) > 14:
+            raise KeyboardInterrupt
+        return [render(case) for case in part]
+
+    with pytest.raises(KeyboardInterrupt):
+        figures_of(cases, draw, tmp_path)
+    path = tmp_path / "form.jsonl"
+    assert len(lines(path)) == 14
+    path.write_bytes(path.read_bytes() + b'{"id": "half')
+    again = []
+    figures_of(cases, lambda part, seeds: again.extend(seeds) or [render(case) for case in part], tmp_path)
+    assert again == list(range(14, 20)) and [r["id"] for r in lines(path)] == [case.id for case in cases]
 
 
-def test_a_judge_adds_its_own_errors(tmp_path, capsys):
-    flags = ["--cases", "4", "--steps", "8", "--forms", "words", "--out", str(tmp_path),
-             "--judge", str(sample.TINY / "judge")]
+def test_memory_does_not_grow_with_the_cases(tmp_path):
+    blank = np.zeros((512, 512, 3), np.uint8)
+
+    def peak(count, folder):
+        folder.mkdir()
+        tracemalloc.start()
+        evaluate.measure(lambda part, seeds: [Image.fromarray(blank.copy()) for _ in part], evaluate.held_out_cases(count),
+                         range(count), folder / "form.jsonl", 4, {})
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(4, tmp_path / "warm")
+    assert peak(64, tmp_path / "many") < 1.5 * peak(8, tmp_path / "few")
+
+
+def test_a_judge_that_says_nothing_readable_is_counted_and_left_out(tmp_path):
+    answers = iter(['<think>t</think><answer>{"valence": 5, "arousal": 4}</answer>', "no idea"] * 2)
+    readers = evaluate.readers_of({"judge": lambda conversations: [next(answers) for _ in conversations]}, False, 8)
+    result = figures_of([data.Case(str(i), "a lake", 6, 6) for i in range(4)], lambda part, seeds: [render(c) for c in part],
+                        tmp_path, readers=readers)
+    assert result["judge_v_error"] == 1 and result["judge_a_error"] == 2 and result["judge_unreadable"] == 0.5
+
+
+def test_scores_of_clip_are_those_of_its_functions(tmp_path):
+    scorer, cases = clip.CLIP.from_pretrained(sample.TINY / "clip"), evaluate.held_out_cases(9)
+    width = scorer.vision.config.projection
+    head = [(torch.randn(1, width, generator=torch.Generator().manual_seed(0)), torch.zeros(1))]
+    figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, scorer=scorer, head=head)
+    pictures, found = [render(case) for case in cases], lines(tmp_path / "form.jsonl")
+    for key, expected in (("clip_score", 100 * clip.cosines(scorer, pictures, [case.neutral for case in cases])),
+                          ("clip_iqa", clip.clip_iqa(scorer, pictures)),
+                          ("aesthetic", clip.aesthetic_score(scorer, head, pictures))):
+        assert torch.allclose(torch.tensor([r[key] for r in found]), expected, atol=1e-3)
+
+
+def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well(tmp_path):
+    args = evaluate.parse_args(["--steps", "10"])
+    args.size = 128
+    generator, cases, result = sample.load_generator(sample.TINY), evaluate.held_out_cases(40, seed=9), {}
+    for form in ("numbers", "words"):
+        (tmp_path / form).mkdir()
+        result[form] = figures_of(cases, evaluate.drawer(generator, form, args, None), tmp_path / form)
+    assert min(result["words"]["meter_v_spearman"], result["words"]["meter_a_spearman"]) >= 0.7
+    assert result["numbers"]["meter_a_error"] > result["words"]["meter_a_error"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def test_the_program_prints_a_table_writes_json_and_goes_on_or_refuses_another_run(tmp_path, capsys):
+    flags = ["--cases", "4", *QUICK, "--out", str(tmp_path)]
     assert evaluate.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert all(head in printed for head in ("V-Error ↓", "CLIP-IQA ↑", "Aes-Score ↑", "weights, numbers", "weights, words"))
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert set(written["results"]) == {"numbers", "words"} and written["settings"]["count"] == 4
+    before = (tmp_path / "words.jsonl").stat().st_mtime_ns
+    assert evaluate.main(flags) == 0 and capsys.readouterr().out == printed
+    assert (tmp_path / "words.jsonl").stat().st_mtime_ns == before
+    assert evaluate.main([*flags, "--steps", "3"]) == 2
+    assert "holds another evaluation (steps changed)" in capsys.readouterr().err
+
+
+def test_two_judges_and_the_meter_each_have_columns(tmp_path, capsys):
+    flags = ["--cases", "3", "--steps", "4", "--forms", "words", "--out", str(tmp_path), "--judge", str(JUDGE),
+             "--judge", f"independent={JUDGE}"]
+    assert evaluate.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert all(f"V-Error, {reader} ↓" in printed for reader in ("meter", "judge", "independent"))
     result = json.loads((tmp_path / "evaluate.json").read_text())["results"]["words"]
-    assert "V-Error by judge" in capsys.readouterr().out and 0 <= result["judge_v_error"] < 8
-    assert result["judge_unreadable"] < 1 and 0 < result["clip_score"] <= 100
+    assert result["judge_v_error"] == result["independent_v_error"] and 0 < result["clip_score"] <= 100
 
 
-def test_bad_arguments_and_models_end_with_code_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(["--cases", "1"])
-    assert end.value.code == 2
-    with pytest.raises(SystemExit):
-        evaluate.main(["--forms", "verse"])
-    assert evaluate.main(["--model", "./nowhere", "--out", str(tmp_path)]) == 2
-    assert "no such file" in capsys.readouterr().err
+def test_feedback_takes_the_best_picture_of_all_rounds_by_the_judge(tmp_path, capsys):
+    flags = ["--cases", "2", *QUICK, "--forms", "feedback", "--rounds", "2", "--n", "2", "--out", str(tmp_path)]
+    assert evaluate.main(flags) == 2 and "needs a --judge" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--judge", str(JUDGE)]) == 0
+    assert len(lines(tmp_path / "feedback.jsonl")) == 2
+
+
+def save_pictures(folder, cases, draw=render):
+    folder.mkdir()
+    for case in cases:
+        draw(case).save(folder / f"{case.id}.png")
+
+
+def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
+    cases = evaluate.held_out_cases(5)
+    save_pictures(tmp_path / "FLUX", cases)
+    evaluate.main(["cases", "--count", "5", "--out", str(tmp_path / "cases.jsonl")])
+    flags = ["--cases", str(tmp_path / "cases.jsonl"), "--images", str(tmp_path / "FLUX"), "--out", str(tmp_path / "run"),
+             "--seconds", "17", "--parameters", "12"]
+    assert evaluate.main(flags) == 0
+    assert "| FLUX |" in capsys.readouterr().out and len(lines(tmp_path / "run" / "images.jsonl")) == 5
+    (tmp_path / "FLUX" / f"{cases[3].id}.png").write_bytes(b"broken")
+    flags[5] = str(tmp_path / "run2")
+    assert evaluate.main(flags) == 2 and f"{cases[3].id}.png: cannot be read" in capsys.readouterr().err
+    (tmp_path / "FLUX" / f"{cases[3].id}.png").unlink()
+    assert evaluate.main(flags) == 2 and f"1 of 5 pictures are missing: {cases[3].id}" in capsys.readouterr().err
+
+
+def test_a_killed_program_goes_on_to_the_same_figures(tmp_path):
+    def command(out):
+        return [sys.executable, str(ROOT / "evaluate.py"), "--cases", "12", *QUICK, "--forms", "words", "--batch", "2",
+                "--out", str(out)]
+
+    process, path = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT), tmp_path / "killed" / "words.jsonl"
+    while process.poll() is None and not (path.exists() and path.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for out in ("killed", "whole"):
+        subprocess.run(command(tmp_path / out), cwd=ROOT, check=True, capture_output=True)
+    first, second = ([{k: v for k, v in r.items() if k != "seconds"} for r in lines(tmp_path / out / "words.jsonl")]
+                     for out in ("killed", "whole"))
+    assert first == second and len(first) == 12
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--cases", "1"], "--cases 1: expected at least 2"), (["--forms", "verse"], "--forms verse: expected some of"),
+    (["--cases", "none.jsonl"], "none.jsonl: no such file"), (["--model", "./nowhere"], "no such file"),
+    (["--judge", "./nowhere"], "no such file"), (["--judge", "a=x", "--judge", "a=y"], "a name of its own"),
+    (["--clip", "none", "--aesthetic", "head.pth"], "--aesthetic: needs the CLIP"),
+    (["--aesthetic", "head.pth"], "head.pth: no such file"), (["--batch", "0"], "--batch 0: expected at least 1"),
+    (["--images", "nowhere", "--cases", "3"], "3 of 3 pictures are missing"),
+    (["cases", "--data", "nowhere", "--out", "c.jsonl"], "test.jsonl: missing"),
+    (["table", "nowhere"], "nowhere: no run of evaluate.py"), (["table", "--form", "3"], "needs people's ratings")])
+def test_what_cannot_work_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1

@@ -30,14 +30,14 @@ def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
     rows = [line.split("|")[1].strip() for line in first.splitlines()]
     assert rows == ["rewards", "---", "base", "judge and PickScore"] and first.count("±") == 2 * len(generator_study.FIGURES)
     assert sample.load_generator(sample.TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
-    files = [folders / f"study/{name}_seed1/evaluate.json" for name in ("base", "both")]
-    facts = [json.loads(file.read_text())["arguments"] for file in files]
-    assert facts[0]["adapter"] is None and facts[1]["adapter"].endswith("both_seed1/adapter")
+    files = [folders / f"study/{name}_seed1" / generator_study.RESULT for name in ("base", "both")]
+    facts = [json.loads(file.read_text())["settings"] for file in files]
+    assert facts[0]["adapter"] is None and facts[1]["adapter"][0].endswith("both_seed1/adapter")
     assert {f["seed"] for f in facts} == {1}
-    written = (folders / "study/both_seed0/evaluate.json").stat().st_mtime_ns
+    written = (folders / "study/both_seed0" / generator_study.RESULT).stat().st_mtime_ns
     generator_study.main(SMALL)
     assert capsys.readouterr().out == first
-    assert (folders / "study/both_seed0/evaluate.json").stat().st_mtime_ns == written
+    assert (folders / "study/both_seed0" / generator_study.RESULT).stat().st_mtime_ns == written
 
 
 def test_a_failed_run_is_named(folders):

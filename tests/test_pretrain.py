@@ -17,7 +17,7 @@ import sample
 from tiny import lessons, pretrain, scenes
 
 WEIGHT_FILES = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model", "clip/model",
-                "transformer/diffusion_pytorch_model")  # the judge's are written by judge_study.py
+                "transformer/diffusion_pytorch_model", "aesthetic")  # the judge's are written by judge_study.py
 
 
 def stage(name, folder, monkeypatch, *arguments):
@@ -29,7 +29,7 @@ def stage(name, folder, monkeypatch, *arguments):
 def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypatch, capsys):
     stage("all", tmp_path, monkeypatch, "--rows", 160, "--samples", 256)
     printed = capsys.readouterr().out
-    assert "PSNR" in printed and "20 held-out captions" in printed
+    assert "PSNR" in printed and "20 held-out captions" in printed and "52 held-out pictures" in printed
     for name in WEIGHT_FILES:
         assert (tmp_path / "weights" / f"{name}.safetensors").exists()
     judge = qwen_vl.QwenVL.from_pretrained(tmp_path / "cache" / "judge")

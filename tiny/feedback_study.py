@@ -56,7 +56,7 @@ def figures(picture, target, request, scorer, count):
 
 def run_case(case, seed, draw, judge, scorer, n, readings):
     """The record of one case: figures of one picture, and by round of TF and of its control."""
-    request, *target = case
+    request, target = case.neutral, (case.v, case.a)
     start = data.with_numbers(request, *target)
 
     def generate(prompt, seeds):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/generator_study.py` finds data.py
 import data
-import evaluate
 import training
 import weights
 from tiny.judge_study import run_missing
@@ -32,7 +31,10 @@ ROWS = {  # row of the table: (folder, flags of train_gen.py, or None for the ba
     "judge only (appendix E.1.1)": ("judge_only", ["--reward-weights", "emotion=1"]),
     "judge before GRPO, and PickScore (table 10)": ("general", ["--judge", str(SUPERVISED)]),
 }
-FIGURES = {key: head for key, head in evaluate.COLUMNS.items() if key != "seconds_per_picture"}
+FIGURES = {"meter_v_error": "V-Error ↓", "meter_a_error": "A-Error ↓", "meter_v_spearman": "Spearman V ↑",
+           "meter_a_spearman": "Spearman A ↑", "judge_v_error": "V-Error by judge ↓", "judge_a_error": "A-Error by judge ↓",
+           "clip_score": "CLIP-Score ↑"}
+RESULT = Path("evaluation", "evaluate.json")
 
 
 def run_of(folder, flags, seed, cases, extra):
@@ -41,8 +43,8 @@ def run_of(folder, flags, seed, cases, extra):
     train = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--out", out, "--judge", JUDGE, "--seed", seed,
              "--eval-every", 0, *(flags or []), *extra]
     measure = [sys.executable, HERE.parent / "evaluate.py", "--cases", cases, "--seed", seed, "--forms", "numbers",
-               "--judge", JUDGE, "--out", out]
-    return out, "evaluate.json", [measure] if flags is None else [train, [*measure, "--adapter", out / "adapter"]]
+               "--judge", JUDGE, "--out", out / RESULT.parent]
+    return out, RESULT, [measure] if flags is None else [train, [*measure, "--adapter", out / "adapter"]]
 
 
 def line(name, results):
@@ -71,7 +73,7 @@ def main(argv=None):
     shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True)
     print("| rewards | " + " | ".join(FIGURES.values()) + " |\n" + "| --- " * (len(FIGURES) + 1) + "|")
     for name, (folder, _) in ROWS.items():
-        files = [STUDY / f"{folder}_seed{seed}" / "evaluate.json" for seed in SEEDS]
+        files = [STUDY / f"{folder}_seed{seed}" / RESULT for seed in SEEDS]
         print(line(name, [weights.read_json(file)["results"]["numbers"] for file in files]))
 
 

@@ -5,6 +5,7 @@
     python tiny/pretrain.py clip     # a small BPE, an image tower and the two text towers, contrastively
     python tiny/pretrain.py mmdit    # the MMDiT by rectified flow, on the latents of the scenes
     python tiny/pretrain.py decoder  # the autoencoder's decoder again, with the encoder as it is: sharper pictures
+    python tiny/pretrain.py aesthetic  # a linear head on the image tower, for clean pictures against spoilt ones
     python tiny/pretrain.py judge    # a small Qwen2.5-VL by supervised answers; train_judge.py goes on from there
     python tiny/pretrain.py all
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -468,8 +469,45 @@ def train_judge(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage: aesthetic head
+
+
+def spoil(picture, strength, rng):
+    """A picture [H,W,3] uint8, blurred, noisy, pale or coarse; strength 0 (as it is) to 1."""
+    image, kind = Image.fromarray(picture), rng.integers(4)
+    if kind == 0:
+        return image.filter(ImageFilter.GaussianBlur(6 * strength))
+    if kind == 1:
+        noisy = np.asarray(image, float) + 70 * strength * rng.standard_normal(picture.shape)
+        return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    if kind == 2:
+        return Image.blend(image, Image.new("RGB", image.size, "grey"), 0.85 * strength)
+    side = round(image.width / (1 + 11 * strength))
+    return image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
+
+
+def fit_aesthetic(args):
+    """A linear head on the CLIP's image embedding in LAION's layout: 10 for a rendered scene, down to 1 for a spoilt one."""
+    count, rng = args.samples or 6000, np.random.default_rng([args.seed, 40])
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        seeds = range(args.seed * 10_000_000 + 5_000_000, args.seed * 10_000_000 + 5_000_000 + count)
+        drawn = tqdm(pool.map(draw_row, seeds, chunksize=16), total=count, desc="scenes")
+        strengths = rng.uniform(0, 1, count) * (rng.uniform(size=count) > 0.1)
+        images = [spoil(picture, strength, rng) for (*_, picture), strength in zip(drawn, strengths.tolist(), strict=True)]
+    model = clip.CLIP.from_pretrained(WEIGHTS / "clip")
+    x = torch.cat([clip.embed_pictures(model, images[i:i + 100]) for i in tqdm(range(0, count, 100), "embedding")]).double()
+    x, y = torch.cat([x, torch.ones(count, 1)], 1), torch.from_numpy(10 - 9 * strengths)
+    fit = count * 4 // 5
+    solution = torch.linalg.solve(x[:fit].T @ x[:fit] + 1e-3 * torch.eye(x.shape[1]), x[:fit].T @ y[:fit])
+    error, blind = ((guess - y[fit:]).abs().mean() for guess in (x[fit:] @ solution, y[:fit].mean()))
+    print(f"aesthetic: error {error:.2f} on 1..10, {count - fit} held-out pictures (their mean as a guess: {blind:.2f})")
+    weight, bias = solution.float()[None].split([x.shape[1] - 1, 1], dim=1)
+    weights.save(WEIGHTS / "aesthetic.safetensors", {"weight": [weight], "bias": [bias[0]]})
+
+
 STAGES = {"data": make_data, "vae": train_vae, "clip": train_clip, "mmdit": train_mmdit,
-          "decoder": train_decoder, "judge": train_judge}
+          "decoder": train_decoder, "aesthetic": fit_aesthetic, "judge": train_judge}
 
 
 def main(argv=None):

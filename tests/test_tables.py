@@ -1,0 +1,192 @@
+"""Statistics, the forms of the paper's tables, and people's ratings."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import rate
+import tables
+
+
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=30))
+def test_spearman_is_the_correlation_of_average_ranks(pairs):
+    x, y = np.array(pairs, float).T
+
+    def average_ranks(values):  # by counting, element by element
+        return [sum(v < u for v in values) + (sum(v == u for v in values) - 1) / 2 for u in values]
+
+    assert tables.ranks(x).tolist() == average_ranks(x)
+    value = tables.spearman(x, y)
+    if len(set(x)) == 1 or len(set(y)) == 1:
+        assert np.isnan(value)
+    else:
+        assert value == pytest.approx(np.corrcoef(average_ranks(x), average_ranks(y))[0, 1], abs=1e-9)
+
+
+def test_agreement_is_that_of_shrout_and_fleiss_example():
+    ratings = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]  # their table 2
+    assert tables.icc(ratings) == pytest.approx((0.29, 0.62), abs=0.005)  # their table 4
+
+
+def test_agreement_is_one_for_equal_raters_and_undefined_for_one():
+    assert tables.icc([[1, 1], [5, 5], [9, 9]]) == pytest.approx((1, 1))
+    assert all(map(math.isnan, tables.icc([[1], [5]]))) and all(map(math.isnan, tables.icc([[3, 3]])))
+    assert all(map(math.isnan, tables.icc([[3, 3], [3, 3]])))
+
+
+@given(st.integers(0, 99))
+def test_intervals_hold_the_mean_of_normal_values_about_as_often_as_they_say(seed):
+    values = np.random.default_rng(seed).normal(0, 1, 200)
+    low, high = tables.interval([values[s].mean() for s in tables.resamples([None] * 200, 0, 400)])
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * values.std() / 200**0.5, rel=0.25)
+
+
+def test_the_95_percent_intervals_cover_the_truth():
+    inside, rng = 0, np.random.default_rng(0)
+    for _ in range(200):
+        values = rng.normal(3, 1, 60)
+        low, high = tables.interval([values[s].mean() for s in tables.resamples([None] * 60, 1, 300)])
+        inside += low <= 3 <= high
+    assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_cases_of_a_group_are_resampled_together():
+    groups = ["a", "a", None, "b", "b", "b"]
+    for sample in tables.resamples(groups, 0, 50):
+        counts = np.bincount(sample, minlength=6)
+        assert counts[0] == counts[1] and counts[3] == counts[4] == counts[5]
+        assert counts[0] + counts[2] + counts[3] == 3
+
+
+def test_intervals_and_differences_leave_out_what_could_not_be_read():
+    assert tables.mean([1, math.nan, 3]) == 2 and math.isnan(tables.mean([math.nan]))
+    assert all(map(math.isnan, tables.interval([math.nan])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of runs
+
+
+def records(errors, clip=30.0, readers=("judge",), seconds=1.0):
+    """Cases at V 5, A 5, read off by the errors [(v, a) or None] of every reader."""
+    return [{"id": f"c{i}", "v": 5.0, "a": 5.0, "group": None,
+             "read": {reader: e and [5 + e[0], 5 - e[1]] for reader in readers},
+             "clip_score": clip, "clip_iqa": 0.5, "aesthetic": 5.0 + i, "seconds": seconds} for i, e in enumerate(errors)]
+
+
+def write_run(folder, name, rows, **facts):
+    folder.mkdir()
+    (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = {"name": name, "command": f"evaluate.py --name {name}", "count": len(rows), "seed": 0, "images": "x",
+             "billions": None, "seconds_given": None, **facts}
+    (folder / "settings.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    worse, better = [(1.0, 2.0)] * 9 + [(3.0, 2.0)], [(0.5, 1.0)] * 10
+    return [write_run(tmp_path / "a", "FLUX", records(worse, 25.0), seconds_given=17, billions=12),
+            write_run(tmp_path / "b", "ours", records(better, 24.0), images=None, billions=2.243)]
+
+
+def test_form_1_has_methods_as_rows_with_intervals_and_paired_differences(runs, tmp_path, capsys):
+    assert tables.main([*map(str, runs), "--form", "1", "--out", str(tmp_path / "out" / "table")]) == 0
+    printed = capsys.readouterr().out
+    head, _, flux, ours = printed.splitlines()[:4]
+    assert head == "| method | V-Error ↓ | A-Error ↓ | CLIP-Score ↑ | CLIP-IQA ↑ | Aes-Score ↑ |"
+    assert flux.startswith("| FLUX | *1.200 [1.000, ") and "**25.000 [25.000, 25.000]**" in flux
+    assert ours.startswith("| ours | **0.500 [0.500, 0.500]**")
+    assert "Difference to ours on the same cases" in printed and "| FLUX | +0.700 [+0.500, " in printed
+    written = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert written["runs"]["FLUX"]["command"] == "evaluate.py --name FLUX" and written["seed"] == 0
+    assert written["figures"]["FLUX"]["judge_a_error"]["difference"] == 1
+    assert (tmp_path / "out" / "table.md").read_text().startswith(printed.rstrip())
+
+
+def test_differences_are_paired_by_case_and_use_shared_cases_only(tmp_path):
+    noise = [(float(x), 1.0) for x in np.random.default_rng(0).uniform(0, 4, 50)]
+    a = tables.read_run(write_run(tmp_path / "a", "a", records([(v + 0.1, x) for v, x in noise])))
+    b = tables.read_run(write_run(tmp_path / "b", "b", records(noise)[:40]))
+    found = tables.compared(a + b, ["judge_v_error"], 0)["a"]["judge_v_error"]
+    assert found["cases"] == 40 and found["difference"] == pytest.approx(0.1)
+    assert found["difference_high"] - found["difference_low"] < 1e-9 < found["high"] - found["low"]
+
+
+@pytest.mark.parametrize("form, head", [("4", "model"), ("5", "task")])
+def test_forms_4_and_5_have_methods_as_columns(runs, capsys, form, head):
+    tables.main([f"Ours={runs[1]}", f"Qwen-3B-S={runs[0]}", "--form", form])
+    rows = [line.split(" |")[0] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert rows == [f"| {head}", "| ---", "| V-Error ↓", "| A-Error ↓"]
+
+
+def test_form_10_has_the_five_metrics_by_reward(runs, capsys):
+    tables.main([*map(str, runs), "--form", "10"])
+    assert capsys.readouterr().out.startswith("| reward | V-Error ↓ | A-Error ↓ | CLIP-Score ↑ | CLIP-IQA ↑ | Aes-Score ↑ |")
+
+
+def test_form_7_has_seconds_and_sizes(runs, capsys):
+    tables.main([*map(str, runs), "--form", "7"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| inference latency (s) | 17.00 | 1.00 |",
+                                                        "| model size (B) | 12 | 2.24 |"]
+
+
+def test_every_reader_has_its_own_columns_and_unreadable_answers_are_told(tmp_path, capsys):
+    rows = records([(1.0, 1.0), None, (1.0, 1.0), (1.0, 1.0)], readers=("judge", "other"))
+    tables.main([str(write_run(tmp_path / "a", "ours", rows))])
+    printed = capsys.readouterr().out
+    assert "V-Error, judge ↓ | A-Error, judge ↓ | V-Error, other ↓" in printed
+    assert "left out above: ours, judge 25.0%; ours, other 25.0%" in printed
+
+
+def test_runs_that_are_not_whole_or_have_nothing_in_common_are_refused(runs, tmp_path):
+    (runs[0] / "images.jsonl").write_text((runs[0] / "images.jsonl").read_text()[:-20])
+    with pytest.raises(data.DatasetError, match="9 of 10 cases; run `evaluate.py --name FLUX` to its end"):
+        tables.main([str(runs[0])])
+    rows = [{k: v for k, v in r.items() if k not in tables.SCORES} for r in records([(1, 1)] * 3, readers=("other",))]
+    other = write_run(tmp_path / "c", "other", rows)
+    with pytest.raises(data.DatasetError, match="no figure in common"):
+        tables.main([str(other), str(runs[1]), "--form", "1"])
+    with pytest.raises(data.DatasetError, match="several methods are called ours"):
+        tables.main([str(runs[1]), str(runs[1])])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# People
+
+
+def write_ratings(path, rows):
+    path.write_text("time,rater,case,method,v,a,quality,best\n" + "".join(
+        f"2026-01-01T00:00:00+00:00,{','.join(map(str, row))}\n" for row in rows))
+    return path
+
+
+def test_form_6_compares_the_readings_with_the_label_and_with_people(runs, tmp_path, capsys):
+    rows = [(rater, f"c{i}", "test", 6 + shift, 3, 4, "") for i in range(10) for rater, shift in (("ann", 0), ("bob", 1))]
+    path = write_ratings(tmp_path / "r.csv", rows)
+    assert tables.main([str(runs[1]), "--form", "6", "--human", str(path)]) == 0
+    printed = capsys.readouterr().out  # read as V 5.5, A 4; the label is 5, 5, people's mean 6.5, 3
+    head, _, v, a = printed.splitlines()[:4]
+    assert head == "| annotator | Lexicon-based annotation | Human annotation |"
+    assert v.startswith("| V-Error ↓ | **0.500") and "*1.000 [1.000" in v and a.count("1.000 [1.000, 1.000]") == 2
+    assert "2 raters, 10 pictures rated by all" in printed
+    with pytest.raises(data.DatasetError, match="no ratings of 'FLUX'"):
+        tables.main([str(runs[1]), "--form", "6", "--human", f"{path}:FLUX"])
+    with pytest.raises(data.DatasetError, match="none of its cases was rated"):
+        tables.main([str(runs[1]), "--form", "6", "--human", str(write_ratings(path, [("ann", "z", "test", 5, 5, 3, "")]))])
+
+
+def test_form_3_counts_preferences_and_averages_quality(tmp_path, capsys):
+    rows = [(rater, f"c{i}", method, 5, 5, quality, int((method == "ours") == (i != 0)))
+            for i in range(4) for rater in ("ann", "bob") for method, quality in (("FLUX", 3), ("ours", 4))]
+    path = write_ratings(tmp_path / "r.csv", rows)
+    assert tables.main(["--form", "3", "--human", str(path)]) == 0
+    head, _, preference, quality = capsys.readouterr().out.splitlines()[:4]
+    assert head == "| metric | FLUX | ours |" and "**4.00 [4.00, 4.00]**" in quality
+    assert "*25.0 % [" in preference and "**75.0 % [" in preference
+    assert len(rate.read_ratings(path)) == 16
