@@ -46,9 +46,16 @@ PROMPTS = {  # $name stands for a value; the values that a prompt may use are in
                f"the analysis say which light, weather, surroundings, colours, composition, objects and faces such a "
                f"picture has. {REWRITTEN}\nThe request: $request. Wanted: valence $v, arousal $a.",
     "again": "Your last answer could not be used: $why. Write another.",
+    "caption_system": "You describe pictures for someone who will draw them unseen. Answer with one English sentence and "
+                      "nothing else.",
+    "caption": "What does this picture show? Name the things, people and animals, what they do, the place and the time of "
+               "day, in at most 30 words, as plain facts: no word for a feeling, a mood or a judgement.",
+    "emotional_caption": "This picture makes one feel $label; its mood is $mood. Describe it in at most 50 words, so that a "
+                         "picture drawn from them feels the same: the things, people and animals, the place, and what in "
+                         "the light, weather, colours, faces and composition carries the feeling.",
 }
 VALUES = {"compare": ("request", "prompt", "v", "a", "best_v", "best_a", "worst_v", "worst_a"),
-          "rewrite": ("request", "v", "a"), "again": ("why",)}
+          "rewrite": ("request", "v", "a"), "again": ("why",), "emotional_caption": ("label", "mood", "v", "a")}
 TASKS = ("regression", "class")
 ANSWER_LIMIT = 256  # tokens of a judgement
 REWRITE_LIMIT = 512  # tokens of an analysis with its prompt
@@ -116,6 +123,18 @@ def ask_rewrite(request, v, a, why=None):
     """The conversation that asks for a first prompt at (v, a), without any picture: the VA-change task of Table 9."""
     values = {"request": request, "v": figure(v), "a": figure(a)}
     return conversation("feedback_system", [], fill("rewrite", values) + once_more(why))
+
+
+def ask_caption(image):
+    """The conversation that asks for the neutral caption of a PIL image (section 4.1)."""
+    return conversation("caption_system", [image], fill("caption", {}))
+
+
+def ask_emotional_caption(image, label, v, a):
+    """The conversation that asks for the emotional caption of a PIL image of a class, at (v, a) in words (section 4.1)."""
+    mood = f"{data.VALENCE_WORDS[data.level(v, 7)][0]}, {data.AROUSAL_WORDS[data.level(a, 7)][0]}"
+    values = {"label": label, "mood": mood, "v": figure(v), "a": figure(a)}
+    return conversation("caption_system", [image], fill("emotional_caption", values))
 
 
 def figure(x):
@@ -220,6 +239,26 @@ def read_rewrite(text, request):
     if len(lost) > len(words) / 4:
         raise Unusable(f"its prompt lost {', '.join(lost)}")
     return analysis, prompt
+
+
+def read_caption(text):
+    """The caption in an answer, as one line: without thoughts, tags, code fences and lines that only announce it, without a
+    name in front ("Caption:") and quotes around it. Raises Unusable if no words remain, or too many."""
+    text = re.sub(r"</?\w+>|```\w*|\*\*", " ", text.rsplit("</think>", 1)[-1])
+    lines = [line.strip(" \t-*#>•") for line in text.splitlines()]
+    caption = unquoted(" ".join(" ".join(line for line in lines if not line.endswith(":")).split()))
+    caption = unquoted(re.sub(r"^([a-z]+ ){0,3}(caption|description|prompt|sentence) ?:", "", caption, flags=re.I))
+    if not content_words(caption) or len(caption) > LONGEST_PROMPT:
+        raise Unusable(f"its caption has {len(caption):,} characters; expected words, at most {LONGEST_PROMPT:,} characters")
+    return caption
+
+
+def unquoted(text):
+    """A text without the quotes around the whole of it."""
+    text = text.strip()
+    whole = re.fullmatch(r"""(["'`])(.+)\1|“(.+)”|«(.+)»""", text)
+    inside = next((part for part in whole.groups()[1:] if part), "") if whole else ""
+    return text if not inside or text[0] in inside else inside.strip()
 
 
 SMALL_WORDS = set("a an and are as at away be by for from his her in inside into is it its near no of off on onto or our "
