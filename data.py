@@ -6,12 +6,15 @@ that. `emotion_words` says a V-A pair in plain graded English, for the miniature
 model alike.
 
 A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, image (path within the folder), label, v, a,
-neutral and, in the training rows, emotional. `load_rows` reads it; the miniature's is written by
+neutral and, in the training rows, emotional. `load_rows` reads it. Datasets are made, and looked through, by
 
-    python data.py tiny --out tiny/cache/dataset
+    python data.py tiny --out tiny/cache/dataset                              # the miniature's
+    python data.py check DATASET
 """
 
 import argparse
+import hashlib
+import io
 import json
 import math
 import os
@@ -22,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
@@ -251,6 +255,13 @@ def tiny_row(out, split, labels, seed):
     return row
 
 
+def write_rows(path, rows):
+    """Write JSON lines under a temporary name, then rename."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_tiny(out, train, test, labels="true", seed=0):
     """The miniature's dataset: rendered scenes, labelled with the class nearest to the V and A they were drawn with.
 
@@ -262,24 +273,148 @@ def write_tiny(out, train, test, labels="true", seed=0):
         seeds = range(seed * 10_000_000 + first, seed * 10_000_000 + first + count)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             rows = list(tqdm(pool.map(partial(tiny_row, out, split, labels), seeds, chunksize=16), total=count, desc=split))
-        temporary = out / f"{split}.jsonl.tmp"
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, out / f"{split}.jsonl")
+        write_rows(out / f"{split}.jsonl", rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Check
+
+
+def look_at(path):
+    """(SHA-256 of a picture file's bytes, None), or (None, why) if it cannot be decoded whole, or is more than 200 times as
+    long as wide, which Qwen2.5-VL refuses."""
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            if max(image.size) > 200 * min(image.size):
+                return None, f"is more than 200 times as long as wide ({image.width}×{image.height} pixels)"
+    except UnidentifiedImageError:  # its own text names an object in memory
+        return None, "is no picture"
+    except FileNotFoundError:
+        return None, "is missing"
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        return None, f"cannot be decoded ({error or type(error).__name__})"
+    return hashlib.sha256(content).hexdigest(), None
+
+
+def problems_of(raw, split):
+    """What is wrong with one row of a dataset by itself, and what to do: texts. Its picture is not opened."""
+    if not isinstance(raw, dict):
+        return ["no JSON object; mend or remove the line"]
+    if missing := [key for key in ("id", "image", "label", "v", "a", "neutral") if key not in raw]:
+        return [f"no {', '.join(map(repr, missing))}; add it or remove the line"]
+    found = []
+    try:
+        check_va(raw["v"], raw["a"])
+    except ValueError as error:
+        found.append(f"{error}; mend it or remove the line")
+    if raw["label"] not in EMOTIONS:
+        found.append(f"unknown label {raw['label']!r}; give one of {', '.join(EMOTIONS)}")
+    for key in ("neutral", "emotional"):
+        text = raw.get(key, "absent")
+        if not (isinstance(text, str) and text.strip()):
+            found.append(f"{key!r} is {text!r}, expected a caption; mend it or remove the line")
+    if split == "test" and "emotional" in raw:
+        found.append("a test row with an emotional caption, which only training may see (section 4.1); remove 'emotional'")
+    if Path(str(raw["id"])).name != str(raw["id"]):
+        found.append(f"the id {raw['id']!r} cannot name a file; give it another")
+    if not is_within(raw["image"]):
+        found.append(f"the picture {raw['image']!r} lies outside the folder; give a path within it")
+    return found
+
+
+def is_within(image):
+    """Whether a row's `image` is a path that stays in the dataset's folder."""
+    return isinstance(image, str) and not Path(image).is_absolute() and ".." not in Path(image).parts
+
+
+def check_dataset(folder):
+    """([problem], {split: [label of each row]}) of a dataset folder; a problem is one line: file, line, what, what to do.
+
+    train.jsonl or test.jsonl may be absent (EMOTIC has no training rows here), and so may the emotional captions of training
+    rows. Raises DatasetError if the folder holds neither file.
+    """
+    files = {split: path for split in ("train", "test") if (path := Path(folder) / f"{split}.jsonl").is_file()}
+    if not files:
+        raise DatasetError(f"{folder}: neither train.jsonl nor test.jsonl; give the folder of a dataset")
+    found, pictures, ids, labels = [], [], {}, {split: [] for split in files}  # found: (split, line number, text)
+    for split, path in files.items():
+        lines = path.read_bytes().splitlines() or [b""]
+        for number, line in enumerate(lines, 1):
+            try:
+                raw = json.loads(line)
+            except ValueError as error:
+                found.append((split, number, f"no JSON ({error}); mend or remove the line" if line else "no row; remove the "
+                              "line, or the file if it has no other"))
+                continue
+            found += [(split, number, text) for text in problems_of(raw, split)]
+            raw = raw if isinstance(raw, dict) else {}
+            labels[split].append(raw.get("label"))
+            if "id" in raw:
+                before = ids.setdefault(str(raw["id"]), (path.name, number))
+                if before != (path.name, number):
+                    found.append((split, number, f"the id {raw['id']!r} is that of {before[0]}, line {before[1]}, too; give "
+                                                 f"it another"))
+            if is_within(raw.get("image")):
+                pictures.append((split, number, raw["image"]))
+    first = {}  # hash: place of the first row with it
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        looks = pool.map(look_at, [Path(folder) / image for *_, image in pictures], chunksize=16)
+        for (split, number, image), (digest, why) in zip(pictures, tqdm(looks, "pictures", len(pictures)), strict=True):
+            if why is not None:
+                found.append((split, number, f"the picture {image} {why}; put it there or remove the line"))
+            elif first.setdefault(digest, (split, number))[0] != split:
+                found.append((split, number, f"the picture {image} is that of train.jsonl, line {first[digest][1]} too; "
+                                             f"remove one of the two"))
+    found.sort(key=lambda problem: (problem[0] == "test", problem[1]))
+    return [f"{files[split]}, line {number}: {text}" for split, number, text in found], labels
+
+
+def check(folder):
+    """Print every problem of a dataset, or a line about it. Exit code: 1 with problems, 0 without."""
+    problems, labels = check_dataset(folder)
+    if problems:
+        print("\n".join([*problems, f"problems: {len(problems):,}"]))
+        return 1
+    classes = {label for split in labels.values() for label in split}
+    print(f"{folder}: no problems; " + ", ".join(f"{len(rows):,} {split} rows" for split, rows in labels.items())
+          + f", {len(classes)} classes: {', '.join(sorted(classes))}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def stop_parsing(message):
+    """In place of argparse's own `error`: one line, no usage."""
+    sys.exit(print(f"error: {message}; see --help", file=sys.stderr) or 2)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tiny"])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=500, help="test pictures (default: %(default)s)")
-    parser.add_argument("--labels", choices=["true", "drawn"], default="true",
-                        help="V and A of the training rows: the scene's own, or drawn from its class as in the paper")
-    parser.add_argument("--seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="what", required=True)
+    tiny = commands.add_parser("tiny", help="render the miniature's dataset")
+    tiny.add_argument("--out", type=Path, required=True, help="folder of the dataset")
+    tiny.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
+    tiny.add_argument("--test", type=int, default=500, help="test pictures (default: %(default)s)")
+    tiny.add_argument("--labels", choices=["true", "drawn"], default="true",
+                      help="V and A of the training rows: the scene's own, or drawn from its class as in the paper")
+    tiny.add_argument("--seed", type=int, default=0)
+    looking = commands.add_parser("check", help="print every problem of a dataset")
+    looking.add_argument("folder", type=Path, help="folder of the dataset")
+    parser.error = tiny.error = looking.error = stop_parsing
     args = parser.parse_args(argv)
-    if min(args.train, args.test) < 1 or max(args.train, args.test) > 1_000_000:
-        parser.error("--train and --test: expected 1..1,000,000")
-    write_tiny(args.out, args.train, args.test, args.labels, args.seed)
+    try:
+        if args.what == "check":
+            return check(args.folder)
+        if min(args.train, args.test) < 1 or max(args.train, args.test) > 1_000_000:
+            stop_parsing("--train and --test: expected 1..1,000,000")
+        write_tiny(args.out, args.train, args.test, args.labels, args.seed)
+    except (DatasetError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(args.out)
 
 
