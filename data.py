@@ -9,15 +9,19 @@ A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, im
 neutral and, in the training rows, emotional. `load_rows` reads it. Datasets are made, and looked through, by
 
     python data.py tiny --out tiny/cache/dataset                              # the miniature's
+    python data.py build --emoset EMOSET --out DATASET                        # EmoSet-118K's (build.py)
+    python data.py emotic --annotations FILE --images EMOTIC --out DATASET    # EMOTIC's test pictures (build.py)
     python data.py check DATASET
 """
 
 import argparse
+import csv
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -145,6 +149,29 @@ def with_numbers(prompt: str, v: float, a: float) -> str:
 
 class DatasetError(Exception):
     """A dataset cannot be used; the message is one line that names the file and row and says what to do."""
+
+
+def check_lexicon(path):
+    """Compare LEXICON with the published ratings, BRM-emot-submit.csv of Warriner et al. (2013), to 0.005. Raises
+    DatasetError that lists everything missing or different."""
+    columns, found = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum"), {}
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+            reader = csv.DictReader(f)
+            wrong = [f"no column {name}" for name in ("Word", *columns) if name not in (reader.fieldnames or ())]
+            if not wrong:
+                found = {str(row["Word"]).strip().lower(): row for row in reader}
+                wrong = [f"no word {label}" for label in EMOTIONS if label not in found]
+    except (OSError, csv.Error) as error:
+        wrong = [f"cannot be read ({error})"]
+    for label in (label for label in EMOTIONS if label in found):
+        for name, own in zip(columns, LEXICON[label]):
+            said = found[label][name] or "empty"
+            number = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else math.nan
+            if not abs(number - own) <= 0.005 + 1e-9:
+                wrong.append(f"{label} {name} is {said}, here {own:.2f}")
+    if wrong:
+        raise DatasetError(f"{path}: {'; '.join(wrong)}; give the published BRM-emot-submit.csv")
 
 
 @dataclass(frozen=True)
@@ -393,6 +420,10 @@ def stop_parsing(message):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in (["build"], ["emotic"]):
+        import build  # it imports torch and the model
+        return build.main(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     tiny = commands.add_parser("tiny", help="render the miniature's dataset")
@@ -402,6 +433,8 @@ def main(argv=None):
     tiny.add_argument("--labels", choices=["true", "drawn"], default="true",
                       help="V and A of the training rows: the scene's own, or drawn from its class as in the paper")
     tiny.add_argument("--seed", type=int, default=0)
+    commands.add_parser("build", add_help=False, help="build the paper's dataset from EmoSet-118K; see build --help")
+    commands.add_parser("emotic", add_help=False, help="the test pictures of EMOTIC; see emotic --help")
     looking = commands.add_parser("check", help="print every problem of a dataset")
     looking.add_argument("folder", type=Path, help="folder of the dataset")
     parser.error = tiny.error = looking.error = stop_parsing
