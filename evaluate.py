@@ -92,10 +92,7 @@ def write_cases(argv):
     labels = {row.id: row.label for row in rows} if args.grid is None else {}
     cases = cases if args.grid is None else grid_of(cases, args.grid)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(for_others(case, labels.get(case.id)), ensure_ascii=False) + "\n" for case in cases]
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, args.out)
+    data.write_rows(args.out, [for_others(case, labels.get(case.id)) for case in cases])
     print(f"{args.out}: {len(cases)} cases")
     return 0
 

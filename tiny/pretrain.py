@@ -390,7 +390,8 @@ def train_mmdit(args):
 
 def judge_processor(rows, rng):
     """Qwen's tokenizer with a small vocabulary learned on prompts, answers and captions; pictures of 128 px as they are."""
-    texts = list(feedback.PROMPTS.values()) * 20 + [lessons.DESCRIBE]
+    asked = [text for name, text in feedback.PROMPTS.items() if "caption" not in name]  # it is not asked for captions
+    texts = asked * 20 + [lessons.DESCRIBE]
     for scene, v, a in rows:
         texts += [lessons.answer(task, scene, v, a, rng) for task in feedback.TASKS]
         texts += [scenes.emotional_caption(scene, v, a, rng), lessons.rewrite(scene, (v, a))]
