@@ -34,7 +34,6 @@ from tqdm import tqdm
 import clip
 import data
 import feedback
-import qwen_vl
 import sample
 import tables
 import training
@@ -276,9 +275,9 @@ def stamp(source):
 def run(args):
     cases = check(args)
     device = args.device
-    judges = {name: feedback.judge_of(qwen_vl.QwenVL.from_pretrained(source, device), args.batch, feedback.REWRITE_LIMIT
-                                      if "feedback" in args.forms else feedback.ANSWER_LIMIT, partial(tqdm, disable=True))
-              for name, source in args.judge.items()}
+    longest = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
+    judges = {name: feedback.judge_of(sample.load_judge(source, device, args.size), args.batch, longest,
+                                      partial(tqdm, disable=True)) for name, source in args.judge.items()}
     scorer = None if args.clip is None else clip.CLIP.from_pretrained(args.clip, device)
     head = None if args.aesthetic is None else clip.aesthetic_head(args.aesthetic)
     generator = None if args.images else sample.load_generator(args.model, device, adapter=args.adapter)

@@ -266,19 +266,17 @@ def say(text):
     print(text, file=sys.stderr)
 
 
-def load_judge(args):
-    """The judge, its pictures limited to the size they are drawn at; None without one. Its headers are checked first."""
-    if args.judge is None:
-        return None
-    judge = qwen_vl.QwenVL.from_pretrained(args.judge, args.device)
+def load_judge(source, device, size):
+    """The judge, its pictures limited to the size they are drawn at. Its headers are checked first."""
+    judge = qwen_vl.QwenVL.from_pretrained(source, device)
     image = judge.processor.image
-    judge.processor.image = replace(image, max_pixels=max(image.min_pixels, min(image.max_pixels, args.size**2)))
+    judge.processor.image = replace(image, max_pixels=max(image.min_pixels, min(image.max_pixels, size**2)))
     return judge
 
 
 def run(args):
     started = time.perf_counter()
-    model = load_judge(args)
+    model = None if args.judge is None else load_judge(args.judge, args.device, args.size)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
                                adapter=args.adapter)
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor

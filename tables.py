@@ -356,6 +356,14 @@ def table(form, methods, ratings, human, seed):
     return text + ("\n\nAnswers that could not be read, left out above: " + "; ".join(lost) if lost else ""), found
 
 
+def about(label, facts):
+    """A line on where the figures of a method come from."""
+    sources = {key: facts.get(key) for key in ("model", "adapter", "clip", "aesthetic")}
+    sources |= {f"judge {name}": source for name, source in facts["judges"].items()}
+    named = [f"{what} {source[0] if isinstance(source, list) else source}" for what, source in sources.items() if source]
+    return ", ".join([f"- {label}: `{facts['command']}`", f"seed {facts['seed']}", *named]) + "\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py table", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -391,8 +399,7 @@ def main(argv=None):
         weights.write_json(args.out.with_name(args.out.name + ".json"), {
             "command": " ".join(sys.argv), "form": args.form, "seed": args.seed, "resamples": RESAMPLES, "runs": runs,
             "figures": json.loads(json.dumps(found, default=float))})
-        about = "\n".join(f"- {label}: `{facts['command']}`, seed {facts['seed']}" for label, facts in runs.items())
         temporary = args.out.with_name(args.out.name + ".md.tmp")
-        temporary.write_text(f"{text}\n\n{about}\n", encoding="utf-8")
+        temporary.write_text(f"{text}\n\n" + "".join(about(*run) for run in runs.items()), encoding="utf-8")
         temporary.replace(args.out.with_name(args.out.name + ".md"))
     return 0

@@ -182,7 +182,7 @@ def test_missing_or_empty_cases_say_what_is_expected(tmp_path):
 
 def test_a_cases_picture_is_found_by_its_id(tmp_path):
     case = data.Case("lake_1", "a lake", 5, 5)
-    with pytest.raises(data.DatasetError, match="lake_1.png"):
+    with pytest.raises(data.DatasetError, match="1 of 1 pictures are missing: lake_1; expected <id>.png"):
         data.picture_of(tmp_path, case)
     Image.new("RGB", (4, 4)).save(tmp_path / "lake_1.webp")
     assert data.picture_of(tmp_path, case) == tmp_path / "lake_1.webp"

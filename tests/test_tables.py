@@ -83,7 +83,8 @@ def write_run(folder, name, rows, **facts):
     folder.mkdir()
     (folder / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {"name": name, "command": f"evaluate.py --name {name}", "count": len(rows), "seed": 0, "images": "x",
-             "billions": None, "seconds_given": None, **facts}
+             "billions": None, "seconds_given": None,
+             "judges": {"judge": ["tiny/weights/judge", ["model.safetensors", 1]]}, **facts}
     (folder / "settings.json").write_text(json.dumps(facts))
     return folder
 
@@ -106,7 +107,9 @@ def test_form_1_has_methods_as_rows_with_intervals_and_paired_differences(runs, 
     written = json.loads((tmp_path / "out" / "table.json").read_text())
     assert written["runs"]["FLUX"]["command"] == "evaluate.py --name FLUX" and written["seed"] == 0
     assert written["figures"]["FLUX"]["judge_a_error"]["difference"] == 1
-    assert (tmp_path / "out" / "table.md").read_text().startswith(printed.rstrip())
+    said = (tmp_path / "out" / "table.md").read_text()
+    assert said.startswith(printed.rstrip())
+    assert "- FLUX: `evaluate.py --name FLUX`, seed 0, judge judge tiny/weights/judge\n" in said
 
 
 def test_differences_are_paired_by_case_and_use_shared_cases_only(tmp_path):
