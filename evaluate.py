@@ -78,6 +78,7 @@ def for_others(case, label=None):
 def write_cases(argv):
     """`evaluate.py cases`: a file of cases for any method."""
     parser = argparse.ArgumentParser(prog="evaluate.py cases", description="Write the cases that methods are compared on.")
+    parser.error = data.stop_parsing
     parser.add_argument("--data", type=Path, help="dataset whose test rows are the cases (default: scenes of the miniature)")
     parser.add_argument("--count", type=int, default=1000, help="cases, or prompts with --grid (default: %(default)s)")
     parser.add_argument("--grid", type=int, metavar="K", help="each prompt on a K × K grid of V and A, for continuity")
@@ -85,7 +86,7 @@ def write_cases(argv):
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     args = parser.parse_args(argv)
     if args.count < 1 or (args.grid is not None and not 2 <= args.grid <= 9):
-        parser.error("--count: expected at least 1; --grid: expected 2..9")
+        data.stop_parsing("--count: expected at least 1; --grid: expected 2..9")
     rows = [] if args.data is None else data.load_rows(args.data, "test")[:args.count]
     cases = [data.Case(r.id, r.neutral, r.v, r.a) for r in rows] if args.data else held_out_cases(args.count, args.seed)
     labels = {row.id: row.label for row in rows} if args.grid is None else {}
@@ -189,6 +190,7 @@ def seeds_of(cases, seed):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.stop_parsing
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for the miniature, or for photographs")
     parser.add_argument("--cases", default="200", help="a file of cases, or how many of the miniature's (default: 200)")
     parser.add_argument("--images", type=Path, help="folder of another method's pictures, <id>.png each")
@@ -210,7 +212,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the miniature's cases and the noise (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="per picture, of a method whose pictures are read (for table 7)")
     parser.add_argument("--parameters", type=float, help="of a method whose pictures are read, in billions (for table 7)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
     return parser.parse_args(argv)
 
@@ -237,6 +239,9 @@ def check(args):
     for name, low in (("batch", 1), ("steps", 1), ("rounds", 1), ("n", 2), ("seed", 0)):
         if getattr(args, name) < low:
             raise sample.UsageError(f"--{name} {getattr(args, name)}: expected at least {low}")
+    args.device = sample.device_of(args.device)
+    if args.clip and not args.aesthetic:
+        sample.say("no --aesthetic: the Aes-Score is left out")
     if args.cases.isdecimal():
         if int(args.cases) < 2:
             raise sample.UsageError(f"--cases {args.cases}: expected at least 2, or a file of cases")

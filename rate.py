@@ -420,6 +420,7 @@ def serve(study, port):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.stop_parsing
     parser.add_argument("--cases", required=True, help="JSON lines with id, neutral, v and a")
     parser.add_argument("--images", action="append", required=True, metavar="NAME=FOLDER",
                         help="a method and the folder of its pictures, each named by its case's id; once a method")

@@ -247,9 +247,7 @@ def check(args):
         feedback.load_prompts(args.prompts)
     if args.size % 16 or not 16 <= args.size <= 4096:
         raise UsageError(f"--size {args.size}: expected a multiple of 16, 16..4096")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    args.device = device_of(args.device)
     if args.out is None:
         args.out = Path("out") / (f"grid{args.grid}_seed{args.seed}" if args.grid else
                                   f"v{args.v:g}_a{args.a:g}_seed{args.seed}")
@@ -260,6 +258,13 @@ def check(args):
         probe.unlink()
     except OSError as error:
         raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from error
+
+
+def device_of(wish):
+    """The device that --device names; without one a GPU, if there is one. Raises UsageError."""
+    if (wish or "cpu").startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {wish}: this torch sees no GPU; use --device cpu")
+    return wish or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def say(text):

@@ -367,6 +367,7 @@ def about(label, facts):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py table", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = data.stop_parsing
     parser.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help="folders of runs; the last is compared with")
     parser.add_argument("--form", choices=["all", "1", "2", "3", "4", "5", "6", "7", "10"], default="all",
                         help="which of the paper's tables (default: every column)")

@@ -239,12 +239,23 @@ def test_a_killed_program_goes_on_to_the_same_figures(tmp_path):
     assert first == second and len(first) == 12
 
 
+@pytest.mark.parametrize("flags", [["--batch", "x"], ["cases"], ["cases", "--count", "0", "--out", "x"], ["rate"],
+                                   ["table", "x", "--form", "9"]])
+def test_options_that_cannot_be_read_are_one_line_and_code_2(capsys, flags):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--cases", "1"], "--cases 1: expected at least 2"), (["--forms", "verse"], "--forms verse: expected some of"),
     (["--cases", "none.jsonl"], "none.jsonl: no such file"), (["--model", "./nowhere"], "no such file"),
     (["--judge", "./nowhere"], "no such file"), (["--judge", "a=x", "--judge", "a=y"], "a name of its own"),
     (["--clip", "none", "--aesthetic", "head.pth"], "--aesthetic: needs the CLIP"),
     (["--aesthetic", "head.pth"], "head.pth: no such file"), (["--batch", "0"], "--batch 0: expected at least 1"),
+    pytest.param(["--device", "cuda"], "--device cuda: this torch sees no GPU",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
     (["--images", "nowhere", "--cases", "3"], "3 of 3 pictures are missing"),
     (["cases", "--data", "nowhere", "--out", "c.jsonl"], "test.jsonl: missing"),
     (["table", "nowhere"], "nowhere: no run of evaluate.py"), (["table", "--form", "3"], "needs people's ratings")])
