@@ -19,6 +19,7 @@ Every finished batch is a few lines in the run's folder: the same command goes o
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -288,8 +289,10 @@ def run(args):
     generator = None if args.images else sample.load_generator(args.model, device, adapter=args.adapter)
     name = args.name or (args.images.resolve().name if args.images else generator.name)
     billions = args.parameters if args.images else weights.count_parameters(generator.mmdit) / 1e9
-    facts = {"name": name, "command": " ".join(sys.argv), "cases": args.cases, "count": len(cases), "seed": args.seed,
-             "images": args.images and str(args.images), "model": None if args.images else stamp(args.model),
+    digest = hashlib.sha256(repr(cases).encode()).hexdigest()[:16]
+    facts = {"name": name, "command": " ".join(sys.argv), "cases": [args.cases, digest], "count": len(cases),
+             "seed": args.seed, "images": args.images and str(args.images),
+             "model": None if args.images else stamp(args.model),
              "adapter": stamp(args.adapter), "judges": {k: stamp(v) for k, v in args.judge.items()},
              "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic), "billions": billions,
              "seconds_given": args.seconds, "device": device}

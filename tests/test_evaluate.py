@@ -1,5 +1,6 @@
 """Cases, measuring with resume, any method's folder, and the evaluation program."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -215,6 +216,9 @@ def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
              "--seconds", "17", "--parameters", "12"]
     assert evaluate.main(flags) == 0
     assert "| FLUX |" in capsys.readouterr().out and len(lines(tmp_path / "run" / "images.jsonl")) == 5
+    turned = [evaluate.for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
+    data.write_rows(tmp_path / "cases.jsonl", turned)
+    assert evaluate.main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err
     (tmp_path / "FLUX" / f"{cases[3].id}.png").write_bytes(b"broken")
     flags[5] = str(tmp_path / "run2")
     assert evaluate.main(flags) == 2 and f"{cases[3].id}.png: cannot be read" in capsys.readouterr().err
