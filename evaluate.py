@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from functools import partial
@@ -290,7 +291,7 @@ def run(args):
     name = args.name or (args.images.resolve().name if args.images else generator.name)
     billions = args.parameters if args.images else weights.count_parameters(generator.mmdit) / 1e9
     digest = hashlib.sha256(repr(cases).encode()).hexdigest()[:16]
-    facts = {"name": name, "command": " ".join(sys.argv), "cases": [args.cases, digest], "count": len(cases),
+    facts = {"name": name, "command": "python " + shlex.join(sys.argv), "cases": [args.cases, digest], "count": len(cases),
              "seed": args.seed, "images": args.images and str(args.images),
              "model": None if args.images else stamp(args.model),
              "adapter": stamp(args.adapter), "judges": {k: stamp(v) for k, v in args.judge.items()},

@@ -13,11 +13,13 @@ command, the seed and the models of each run.
 import argparse
 import json
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import data
 import training
@@ -186,7 +188,7 @@ def compared(methods, keys, seed):
     """{label: {key: {"value", "low", "high", and against the last method "difference", "difference_low", …}}}."""
     out, last = {}, methods[-1]
     theirs = {(r["id"], r["v"], r["a"]): r for r in last.records}
-    for method in methods:
+    for method in tqdm(methods, "intervals", unit="method", leave=False):
         samples, found = samples_of(method.records, seed), out.setdefault(method.label, {})
         pairs = [(r, theirs[key]) for r in method.records if (key := (r["id"], r["v"], r["a"])) in theirs]
         pair_samples = samples_of([r for r, _ in pairs], seed) if pairs and method is not last else []
@@ -398,8 +400,8 @@ def main(argv=None):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         runs = {m.label: m.facts for m in methods}
         weights.write_json(args.out.with_name(args.out.name + ".json"), {
-            "command": " ".join(sys.argv), "form": args.form, "seed": args.seed, "resamples": RESAMPLES, "runs": runs,
-            "figures": json.loads(json.dumps(found, default=float))})
+            "command": "python " + shlex.join(sys.argv), "form": args.form, "seed": args.seed, "resamples": RESAMPLES,
+            "runs": runs, "figures": json.loads(json.dumps(found, default=float))})
         temporary = args.out.with_name(args.out.name + ".md.tmp")
         temporary.write_text(f"{text}\n\n" + "".join(about(*run) for run in runs.items()), encoding="utf-8")
         temporary.replace(args.out.with_name(args.out.name + ".md"))
