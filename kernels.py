@@ -4,9 +4,15 @@ Shapes: B batch, L tokens, H heads, E channels of one head, D = H·E width. The 
 these; a model calls only this file, so an operation has one home.
 """
 
+import contextlib
+import os
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+FUSED = os.environ.get("KERNELS", "fused") != "plain"  # KERNELS=plain: the plain forms only
 
 
 def modulate(x, shift, scale, eps=1e-6):
@@ -67,3 +73,32 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
     """
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few rows on a CPU
+
+
+def linear_for(rows, weight, bias=None):
+    """A function x [rows,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls with few rows.
+
+    With few rows a product is as fast as its weights can be read. F.linear reads them on a CPU at a fraction of the memory's
+    speed; a copy in blocks, as oneDNN lays it out, is read at all of it. The copy is as large as W.
+    """
+    if not FUSED or weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return partial(F.linear, weight=weight, bias=bias)
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def laid_out_for(rows, module):
+    """Within it every nn.Linear of a module is computed by `linear_for`. The weights must not change meanwhile."""
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    for layer in layers:
+        layer.forward = linear_for(rows, layer.weight, layer.bias)  # of this object, before that of its class
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

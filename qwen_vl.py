@@ -12,6 +12,7 @@ Shapes: N tokens in the list, B sequences, L tokens of a sequence, P prompts, G 
 completion, D width, H heads, K key-value heads, E channels of one head, V vocabulary.
 """
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -590,16 +591,19 @@ class QwenVL(nn.Module):
         stop = torch.tensor(self.processor.stop, device=device)
         done = torch.zeros(P * n, dtype=torch.bool, device=device)
         steps = []  # (token, log-probability) of every row, [P·n] each
-        for step in progress(range(max_new_tokens)):
-            token, log_prob = sample(logits, temperature, top_p, luck[:, step])
-            steps.append((token, log_prob))
-            done |= torch.isin(token, stop)
-            if bool(done.all()) or step + 1 == max_new_tokens:
-                break
-            cache.advance()
-            hidden = self.trunk(token, at.expand(3, -1), cache)
-            logits = (self.head_weight @ hidden.t()).t()  # CPU libraries are slow with few rows on the left
-            at = at + 1
+        with contextlib.ExitStack() as decoding:
+            for step in progress(range(max_new_tokens)):
+                token, log_prob = sample(logits, temperature, top_p, luck[:, step])
+                steps.append((token, log_prob))
+                done |= torch.isin(token, stop)
+                if bool(done.all()) or step + 1 == max_new_tokens:
+                    break
+                if step == 0:
+                    decoding.enter_context(kernels.laid_out_for(P * n, self.blocks))
+                    head = kernels.linear_for(P * n, self.head_weight)
+                cache.advance()
+                logits = head(self.trunk(token, at.expand(3, -1), cache))
+                at = at + 1
         tokens, log_probs = (torch.stack(t, dim=1).cpu() for t in zip(*steps, strict=True))  # [P·n,C]
         ends = torch.isin(tokens, stop.cpu())
         out = []

@@ -73,3 +73,33 @@ def test_swiglu_gates_the_second_half_by_the_first():
     packed = torch.randn(3, 10)
     gate, up = packed[:, :5], packed[:, 5:]
     torch.testing.assert_close(kernels.swiglu(packed), gate * torch.sigmoid(gate) * up)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_laid_out_for_few_rows_gives_the_same_product(rows, biased):
+    layer, x = nn.Linear(33, 70, bias=biased), torch.randn(rows, 33)
+    for few in (rows, 2):  # also for another number of rows than it was laid out for
+        product = kernels.linear_for(few, layer.weight, layer.bias)(x)
+        torch.testing.assert_close(product, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(monkeypatch):
+    model, x, used = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])), torch.randn(2, 8), []
+    plain = model[0](x)
+    monkeypatch.setattr(kernels, "linear_for", lambda rows, weight, bias: used.append(rows) or (lambda x: x + 1))
+    with pytest.raises(KeyboardInterrupt), kernels.laid_out_for(2, model):
+        assert torch.equal(model[0](x), x + 1) and torch.equal(model[1][0](x), x + 1)
+        raise KeyboardInterrupt
+    assert used == [2, 2] and torch.equal(model[0](x), plain) and "forward" not in vars(model[1][0])
+
+
+@torch.no_grad()
+def test_changed_weights_are_seen_by_the_next_context():
+    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+    for _ in range(2):
+        layer.weight.normal_()
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        with kernels.laid_out_for(2, layer):
+            torch.testing.assert_close(layer(x), expected)
