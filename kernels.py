@@ -6,7 +6,6 @@ these; a model calls only this file, so an operation has one home.
 
 import contextlib
 import os
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,16 @@ FUSED = os.environ.get("KERNELS", "fused") != "plain"  # KERNELS=plain: the plai
 
 def modulate(x, shift, scale, eps=1e-6):
     """LayerNorm without its own affine part, then adaLN: norm(x)·(1 + scale) + shift. x [B,L,D], shift, scale [B,D]."""
+    if FUSED and x.device.type == "cpu":  # one pass over each picture: its own affine LayerNorm
+        parts = [F.layer_norm(*part, eps) for part in zip(x, [x.shape[-1:]] * len(x), 1 + scale, shift)]
+        return torch.stack(parts) if len(parts) > 1 else parts[0][None]
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
 
 
 def gate_residual(x, branch, gate):
     """x + gate·branch. x, branch [B,L,D], gate [B,D]."""
+    if FUSED and x.device.type == "cpu":
+        return torch.addcmul(x, gate[:, None], branch)
     return x + gate[:, None] * branch
 
 
@@ -75,28 +79,58 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
     return out.transpose(1, 2).flatten(2)
 
 
+def attend_few(q, k, v, mask=None):
+    """softmax(q·kᵀ/√E)·v of few queries q [B,K,n,E] over long k, v [B,K,S,E]: [B,K,n,E]. mask: True where one may attend."""
+    if FUSED and q.device.type == "cpu":  # the fused attention of CPUs is made for many queries
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Few rows on a CPU
+# Linear layers whose weights stay as they are, on a CPU
 
 
-def linear_for(rows, weight, bias=None):
-    """A function x [rows,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls with few rows.
+def laid_out(weight, bias=None, copy=True):
+    """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls with the same number of rows.
 
-    With few rows a product is as fast as its weights can be read. F.linear reads them on a CPU at a fraction of the memory's
-    speed; a copy in blocks, as oneDNN lays it out, is read at all of it. The copy is as large as W.
+    On a CPU oneDNN multiplies faster by a copy of W that lies in blocks: a tenth with many rows, two to four times with few,
+    where all that counts is how fast W can be read. The first call makes the copy, as large as W, for its number of rows.
+    Without a copy oneDNN is still the faster with a few hundred rows. The function's `gelu=True` applies GELU (tanh form) to
+    the result while it is in the cache.
     """
-    if not FUSED or weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return partial(F.linear, weight=weight, bias=bias)
-    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not (FUSED and on_cpu):
+        return lambda x, gelu=False: plain_linear(x, weight, bias, gelu)
+    weight, ready = weight.detach(), []
+
+    def product(x, gelu=False):
+        if not ready:
+            rows = x.numel() // x.shape[-1]
+            ready.append(torch.ops.mkldnn._reorder_linear_weight(weight, rows) if copy else weight)
+        after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, ready[0], bias, *after)
+
+    return product
+
+
+def plain_linear(x, weight, bias, gelu=False):
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def gelu_linear(layer, x):
+    """GELU (tanh form) of an nn.Linear's output; in one pass where the layer is `all_laid_out`."""
+    product = vars(layer).get("forward")
+    return F.gelu(layer(x), approximate="tanh") if product is None else product(x, gelu=True)
 
 
 @contextlib.contextmanager
-def laid_out_for(rows, module):
-    """Within it every nn.Linear of a module is computed by `linear_for`. The weights must not change meanwhile."""
+def all_laid_out(module, copy=True):
+    """Within it every nn.Linear of a module is computed by `laid_out`: no gradients, and no change of weights meanwhile."""
     layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
     for layer in layers:
-        layer.forward = linear_for(rows, layer.weight, layer.bias)  # of this object, before that of its class
+        layer.forward = laid_out(layer.weight, layer.bias, copy)  # of this object, before that of its class
     try:
         yield
     finally:

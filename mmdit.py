@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +52,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(c.channels, c.width, c.patch, stride=c.patch)
 
     def forward(self, latents):  # [B,C,h,w] -> [B,N,D]
-        return self.proj(latents).flatten(2).transpose(1, 2)
+        return self.proj(latents).flatten(2).transpose(1, 2).contiguous()  # every later pass keeps the layout
 
 
 class Embedder(nn.Module):
@@ -73,7 +72,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(kernels.gelu_linear(self.fc1, x))
 
 
 class Attention(nn.Module):

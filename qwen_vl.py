@@ -440,8 +440,8 @@ class StaticCache:
             cache[layer, :, :, self.end - 1] = new  # [rows,K,E]
         mask = None if self.mask is None else self.mask[..., :self.end]
         # the H/K queries that share a key head take the place of a sequence
-        out = F.scaled_dot_product_attention(q.view(rows, k.shape[1], -1, E), self.k[layer, :, :, :self.end],
-                                             self.v[layer, :, :, :self.end], attn_mask=mask)  # [rows,K,H/K,E]
+        out = kernels.attend_few(q.view(rows, k.shape[1], -1, E), self.k[layer, :, :, :self.end],
+                                 self.v[layer, :, :, :self.end], mask)  # [rows,K,H/K,E]
         return out.reshape(rows, H * E)
 
     def prefill(self, layer, q, k, v):
@@ -583,8 +583,10 @@ class QwenVL(nn.Module):
         lengths = [len(p.ids) for p in prompts]
         cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype)
         positions = [position_ids(p.ids, p.grids, self.config) for p in prompts]
-        hidden = self.trunk(torch.cat([p.ids for p in prompts]).to(device), torch.cat(positions, dim=1).to(device), cache,
-                            torch.cat([p.pixels for p in prompts]).to(device), sum((p.grids for p in prompts), ()))
+        with kernels.all_laid_out(self, copy=False):
+            hidden = self.trunk(torch.cat([p.ids for p in prompts]).to(device), torch.cat(positions, dim=1).to(device),
+                                cache, torch.cat([p.pixels for p in prompts]).to(device),
+                                sum((p.grids for p in prompts), ()))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         logits = F.linear(hidden[last], self.head_weight).repeat_interleave(n, dim=0)  # [P·n,V]
         at = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(n)  # [P·n]
@@ -599,8 +601,8 @@ class QwenVL(nn.Module):
                 if bool(done.all()) or step + 1 == max_new_tokens:
                     break
                 if step == 0:
-                    decoding.enter_context(kernels.laid_out_for(P * n, self.blocks))
-                    head = kernels.linear_for(P * n, self.head_weight)
+                    decoding.enter_context(kernels.all_laid_out(self.blocks))
+                    head = kernels.laid_out(self.head_weight)
                 cache.advance()
                 logits = head(self.trunk(token, at.expand(3, -1), cache))
                 at = at + 1
@@ -722,18 +724,20 @@ class Completion:
 def sample(logits, temperature, top_p, luck):
     """(token [B], its log-probability [B]) of logits [B,V]; luck [B] in 0..1 decides where in the distribution."""
     logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
-    log_probs = logits.log_softmax(-1)
+    peak = logits.amax(-1, keepdim=True)
+    mass = (logits - peak).exp_()  # the probabilities, times their sum
+    total = mass.sum(-1, keepdim=True)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     else:
-        probs, places = log_probs.exp(), None
+        share, places = mass, None
         if top_p < 1:
-            probs, places = probs.sort(dim=-1, descending=True, stable=True)
-            probs = probs * (probs.cumsum(-1) - probs < top_p)  # the fewest tokens that reach top_p
-        total = probs.cumsum(-1)
-        token = torch.searchsorted(total, luck[:, None] * total[:, -1:], right=True).clamp(max=probs.shape[-1] - 1)
+            share, places = mass.sort(dim=-1, descending=True, stable=True)
+            share = share * (share.cumsum(-1) - share < top_p * total)  # the fewest tokens that reach top_p
+        reach = share.cumsum(-1)
+        token = torch.searchsorted(reach, luck[:, None] * reach[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
         token = token if places is None else places.gather(1, token)
-    return token[:, 0], log_probs.gather(1, token)[:, 0]
+    return token[:, 0], (logits.gather(1, token) - peak - total.log())[:, 0]
 
 
 def published_name(name):

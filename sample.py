@@ -30,6 +30,7 @@ from tqdm import tqdm
 import data
 import feedback
 import flow_grpo
+import kernels
 import mmdit
 import page
 import qwen_vl
@@ -83,9 +84,10 @@ class Generator:
         rows = [unique.index(text) for text in texts]
         context, pooled = (z[rows] for z in self.encoders.encode(unique))
         dtype = self.mmdit.pos_embed.dtype
-        latents = flow_grpo.sample_ode(
-            self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
-            guidance, self.shift, progress)
+        with kernels.all_laid_out(self.mmdit):
+            latents = flow_grpo.sample_ode(
+                self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
+                guidance, self.shift, progress)
         return self.decode(latents)
 
     @torch.no_grad()

@@ -77,22 +77,25 @@ def test_swiglu_gates_the_second_half_by_the_first():
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_layer_laid_out_for_few_rows_gives_the_same_product(rows, biased):
+@torch.no_grad()
+def test_a_layer_laid_out_in_blocks_gives_the_same_product(rows, biased):
     layer, x = nn.Linear(33, 70, bias=biased), torch.randn(rows, 33)
-    for few in (rows, 2):  # also for another number of rows than it was laid out for
-        product = kernels.linear_for(few, layer.weight, layer.bias)(x)
-        torch.testing.assert_close(product, layer(x), rtol=1e-5, atol=1e-5)
+    product = kernels.laid_out(layer.weight, layer.bias)
+    for own in (x, torch.randn(2, 1, 33), x[:1]):  # also for other numbers of rows than it was laid out for
+        torch.testing.assert_close(product(own), layer(own), rtol=1e-5, atol=1e-5)
+        expected = nn.functional.gelu(layer(own), approximate="tanh")
+        torch.testing.assert_close(product(own, gelu=True), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(monkeypatch):
     model, x, used = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])), torch.randn(2, 8), []
     plain = model[0](x)
-    monkeypatch.setattr(kernels, "linear_for", lambda rows, weight, bias: used.append(rows) or (lambda x: x + 1))
-    with pytest.raises(KeyboardInterrupt), kernels.laid_out_for(2, model):
+    monkeypatch.setattr(kernels, "laid_out", lambda weight, *_: used.append(weight) or (lambda x: x + 1))
+    with pytest.raises(KeyboardInterrupt), kernels.all_laid_out(model):
         assert torch.equal(model[0](x), x + 1) and torch.equal(model[1][0](x), x + 1)
         raise KeyboardInterrupt
-    assert used == [2, 2] and torch.equal(model[0](x), plain) and "forward" not in vars(model[1][0])
+    assert len(used) == 2 and torch.equal(model[0](x), plain) and "forward" not in vars(model[1][0])
 
 
 @torch.no_grad()
@@ -101,5 +104,13 @@ def test_changed_weights_are_seen_by_the_next_context():
     for _ in range(2):
         layer.weight.normal_()
         expected = nn.functional.linear(x, layer.weight, layer.bias)
-        with kernels.laid_out_for(2, layer):
+        with kernels.all_laid_out(layer):
             torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_queries_attend_as_many_do(masked):
+    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 8)
+    mask = (torch.rand(3, 1, 1, 50) < 0.7) if masked else None
+    expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    torch.testing.assert_close(kernels.attend_few(q, k, v, mask).double(), expected, rtol=1e-5, atol=1e-5)
