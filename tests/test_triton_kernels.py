@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain forms in float64.
+"""The Triton kernels against the plain forms in float64, and their compilation for GPUs that need not be there.
 
 With a CUDA device the kernels run on it. Without one they run in Triton's interpreter. That is chosen by TRITON_INTERPRET
 when triton is imported, for all of triton, and a library imported before may have brought triton in already (diffusers
@@ -8,7 +8,11 @@ triton that it would have had.
 
 import importlib
 import math
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ import kernels
 from flow_grpo import kl_of, sde_step
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the greatest value: a few roundings
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -309,3 +314,21 @@ def test_what_a_kernel_could_not_read_is_refused():
             call()
     with pytest.raises(TypeError, match="float64 is for the plain forms"):
         fused.swiglu(x.double())
+
+
+def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "bench/kernel_table.py", "--targets", "80", "90", "100", "--types", "bfloat16"]
+    done = subprocess.run(command, cwd=ROOT, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if "|" in line]
+    kernels_compiled = {row[0] for row in rows if len(row) == 6}
+    assert kernels_compiled > set(re.findall(r"^def (\w+)_kernel\(", (ROOT / "triton_kernels.py").read_text(), re.M))
+    counts = {row[0]: [float(x) for x in row[3:]] for row in rows if len(row) == 8 and row[0] != "operation"}
+    assert len(counts) > 10
+    for least, ours, plain, to_least, to_plain in counts.values():
+        assert 0 < least <= ours < plain and to_least < 1.12 and to_plain > 1.3
+    assert counts["modulate, frozen vectors"][3] == counts["split_rotate"][3] == counts["swiglu"][3] == 1
+    # forward: read 2 and write 1, then the silu again; backward: silu's and the products', and the halves put together
+    assert counts["swiglu"][2] == pytest.approx(18 / 8 * counts["swiglu"][0], rel=0.01)
