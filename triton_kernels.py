@@ -1,7 +1,8 @@
 """The fused operations as Triton kernels for CUDA, each with its gradient; kernels.py defines them.
 
-A function here has the signature and the result of its plain form. What moves memory and not arithmetic limits all of
-them, so each reads its inputs and writes its results once. Common to all:
+The functions take and return what their plain forms do. Three have no plain form there: split_rotate is `rotate` for a
+packed projection (qwen_vl.py), the SDE step is that of flow_grpo.py, scan_tile the loop body of grpo.scan_vocabulary.
+Memory and not arithmetic limits all of them, so each reads its inputs and writes its results once. Common to all:
 - float32 inside, float32, bfloat16 or float16 outside. A result is rounded where the plain form rounds it, if that is
   cheap (rms_norm, split_qkv, split_rotate, swiglu), else only once, at the end. Gradients are rounded once.
 - Gradients recompute a row's statistics from the row, which they read anyway, so nothing but inputs is kept.
@@ -360,7 +361,7 @@ class SplitQKV(torch.autograd.Function):
         (B, L, width), H = qkv.shape, num_heads
         E = width // (3 * H)
         ctx.save_for_backward(qkv, q_weight, k_weight)
-        ctx.heads, ctx.eps = H, eps
+        ctx.eps = eps
         out = torch.empty(B, L, 2, H, E, dtype=promoted(qkv, q_weight, k_weight), device=qkv.device)
         block, rows, blocks = head_tile(E, B * L * 2 * H)
         launch(head_norm_kernel, (blocks,), qkv[..., :2 * H * E], q_weight, k_weight, out, B * L, eps,
@@ -402,10 +403,10 @@ def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
 
 @triton.jit
 def rotate_kernel(qkv, cos, sin, out, cos_step, sin_step, N, HEADS: tl.constexpr, PACKED: tl.constexpr, E: tl.constexpr,
-                  BLOCK: tl.constexpr, ROWS: tl.constexpr, ROUND: tl.constexpr):
+                  BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """The first HEADS of PACKED heads of qkv [N,PACKED,E], first halves of cos, sin [N,E] -> out [N,HEADS,E].
 
-    A program ROWS heads. ROUND: each product is rounded to the type of out. Moves 2·s·HEADS·E + s·E a row.
+    A program ROWS heads. Each product is rounded to the type of cos. Moves 2·s·HEADS·E + s·E a row.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head, at = (i // HEADS).to(tl.int64), i % HEADS, tl.arange(0, BLOCK // 2)[None, :]
@@ -416,12 +417,8 @@ def rotate_kernel(qkv, cos, sin, out, cos_step, sin_step, N, HEADS: tl.constexpr
     second = tl.load(start + HALF, mask=inside, other=0.0).to(tl.float32)
     c = tl.load(cos + token * cos_step + at, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + token * sin_step + at, mask=inside, other=0.0).to(tl.float32)
-    if ROUND:
-        tl.store(end, rounded(first * c, out) - rounded(second * s, out), mask=inside)
-        tl.store(end + HALF, rounded(second * c, out) + rounded(first * s, out), mask=inside)
-    else:
-        tl.store(end, first * c - second * s, mask=inside)
-        tl.store(end + HALF, second * c + first * s, mask=inside)
+    tl.store(end, rounded(first * c, cos) - rounded(second * s, cos), mask=inside)
+    tl.store(end + HALF, rounded(second * c, cos) + rounded(first * s, cos), mask=inside)
 
 
 @triton.jit
@@ -460,13 +457,13 @@ class SplitRotate(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, heads, kv_heads):
         qkv, turned = qkv.contiguous(), heads + kv_heads
         N, packed, E = len(qkv), heads + 2 * kv_heads, cos.shape[-1]
-        cos, sin = (unit_stride(t)[:, 0, :E // 2] for t in (cos, sin))
+        cos, sin = (unit_stride(t)[:, 0, :E // 2].to(promoted(qkv, cos)) for t in (cos, sin))
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads, kv_heads
         out = torch.empty(N, turned, E, dtype=qkv.dtype, device=qkv.device)
         block, rows, blocks = head_tile(E, N * turned)
         launch(rotate_kernel, (blocks,), qkv[:, :turned * E], cos, sin, out, cos.stride(0), sin.stride(0), N,
-               HEADS=turned, PACKED=packed, E=E, BLOCK=block, ROWS=rows, ROUND=cos.dtype == qkv.dtype)
+               HEADS=turned, PACKED=packed, E=E, BLOCK=block, ROWS=rows)
         return out[:, :heads], out[:, heads:], qkv.view(N, packed, E)[:, turned:]
 
     @staticmethod
@@ -595,7 +592,8 @@ class SDEStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, velocity, latents, given, ref_velocity, a, b, std, sigma_t, draw):
         velocity, latents, given = velocity.contiguous(), latents.contiguous(), given.contiguous()
-        B, n, compare = len(latents), latents[0].numel(), ref_velocity is not None
+        B, n, compare = len(latents), latents.shape[1:].numel(), ref_velocity is not None
+        a, b, std, sigma_t = float(a), float(b), float(std), float(sigma_t)
         ref = ref_velocity.contiguous() if compare else velocity.new_empty(1)  # else never read
         drawn = torch.empty_like(given if draw else given[:0], dtype=torch.float32)
         blocks = triton.cdiv(n, LATENTS)
@@ -614,7 +612,7 @@ class SDEStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, _, dlog_prob, dkl):
         velocity, *rest = ctx.saved_tensors
-        n, dlog_prob = velocity[0].numel(), dlog_prob.float().contiguous()
+        n, dlog_prob = velocity.shape[1:].numel(), dlog_prob.float().contiguous()
         dkl, dvelocity = dkl.float().contiguous() if ctx.compare else dlog_prob, torch.empty_like(velocity)
         launch(sde_backward_kernel, (triton.cdiv(n, LATENTS), len(velocity)), velocity, *rest, dlog_prob, dkl, dvelocity,
                *ctx.numbers, n, COMPARE=ctx.compare, BLOCK=LATENTS)
@@ -670,8 +668,8 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
 
     V vocabulary entries from `start` on; targets [N] int64, counted over the whole vocabulary. peak, total, picked [N]
     float32: the greatest scaled logit so far (−inf at first), Σ exp(logit − peak), and the target's scaled logit once its
-    tile has passed. Returns keep [N]: what sums of exp(logit − old peak) must be multiplied by. Sums are of values before
-    they are rounded to z's type. No gradient of its own: grpo.TokenLogProbs forms it. z's rows may lie at any step.
+    tile has passed. scale: 1/temperature. Returns keep [N]: what sums of exp(logit − old peak) must be multiplied by.
+    Sums are of values before they are rounded to z's type. No gradient of its own: grpo.TokenLogProbs forms it.
     """
     N, V = z.shape
     for name, x in (("targets", targets), ("peak", peak), ("total", total), ("picked", picked)):
@@ -681,6 +679,6 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
     if z.stride(1) != 1:
         raise ValueError("the columns of z must lie without gaps: it is changed in place")
     keep, (block, warps) = torch.empty_like(peak), row_block(V)
-    launch(scan_kernel, (N,), z, z, targets, peak, total, picked, keep, scale, start, z.stride(0),
+    launch(scan_kernel, (N,), z, z, targets, peak, total, picked, keep, float(scale), start, z.stride(0),
            V=V, BLOCK=block, num_warps=warps)
     return keep

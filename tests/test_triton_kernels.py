@@ -32,11 +32,9 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def interpreted():
     """triton_kernels with a triton of its own that interprets."""
-    def is_triton(name):
-        return name.split(".")[0] == "triton" and not name.startswith("triton._C")  # compiled code is loaded only once
-
     def remove():
-        return {name: sys.modules.pop(name) for name in list(sys.modules) if is_triton(name)}
+        names = [name for name in sys.modules if name.split(".")[0] in ("triton", "triton_kernels")]
+        return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}  # C code loads once
 
     before = remove()
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +42,6 @@ def interpreted():
         module = importlib.import_module("triton_kernels")
     remove()
     sys.modules.update(before)
-    del sys.modules["triton_kernels"]
     return module
 
 
@@ -80,7 +77,7 @@ def run(function, tensors, upstream=None):
     return [r.detach() for r in results], torch.autograd.grad(results, leaves, upstream), upstream
 
 
-def hold_together(function, reference, tensors, error=None):
+def hold_together(function, reference, tensors):
     """function(*tensors) and its gradients equal the reference's in float64, in the types of the tensors and twice alike."""
     results, gradients, upstream = run(function, tensors)
     again, gradients_again, _ = run(function, tensors)
@@ -89,7 +86,7 @@ def hold_together(function, reference, tensors, error=None):
     assert [g.dtype for g in gradients] == [t.dtype for t in tensors]
     for ours, theirs in zip((*results, *gradients), (*exact, *exact_gradients), strict=True):
         assert ours.shape == theirs.shape
-        bound = (error or ERRORS[tensors[0].dtype]) * theirs.abs().max().item()
+        bound = ERRORS[tensors[0].dtype] * theirs.abs().max().item()
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
 
 
