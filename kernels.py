@@ -1,7 +1,9 @@
-"""Every fused operation of the project, each with the plain torch form that defines it.
+"""Every fused operation of the project: the plain torch form that defines it, and what runs in its place.
 
-Shapes: B batch, L tokens, H heads, E channels of one head, D = H·E width. The fused forms come later and stand beside
-these; a model calls only this file, so an operation has one home.
+On a GPU that is a Triton kernel (triton_kernels.py), on a CPU whatever form of torch's is fastest. KERNELS=plain runs the
+plain forms only. A model calls only this file, so an operation has one home.
+
+Shapes: B batch, L tokens, H heads, K key-value heads, E channels of one head, D = H·E width.
 """
 
 import contextlib
@@ -11,12 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FUSED = os.environ.get("KERNELS", "fused") != "plain"  # KERNELS=plain: the plain forms only
+FUSED = os.environ.get("KERNELS", "fused") != "plain"
+
+
+def on_gpu(x):
+    """triton_kernels if an operation on x is to run there, else None: Triton comes with CUDA builds of torch."""
+    if not FUSED or not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return None
+    import triton_kernels
+    return triton_kernels
+
+
+def on_cpu(x):
+    return FUSED and x.device.type == "cpu"
 
 
 def modulate(x, shift, scale, eps=1e-6):
     """LayerNorm without its own affine part, then adaLN: norm(x)·(1 + scale) + shift. x [B,L,D], shift, scale [B,D]."""
-    if FUSED and x.device.type == "cpu":  # one pass over each picture: its own affine LayerNorm
+    if gpu := on_gpu(x):
+        return gpu.modulate(x, shift, scale, eps)
+    if on_cpu(x):  # one pass over each picture: its own affine LayerNorm
         parts = [F.layer_norm(*part, eps) for part in zip(x, [x.shape[-1:]] * len(x), 1 + scale, shift)]
         return torch.stack(parts) if len(parts) > 1 else parts[0][None]
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
@@ -24,13 +40,17 @@ def modulate(x, shift, scale, eps=1e-6):
 
 def gate_residual(x, branch, gate):
     """x + gate·branch. x, branch [B,L,D], gate [B,D]."""
-    if FUSED and x.device.type == "cpu":
+    if gpu := on_gpu(x):
+        return gpu.gate_residual(x, branch, gate)
+    if on_cpu(x):
         return torch.addcmul(x, gate[:, None], branch)
     return x + gate[:, None] * branch
 
 
 def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
+    if gpu := on_gpu(x):
+        return gpu.rms_norm(x, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -48,6 +68,8 @@ class RMSNorm(nn.Module):
 
 def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
     """Packed projection [B,L,3D] -> q, k, v [B,H,L,E]; q and k RMS-normalised per head if weights [E] are given."""
+    if gpu := on_gpu(qkv):
+        return gpu.split_qkv(qkv, num_heads, q_weight, k_weight, eps)
     B, L, width = qkv.shape
     q, k, v = qkv.view(B, L, 3, num_heads, width // (3 * num_heads)).unbind(2)  # each [B,L,H,E]
     if q_weight is not None:
@@ -64,8 +86,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def split_rotate(qkv, heads, kv_heads, cos, sin):
+    """Packed projection [N,(H+2K)·E] -> q [N,H,E], k, v [N,K,E], q and k turned by `rotate`; cos, sin [N,1,E].
+
+    If cos is float32 so is the rotation, and its result is rounded (the vision tower); else all is in qkv's type (the text).
+    """
+    if gpu := on_gpu(qkv):
+        return gpu.split_rotate(qkv, heads, kv_heads, cos, sin)
+    q, k, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
+    wide = torch.promote_types(qkv.dtype, cos.dtype)
+    q, k = (rotate(t.to(wide), cos, sin).to(qkv.dtype) for t in (q, k))
+    return q, k, v
+
+
 def swiglu(gate_up):
     """silu(gate)·up of a packed projection [..., 2M] -> [..., M]."""
+    if gpu := on_gpu(gate_up):
+        return gpu.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -81,7 +118,7 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
 
 def attend_few(q, k, v, mask=None):
     """softmax(q·kᵀ/√E)·v of few queries q [B,K,n,E] over long k, v [B,K,S,E]: [B,K,n,E]. mask: True where one may attend."""
-    if FUSED and q.device.type == "cpu":  # the fused attention of CPUs is made for many queries
+    if on_cpu(q):  # the fused attention of CPUs is made for many queries
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -99,8 +136,7 @@ def laid_out(weight, bias=None, copy=True):
     Without a copy oneDNN is still the faster with a few hundred rows. The function's `gelu=True` applies GELU (tanh form) to
     the result while it is in the cache.
     """
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if not (FUSED and on_cpu):
+    if not (on_cpu(weight) and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
         return lambda x, gelu=False: plain_linear(x, weight, bias, gelu)
     weight, ready = weight.detach(), []
 

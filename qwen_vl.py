@@ -302,8 +302,7 @@ class VisionBlock(nn.Module):
         self.heads = c.vision_heads
 
     def forward(self, x, cos, sin, sequence_runs):  # x [N,D]; cos, sin [N,1,E] float32
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), 3, self.heads, -1).unbind(1)  # each [N,H,E]
-        q, k = (kernels.rotate(t.float(), cos, sin).to(t.dtype) for t in (q, k))
+        q, k, v = kernels.split_rotate(self.qkv(self.norm1(x)), self.heads, self.heads, cos, sin)  # each [N,H,E]
         x = x + self.out(attend_runs(q, k, v, sequence_runs, causal=False))
         return x + self.down(kernels.swiglu(self.gate_up(self.norm2(x))))
 
@@ -398,8 +397,7 @@ class Block(nn.Module):
         self.gate_up, self.down = nn.Linear(D, 2 * c.mlp, bias=False), nn.Linear(c.mlp, D, bias=False)
 
     def forward(self, x, cos, sin, attend):  # x [N,D]; cos, sin [N,1,E]
-        q, k, v = self.qkv(self.norm1(x)).view(len(x), sum(self.split), -1).split(self.split, dim=1)
-        x = x + self.out(attend(kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin), v))
+        x = x + self.out(attend(*kernels.split_rotate(self.qkv(self.norm1(x)), *self.split[:2], cos, sin)))
         return x + self.down(kernels.swiglu(self.gate_up(self.norm2(x))))
 
 

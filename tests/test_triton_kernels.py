@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 import grpo
 import kernels
+import mmdit
+import qwen_vl
 from flow_grpo import kl_of, sde_step
 
 pytest.importorskip("triton")
@@ -329,3 +331,55 @@ def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp
     assert counts["modulate, frozen vectors"][3] == counts["split_rotate"][3] == counts["swiglu"][3] == 1
     # forward: read 2 and write 1, then the silu again; backward: silu's and the products', and the halves put together
     assert counts["swiglu"][2] == pytest.approx(18 / 8 * counts["swiglu"][0], rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models on the kernels
+
+
+def on_the_kernels(monkeypatch, run):
+    """(results of run() on the plain forms, the same on the kernels)."""
+    monkeypatch.setattr(kernels, "FUSED", False)
+    plain = run()
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: fused)
+    return plain, run()
+
+
+def lively(model):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.data.copy_(torch.randn(p.shape) * (0.2 if p.dim() > 1 else 0.5) + (p.dim() == 1) * 0.3)
+    return model.to(DEVICE)
+
+
+def test_an_mmdit_and_its_gradients_are_the_same_on_the_kernels(monkeypatch):
+    config = mmdit.MMDiTConfig(depth=2, heads=2, head_dim=8, dual_blocks=(0,), context_dim=12, pooled_dim=10, positions=4)
+    model = lively(mmdit.MMDiT(config))
+    model.pos_embed.normal_()
+    inputs = tensor(2, 16, 4, 6), torch.tensor([300.0, 800.0], device=DEVICE), tensor(2, 5, 12), tensor(2, 10)
+
+    def run():
+        out = model(*inputs)
+        return out.detach(), *torch.autograd.grad(out.square().mean(), list(model.parameters()), allow_unused=True)
+
+    for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
+        if plain is not None:
+            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+def test_a_qwen_vl_with_a_picture_is_the_same_on_the_kernels(monkeypatch):
+    config = qwen_vl.QwenVLConfig(width=32, layers=2, heads=2, kv_heads=1, mlp=24, sections=(2, 3, 3), vocab=40,
+                                  image_token=39, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=20,
+                                  full_blocks=(1,))
+    model = lively(qwen_vl.QwenVL(config))
+    grid = torch.tensor([[1, 4, 4]])
+    pixels = tensor(16, 3 * config.frames * config.patch**2)
+    ids = torch.tensor([[1, 2, 39, 39, 39, 39, 3, 4]], device=DEVICE)
+
+    def run():
+        logits = model(ids, pixels, grid)
+        return logits.detach(), *torch.autograd.grad(logits.square().mean(), [model.blocks[0].qkv.weight,
+                                                                             model.visual.blocks[0].qkv.weight])
+
+    for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())

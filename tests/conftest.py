@@ -1,0 +1,19 @@
+"""Every test of a model runs on both forms of the operations."""
+
+import pytest
+
+import kernels
+
+MODELS = {f"test_{name}.py" for name in ("mmdit", "vae", "clip", "text_encoders", "qwen_vl", "kernels")}
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.path.name in MODELS:
+        metafunc.fixturenames.insert(0, "forms")
+        metafunc.parametrize("forms", ["fused", "plain"], indirect=True)
+
+
+@pytest.fixture
+def forms(request, monkeypatch):
+    """The forms that kernels.py takes: as KERNELS=fused or KERNELS=plain would choose them."""
+    monkeypatch.setattr(kernels, "FUSED", request.param == "fused")
