@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import judge_generate
+from bench import judge_generate, mmdit_forward
 
 
 def test_judge_generate_compares_greedy_tokens_and_prints_a_table(capsys):
@@ -21,3 +21,13 @@ def test_judge_generate_refuses_sizes_it_cannot_build(wrong, capsys):
     with pytest.raises(SystemExit):
         judge_generate.main(wrong.split())
     assert "must be" in capsys.readouterr().err
+
+
+def test_mmdit_forward_compares_outputs_and_prints_a_table(capsys):
+    assert mmdit_forward.main("--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --repeats 1 --threads 1".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 blocks of width 128, 16 + 5 tokens, batch 2" in lines[0]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:6] for line in lines[2:6]}
+    assert set(rows) == {"diffusers", "ours, laid out", "ours, as they lie", "products alone"}
+    assert all(float(cell) > 0 for row in rows.values() for cell in row[:2])
+    assert lines[-1].startswith("Greatest difference to diffusers")

@@ -1,0 +1,125 @@
+"""The MMDiT's forward pass against diffusers, and against the matrix products that it cannot do without.
+
+    python bench/mmdit_forward.py  # two minutes on 2 idle cores, 9 GB
+    python bench/mmdit_forward.py --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # a second
+
+Random weights of SD3.5-Medium's width in `--blocks` blocks, the last one included, float32, on the CPU. Both get the same
+weights, through diffusers' layout, and their outputs are compared; then they take turns in one process with the products
+alone: torch's F.linear at every shape that a pass has. Ours is timed with its weights laid out, as sample.py has them for
+all steps of a picture (the copy is made before), and as they lie. The share is that of the products' own speed which ours
+reaches with all it does, attention included: its FLOP are counted with the linear layers'. The machine must be idle.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
+import kernels
+import mmdit
+
+
+def make_models(args):
+    """(ours, diffusers' with the same random weights)."""
+    torch.manual_seed(0)
+    config = mmdit.MMDiTConfig(depth=args.blocks, heads=args.heads, dual_blocks=tuple(range(args.blocks - 1)),
+                               context_dim=args.context, positions=192)
+    ours = mmdit.MMDiT(config).eval()
+    for p in ours.parameters():
+        p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.normal_(0.5, 0.1)
+    ours.pos_embed.normal_()
+    theirs = diffusers.SD3Transformer2DModel(
+        sample_size=config.sample_size, patch_size=config.patch, in_channels=config.channels, num_layers=config.depth,
+        attention_head_dim=config.head_dim, num_attention_heads=config.heads, joint_attention_dim=config.context_dim,
+        caption_projection_dim=config.width, pooled_projection_dim=config.pooled_dim, out_channels=config.channels,
+        pos_embed_max_size=config.positions, dual_attention_layers=config.dual_blocks, qk_norm="rms_norm").eval()
+    state = {name: torch.cat(list(parts)) for name, parts in ours.diffusers_views().items()}
+    theirs.load_state_dict(state)
+    return ours, theirs
+
+
+def products_of(model, inputs):
+    """A function that computes the linear layers of one pass and nothing else, on random numbers of their shapes."""
+    shapes, hooks = [], []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            hooks.append(layer.register_forward_hook(
+                lambda layer, given, out: shapes.append((out.numel() // out.shape[-1], layer))))
+    model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    rows = {(n, layer.in_features): torch.randn(n, layer.in_features) for n, layer in shapes}
+
+    def products():
+        for n, layer in shapes:
+            F.linear(rows[n, layer.in_features], layer.weight, layer.bias)
+
+    return products
+
+
+def flop_of(run):
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, about in (
+            ("blocks", 4, "of the model; all but the last have dual attention"), ("heads", 24, "of 64 channels"),
+            ("latent", 64, "side, an eighth of the picture's"), ("text", 333, "tokens"),
+            ("context", 4096, "width of the text"), ("batch", 2, "pictures"), ("repeats", 5, "times, in turn"),
+            ("threads", 2, "of torch")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if min(vars(args).values()) < 1 or args.blocks < 2 or args.latent % 2:
+        parser.error("all must be at least 1, --blocks at least 2 and --latent even")
+    return args
+
+
+@torch.no_grad()
+def main(argv=None):
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    ours, theirs = make_models(args)
+    B, timestep = args.batch, torch.full((args.batch,), 500.0)
+    latents, context = torch.randn(B, 16, args.latent, args.latent), torch.randn(B, args.text, args.context)
+    pooled, laid_out = torch.randn(B, ours.config.pooled_dim), copy.deepcopy(ours)
+    inputs = latents, timestep, context, pooled
+    products = products_of(ours, inputs)
+    flop, linear = flop_of(lambda: ours(*inputs)), flop_of(products)
+    paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
+             "ours, laid out": lambda: laid_out(*inputs), "ours, as they lie": lambda: ours(*inputs),
+             "products alone": products}
+    seconds = {name: [] for name in paths}
+    with kernels.all_laid_out(laid_out):
+        outputs = [paths[name]() for name in list(paths)[:3]]  # the first pass makes the copies
+        for name in tqdm(list(paths) * args.repeats, unit="pass"):
+            started = time.perf_counter()
+            paths[name]()
+            seconds[name].append(time.perf_counter() - started)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    speed = linear / median["products alone"]
+    work = (f"{args.blocks} blocks of width {ours.config.width}, {args.latent**2 // 4} + {args.text} tokens, batch {B}, "
+            f"{flop / 1e9:,.0f} GFLOP")
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, {args.threads} threads"
+    print(f"| {work} ({versions}) | s | ratio to diffusers | GFLOP/s | share of the products' |\n" + "| --- " * 5 + "|")
+    for name, value in median.items():
+        rate = (linear if name == "products alone" else flop) / value
+        print(f"| {name} | {value:.3g} | {median['diffusers'] / value:.2f} | {rate / 1e9:,.0f} | {rate / speed:.2f} |")
+    gap = max(float((out - outputs[0]).abs().max() / outputs[0].abs().max()) for out in outputs[1:])
+    print(f"Greatest difference to diffusers, of its greatest value: {gap:.1e}.")
+    return int(gap > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
