@@ -161,10 +161,17 @@ def gelu_linear(layer, x):
     return F.gelu(layer(x), approximate="tanh") if product is None else product(x, gelu=True)
 
 
+def is_sharded(module):
+    return any(hasattr(part, "reshard") for part in module.modules())
+
+
 @contextlib.contextmanager
 def all_laid_out(module, copy=True):
-    """Within it every nn.Linear of a module is computed by `laid_out`: no gradients, and no change of weights meanwhile."""
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    """Within it every nn.Linear of a module is computed by `laid_out`: no gradients, and no change of weights meanwhile.
+
+    Not those of a module that FSDP2 shards: its weights come and go.
+    """
+    layers = [] if is_sharded(module) else [layer for layer in module.modules() if type(layer) is nn.Linear]
     for layer in layers:
         layer.forward = laid_out(layer.weight, layer.bias, copy)  # of this object, before that of its class
     try:

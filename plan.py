@@ -239,11 +239,11 @@ def judge_meters(judge, args, n):
     def prefill(_):
         pictures = judge.visual(pixels, [grid] * n)  # held; to the trunk it is all one what the tokens stand for
         hidden = judge.trunk(ids, ids.expand(3, -1), cache)
-        return pictures, qwen_vl.sample(F.linear(hidden[last], judge.head_weight), 0, 1.0, None)
+        return pictures, qwen_vl.sample(judge.logits(hidden[last]), 0, 1.0, None)
 
     def decode(_):
         hidden = judge.trunk(last, last.expand(3, -1), cache)
-        return qwen_vl.sample((judge.head_weight @ hidden.t()).t(), 0, 1.0, None)
+        return qwen_vl.sample(judge.logits(hidden), 0, 1.0, None)
 
     first = measure(prefill)
     cache.end = tokens + ANSWER // 2  # attention grows evenly, so the middle is the mean

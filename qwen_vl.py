@@ -494,6 +494,9 @@ class QwenVL(nn.Module):
         """[V,D]: the head, or the embedding if they are tied."""
         return self.tokens.weight if self.head is None else self.head.weight
 
+    def logits(self, hidden):
+        return F.linear(hidden, self.head_weight)
+
     def trunk(self, ids, positions, attend, pixels=None, grids=(), answers=False):
         """ids [N], positions [3,N], pictures in the order of their tokens -> hidden states [N,D] after the last norm.
 
@@ -536,7 +539,7 @@ class QwenVL(nn.Module):
         hidden = self.trunk(input_ids[keep], torch.cat(positions, dim=1).to(input_ids.device),
                             Sequences(keep.sum(1).tolist()), pixel_values, grids)
         logits = hidden.new_zeros(*input_ids.shape, self.config.vocab)
-        logits[keep] = F.linear(hidden, self.head_weight)
+        logits[keep] = self.logits(hidden)
         return logits
 
     def completion_hidden(self, prompts, completions):
@@ -586,7 +589,7 @@ class QwenVL(nn.Module):
                                 cache, torch.cat([p.pixels for p in prompts]).to(device),
                                 sum((p.grids for p in prompts), ()))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = F.linear(hidden[last], self.head_weight).repeat_interleave(n, dim=0)  # [P·n,V]
+        logits = self.logits(hidden[last]).repeat_interleave(n, dim=0)  # [P·n,V]
         at = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(n)  # [P·n]
         stop = torch.tensor(self.processor.stop, device=device)
         done = torch.zeros(P * n, dtype=torch.bool, device=device)
@@ -600,7 +603,7 @@ class QwenVL(nn.Module):
                     break
                 if step == 0:
                     decoding.enter_context(kernels.all_laid_out(self.blocks))
-                    head = kernels.laid_out(self.head_weight)
+                    head = self.logits if kernels.is_sharded(self) else kernels.laid_out(self.head_weight)
                 cache.advance()
                 logits = head(self.trunk(token, at.expand(3, -1), cache))
                 at = at + 1

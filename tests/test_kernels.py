@@ -114,3 +114,10 @@ def test_few_queries_attend_as_many_do(masked):
     mask = (torch.rand(3, 1, 1, 50) < 0.7) if masked else None
     expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     torch.testing.assert_close(kernels.attend_few(q, k, v, mask).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_module_is_left_as_it_is():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].reshard = lambda: None  # as FSDP2 gives it
+    with kernels.all_laid_out(model):
+        assert "forward" not in vars(model[0])

@@ -55,7 +55,8 @@ else:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """New memory is NaN, so that a value that is read before it is written shows."""
+    """New memory is NaN, so that a value that is read before it is written shows. kernels.py stands for the plain forms."""
+    monkeypatch.setattr(kernels, "FUSED", False)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter asks for it now and then while it runs
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS, here in the references, would ask for a variable
