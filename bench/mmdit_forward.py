@@ -72,29 +72,42 @@ def flop_of(run):
     return counter.get_total_flops()
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser, text=333):
     for name, default, about in (
             ("blocks", 4, "of the model; all but the last have dual attention"), ("heads", 24, "of 64 channels"),
-            ("latent", 64, "side, an eighth of the picture's"), ("text", 333, "tokens"),
+            ("latent", 64, "side, an eighth of the picture's"), ("text", text, "tokens"),
             ("context", 4096, "width of the text"), ("batch", 2, "pictures"), ("repeats", 5, "times, in turn"),
             ("threads", 2, "of torch")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
+
+
+def checked(parser, argv):
     args = parser.parse_args(argv)
-    if min(vars(args).values()) < 1 or args.blocks < 2 or args.latent % 2:
+    if min(x for x in vars(args).values() if isinstance(x, int)) < 1 or args.blocks < 2 or args.latent % 2:
         parser.error("all must be at least 1, --blocks at least 2 and --latent even")
     return args
 
 
+def make_inputs(args, config):
+    """(latents, timestep, context, pooled) as MMDiT.forward takes them."""
+    B = args.batch
+    return (torch.randn(B, config.channels, args.latent, args.latent), torch.full((B,), 500.0),
+            torch.randn(B, args.text, args.context), torch.randn(B, config.pooled_dim))
+
+
+def work(args):
+    return f"{args.blocks} blocks of width {64 * args.heads}, {args.latent**2 // 4} + {args.text} tokens, batch {args.batch}"
+
+
 @torch.no_grad()
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    args = checked(parser, argv)
     torch.set_num_threads(args.threads)
     ours, theirs = make_models(args)
-    B, timestep = args.batch, torch.full((args.batch,), 500.0)
-    latents, context = torch.randn(B, 16, args.latent, args.latent), torch.randn(B, args.text, args.context)
-    pooled, laid_out = torch.randn(B, ours.config.pooled_dim), copy.deepcopy(ours)
-    inputs = latents, timestep, context, pooled
+    inputs = latents, timestep, context, pooled = make_inputs(args, ours.config)
+    laid_out = copy.deepcopy(ours)
     products = products_of(ours, inputs)
     flop, linear = flop_of(lambda: ours(*inputs)), flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
@@ -109,10 +122,9 @@ def main(argv=None):
             seconds[name].append(time.perf_counter() - started)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     speed = linear / median["products alone"]
-    work = (f"{args.blocks} blocks of width {ours.config.width}, {args.latent**2 // 4} + {args.text} tokens, batch {B}, "
-            f"{flop / 1e9:,.0f} GFLOP")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, {args.threads} threads"
-    print(f"| {work} ({versions}) | s | ratio to diffusers | GFLOP/s | share of the products' |\n" + "| --- " * 5 + "|")
+    print(f"| {work(args)}, {flop / 1e9:,.0f} GFLOP ({versions}) | s | ratio to diffusers | GFLOP/s "
+          "| share of the products' |\n" + "| --- " * 5 + "|")
     for name, value in median.items():
         rate = (linear if name == "products alone" else flop) / value
         print(f"| {name} | {value:.3g} | {median['diffusers'] / value:.2f} | {rate / 1e9:,.0f} | {rate / speed:.2f} |")

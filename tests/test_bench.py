@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import judge_generate, mmdit_forward
+from bench import judge_generate, mmdit_forward, mmdit_lora_step
 
 
 def test_judge_generate_compares_greedy_tokens_and_prints_a_table(capsys):
@@ -31,3 +31,20 @@ def test_mmdit_forward_compares_outputs_and_prints_a_table(capsys):
     assert set(rows) == {"diffusers", "ours, laid out", "ours, as they lie", "products alone"}
     assert all(float(cell) > 0 for row in rows.values() for cell in row[:2])
     assert lines[-1].startswith("Greatest difference to diffusers")
+
+
+def test_mmdit_lora_step_compares_gradients_and_prints_a_table(capsys):
+    size = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --rank 2 --repeats 1 --threads 1"
+    assert mmdit_lora_step.main(size.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 blocks of width 128, 16 + 5 tokens, batch 2, rank 2" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["diffusers and peft", "ours"]
+    assert all(float(line.split("|")[2]) > 0 for line in lines[2:4]) and lines[-1].startswith("Loss and gradient norm")
+
+
+@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step])
+@pytest.mark.parametrize("wrong", ["--blocks 1", "--latent 7", "--batch 0"])
+def test_the_mmdit_programs_refuse_sizes_they_cannot_build(program, wrong, capsys):
+    with pytest.raises(SystemExit):
+        program.main(wrong.split())
+    assert "must be at least 1" in capsys.readouterr().err

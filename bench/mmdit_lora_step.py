@@ -1,0 +1,117 @@
+"""Forward and backward pass of a LoRA of the MMDiT against diffusers with peft: seconds, and memory beyond the weights.
+
+    python bench/mmdit_lora_step.py  # three minutes on 2 idle cores, 8 GB
+    python bench/mmdit_lora_step.py --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # some seconds
+
+Model and weights are those of bench/mmdit_forward.py, the adapter is train_gen.py's, of all attention projections; peft
+reads it from the file that we write. The loss is the mean square of the velocity. Losses and gradients are compared first;
+then the two take turns in one process. Memory is measured in a process of its own for each: the resident peak of two steps
+less what was resident before the first, as Linux counts it. float32, on the CPU, which must be idle.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_lora_step.py` finds weights
+import weights
+from bench import mmdit_forward
+
+
+def with_adapters(args):
+    """(ours, diffusers' in peft's wrapper): frozen, with the same adapter, whose B is not 0."""
+    ours, theirs = mmdit_forward.make_models(args)
+    ours.requires_grad_(False)
+    targets = ours.lora_targets()
+    weights.add_lora(ours, targets, args.rank, 2.0 * args.rank)
+    for p in trained(ours):
+        p.data.normal_(0, 0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        weights.save_lora(folder, ours, targets, args.rank, 2 * args.rank, "random")
+        theirs = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
+    return ours, theirs
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def steps_of(args):
+    """{name: (step() -> loss, trained parameters)}."""
+    torch.set_num_threads(args.threads)
+    ours, theirs = with_adapters(args)
+    latents, timestep, context, pooled = mmdit_forward.make_inputs(args, ours.config)
+
+    def step(velocity):
+        loss = velocity().square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    return {"diffusers and peft": (lambda: step(lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0]),
+                                   trained(theirs)),
+            "ours": (lambda: step(lambda: ours(latents, timestep, context, pooled)), trained(ours))}
+
+
+def gradient_norm(parameters):
+    return float(torch.stack([p.grad.norm() for p in parameters]).norm())
+
+
+def resident(key):
+    """MB of this process: "VmRSS" now, "VmHWM" at most since the last reset."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[key].split()[0]) / 1024
+
+
+def memory(name, argv):
+    """MB beyond the weights that two steps need, in a process of its own."""
+    command = [sys.executable, __file__, *argv, "--memory-of", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    mmdit_forward.add_arguments(parser, text=205)
+    parser.add_argument("--rank", type=int, default=32, help="of the adapter (default: %(default)s)")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = mmdit_forward.checked(parser, argv)
+    steps = steps_of(args)
+    if args.memory_of:
+        step = steps[args.memory_of][0]
+        del steps
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident("VmRSS")
+        for _ in range(2):
+            step()
+        print(resident("VmHWM") - before)
+        return 0
+    first = {name: (step(), gradient_norm(parameters)) for name, (step, parameters) in steps.items()}
+    seconds = {name: [] for name in steps}
+    for name in tqdm(list(steps) * args.repeats, unit="step"):
+        started = time.perf_counter()
+        steps[name][0]()
+        seconds[name].append(time.perf_counter() - started)
+    took, used = {name: statistics.median(values) for name, values in seconds.items()}, {n: memory(n, argv) for n in steps}
+    versions = f"diffusers {diffusers.__version__}, peft {peft.__version__}, {args.threads} threads"
+    print(f"| {mmdit_forward.work(args)}, rank {args.rank} (torch {torch.__version__}, {versions}) | s | ratio "
+          "| memory beyond the weights, MB | ratio |\n" + "| --- " * 5 + "|")
+    for name in steps:
+        print(f"| {name} | {took[name]:.3g} | {took['diffusers and peft'] / took[name]:.2f} | {used[name]:,.0f} "
+              f"| {used[name] / used['diffusers and peft']:.2f} |")
+    theirs, ours = first.values()
+    gap = max(abs(a - b) / abs(a) for a, b in zip(theirs, ours, strict=True))
+    print(f"Loss and gradient norm: {theirs[0]:.6g}, {theirs[1]:.6g} and {ours[0]:.6g}, {ours[1]:.6g}.")
+    return int(gap > 1e-4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
