@@ -32,6 +32,8 @@ def modulate(x, shift, scale, eps=1e-6):
     """LayerNorm without its own affine part, then adaLN: norm(x)·(1 + scale) + shift. x [B,L,D], shift, scale [B,D]."""
     if gpu := on_gpu(x):
         return gpu.modulate(x, shift, scale, eps)
+    if on_cpu(x) and x[0].numel() < 2**17:  # so small that calls cost more than passes
+        return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
     if on_cpu(x):  # one pass over each picture: its own affine LayerNorm
         parts = [F.layer_norm(*part, eps) for part in zip(x, [x.shape[-1:]] * len(x), 1 + scale, shift)]
         return torch.stack(parts) if len(parts) > 1 else parts[0][None]
@@ -122,6 +124,11 @@ def attend_few(q, k, v, mask=None):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def for_convolutions(x):
+    """x [B,C,H,W], on a CPU with its channels last in memory, which all convolutions that follow keep and are faster by."""
+    return x.contiguous(memory_format=torch.channels_last) if on_cpu(x) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """Mean and log-variance [B,16,h,w] of the unscaled latent posterior."""
-        mean, logvar = self.encoder(images).chunk(2, dim=1)
+        mean, logvar = self.encoder(kernels.for_convolutions(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images, generator=None):
@@ -176,7 +176,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Scaled latents [B,16,h,w] -> images [B,3,8h,8w], nominally in -1..1."""
-        return self.decoder(latents / self.config.scale + self.config.shift)
+        return self.decoder(kernels.for_convolutions(latents / self.config.scale + self.config.shift))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import judge_generate, mmdit_forward, mmdit_lora_step
+from bench import judge_generate, mmdit_forward, mmdit_lora_step, sampling
 
 
 def test_judge_generate_compares_greedy_tokens_and_prints_a_table(capsys):
@@ -48,3 +48,13 @@ def test_the_mmdit_programs_refuse_sizes_they_cannot_build(program, wrong, capsy
     with pytest.raises(SystemExit):
         program.main(wrong.split())
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_sampling_draws_the_same_pictures_and_prints_a_table(capsys):
+    assert sampling.main("--steps 2 --pictures 2 --size 64 --repeats 1 --threads 1".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 pictures of 64 px, 2 steps" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["diffusers", "ours"]
+    with pytest.raises(SystemExit):
+        sampling.main(["--size", "100"])
+    assert "multiple of 16" in capsys.readouterr().err

@@ -7,12 +7,12 @@ from torch import nn
 import kernels
 
 
-@pytest.mark.parametrize("width", [7, 64])
-def test_modulate_is_layer_norm_with_a_shift_and_scale_for_each_picture(width):
-    x, shift, scale = torch.randn(3, 5, width), torch.randn(3, width), torch.randn(3, width)
+@pytest.mark.parametrize("length, width", [(5, 7), (5, 64), (2**11, 64)])
+def test_modulate_is_layer_norm_with_a_shift_and_scale_for_each_picture(length, width):
+    x, shift, scale = torch.randn(3, length, width), torch.randn(3, width), torch.randn(3, width)
     normed = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)(x)
     expected = torch.stack([normed[i] * (1 + scale[i]) + shift[i] for i in range(3)])
-    assert torch.allclose(kernels.modulate(x, shift, scale), expected, atol=1e-6)
+    assert torch.allclose(kernels.modulate(x, shift, scale), expected, atol=1e-5)
 
 
 def test_gate_residual_gates_each_picture():
@@ -121,3 +121,9 @@ def test_a_sharded_module_is_left_as_it_is():
     model[0].reshard = lambda: None  # as FSDP2 gives it
     with kernels.all_laid_out(model):
         assert "forward" not in vars(model[0])
+
+
+def test_for_convolutions_changes_the_layout_and_nothing_else():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(kernels.for_convolutions(x), x)
+    assert kernels.for_convolutions(x).is_contiguous(memory_format=torch.channels_last) == kernels.FUSED
