@@ -1,6 +1,6 @@
 """How well a method hits valence and arousal, keeps to its prompt and looks (EmoFeedback², section 4.2).
 
-    python evaluate.py                                   # the miniature, 200 held-out cases, about 3 minutes on 2 cores
+    python evaluate.py                                   # the miniature, 200 held-out cases, about 2 minutes on 2 cores
     python evaluate.py --adapter runs/gen/adapter --forms numbers,words --judge tiny/weights/judge
     python evaluate.py --preset paper --cases DATASET/test.jsonl --judge runs/judge/judge --judge other=FOLDER_OR_ID
     python evaluate.py --preset paper --cases cases.jsonl --judge FOLDER_OR_ID --images FLUX_pictures   # any method's
