@@ -124,9 +124,11 @@ def test_any_step_equals_the_equations(seed, sigma, fraction, noise_level, shape
     step = flow_grpo.sde_step(velocity, latents, sigma, sigma * fraction, noise_level, after)
     mean, std, log_prob, sigma_t = equations(velocity, latents, sigma, sigma * fraction, noise_level, after)
     assert torch.equal(step.next_latents, after)
-    assert (step.mean - mean).abs().max() <= 1e-6 * (1 + mean.abs().max())
+    rounding = 1e-6 * (1 + mean.abs().max())  # of the mean in float32; in standard deviations it is many where they are small
+    assert (step.mean - mean).abs().max() <= rounding
     assert step.std == pytest.approx(std) and step.sigma_t == pytest.approx(sigma_t)
-    assert ((step.log_prob - log_prob).abs() <= 1e-5 * (1 + log_prob.abs())).all()
+    moved = ((after.double() - mean) / std).abs().flatten(1).mean(1) * rounding / std
+    assert ((step.log_prob - log_prob).abs() <= 1e-5 * (1 + log_prob.abs()) + moved).all()
 
 
 def test_a_drawn_step_evaluates_to_the_same_bits():
