@@ -1,7 +1,7 @@
 """The fused operations as Triton kernels for CUDA, each with its gradient; kernels.py defines them.
 
-The functions take and return what their plain forms do. Three have no plain form there: split_rotate is `rotate` for a
-packed projection (qwen_vl.py), the SDE step is that of flow_grpo.py, scan_tile the loop body of grpo.scan_vocabulary.
+The functions take and return what their plain forms do. Two have no plain form there: the SDE step is that of flow_grpo.py,
+scan_tile the loop body of grpo.scan_vocabulary.
 Memory and not arithmetic limits all of them, so each reads its inputs and writes its results once. Common to all:
 - float32 inside, float32, bfloat16 or float16 outside. A result is rounded where the plain form rounds it, if that is
   cheap (rms_norm, split_qkv, split_rotate, swiglu), else only once, at the end. Gradients are rounded once.

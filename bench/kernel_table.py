@@ -87,7 +87,7 @@ def make_cases(dtype, B=8, L=1024):
     for H, K, E, angle in ((28, 4, 128, dtype), (16, 16, 80, torch.float32)):
         tensors = [make(N, (H + 2 * K) * E, dtype=dtype), *(make(N, 1, E, dtype=angle) for _ in "cs")]
         add("split_rotate", f"{N}×({H}+2·{K})×{E}", lambda qkv, *t, H=H, K=K: fused.split_rotate(qkv, H, K, *t),
-            lambda qkv, *t, H=H, K=K: split_rotate(qkv, H, K, *t), tensors, 1,
+            lambda qkv, *t, H=H, K=K: kernels.split_rotate(qkv, H, K, *t), tensors, 1,
             2 * s * N * (2 * H + 3 * K) * E + 2 * angle.itemsize * N * E)
     for M in (18_944, 3420):
         add("swiglu", f"{N}×2·{M}", fused.swiglu, kernels.swiglu, [make(N, 2 * M, dtype=dtype)], 1, 8 * s * N * M)
@@ -101,13 +101,6 @@ def make_cases(dtype, B=8, L=1024):
         add("scan_tile", f"{rows}×{V}", lambda z, targets, *state: fused.scan_tile(z, targets, 16, *state), scan_plain,
             [make(rows, V, dtype=dtype), *state], 0, 2 * s * rows * V)
     return cases
-
-
-def split_rotate(qkv, H, K, cos, sin):
-    """As qwen_vl has it in both towers."""
-    q, k, v = qkv.view(len(qkv), H + 2 * K, -1).split([H, K, K], dim=1)
-    wide = torch.promote_types(qkv.dtype, cos.dtype)
-    return *(kernels.rotate(t.to(wide), cos, sin).to(t.dtype) for t in (q, k)), v
 
 
 def sde_plain(velocity, latents, after, ref_velocity):

@@ -148,9 +148,7 @@ def test_split_rotate(N, H, K, E, dtype, wide_angles):
     cos, sin = (torch.cat([t, t], -1).to(torch.float32 if wide_angles else dtype) for t in (angle.cos(), angle.sin()))
 
     def plain(qkv):
-        wide = torch.promote_types(qkv.dtype, cos.dtype)
-        q, k, v = qkv.view(N, H + 2 * K, E).split([H, K, K], dim=1)
-        return *(kernels.rotate(t.to(wide), cos.to(wide), sin.to(wide)).to(t.dtype) for t in (q, k)), v
+        return kernels.split_rotate(qkv, H, K, cos, sin)
 
     qkv = tensor(N, (H + 2 * K) * E, dtype=dtype)
     hold_together(lambda t: fused.split_rotate(t, H, K, cos, sin), plain, (qkv,))
