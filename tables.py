@@ -171,6 +171,11 @@ def columns_of(method):
     return out
 
 
+def shared_keys(methods):
+    """The columns that all of some methods have, in the order of the first one's."""
+    return [key for key in columns_of(methods[0]) if all(key in columns_of(method) for method in methods)]
+
+
 def unreadable(method):
     """Share of the cases that a reader gave no readable answer for, {reader: 0..1}."""
     return {reader: mean(np.array([r["read"][reader] is None for r in method.records], float))
@@ -228,7 +233,7 @@ def marked(cells, values, arrow):
 
 def overview(methods):
     """All figures of some methods, one row each, as a Markdown table without intervals."""
-    keys = [k for k in columns_of(methods[0]) if all(k in columns_of(m) for m in methods)]
+    keys = shared_keys(methods)
     rows = [["method", *(" ".join(columns_of(methods[0])[k][:2]) for k in keys), "seconds per picture"]]
     for method in methods:
         found = figures(method)
@@ -346,7 +351,7 @@ def table(form, methods, ratings, human, seed):
         return human_table(methods, human, seed)
     if form == "7":
         return latency_table(methods)
-    keys = [key for key in columns_of(methods[0]) if all(key in columns_of(m) for m in methods)]
+    keys = shared_keys(methods)
     if form != "all":
         scores = () if form in ("4", "5") else SCORES
         keys = [key for key in keys if key.endswith("_error") or key in scores]
