@@ -256,7 +256,7 @@ def select(args):
             raise training.RunError(f"{args.out} holds a dataset built with other settings ({', '.join(changed)}); repeat "
                                     f"them to go on, or choose another --out")
         for file in args.out.glob("captions-*.jsonl"):
-            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+            training.whole_records(file)
         return
     if found := next(args.out.glob("*.jsonl"), None):
         raise training.RunError(f"{found}: there is another dataset; choose another --out")

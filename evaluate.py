@@ -21,7 +21,6 @@ Every finished batch is a few lines in the run's folder: the same command goes o
 import argparse
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -146,7 +145,7 @@ def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, na
     A record: id, v, a, group, "read" {reader: [V, A] or None}, clip_score (100 · cosine), clip_iqa, aesthetic, seconds to
     draw. draw(cases, seeds) -> PIL images. scorer: a clip.CLIP; head: of clip.aesthetic_head.
     """
-    done = {record["id"] for record in cut_to_whole_lines(path)}
+    done = {record["id"] for record in training.whole_records(path)}
     left = [(case, seed) for case, seed in zip(cases, seeds, strict=True) if case.id not in done]
     with tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture") as bar:
         for start in range(0, len(left), batch):
@@ -169,15 +168,6 @@ def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, na
             with open(path, "a", encoding="utf-8") as f:
                 f.write("".join(json.dumps(record) + "\n" for record in records))
             bar.update(len(part))
-
-
-def cut_to_whole_lines(path):
-    """The records of a run's file, from which a half-written last line is removed."""
-    records = training.read_records(path)
-    whole = sum(map(len, path.read_bytes().splitlines(keepends=True)[:len(records)])) if path.exists() else 0
-    if whole and whole < path.stat().st_size:
-        os.truncate(path, whole)
-    return records
 
 
 def seeds_of(cases, seed):

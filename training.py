@@ -371,6 +371,14 @@ def read_records(path, until=math.inf):
     return records
 
 
+def whole_records(path):
+    """The records of a file that is to be appended to, from which a half-written last line is removed."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    return read_records(path)
+
+
 def peak_memory(device):
     """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
     if device.type == "cuda":

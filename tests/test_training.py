@@ -137,3 +137,16 @@ def test_a_gpu_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(training.RunError, match="sees no GPU"):
             training.start_processes("cuda")
+
+
+@pytest.mark.parametrize("half", [b"", b'{"id": "ha', b'{"id": 3}'], ids=["whole", "torn", "without its end of line"])
+@pytest.mark.parametrize("lines", [b"", b'{"id": 1}\n{"id": 2}\n'], ids=["none before", "two before"])
+def test_what_is_appended_after_a_half_written_line_can_be_read(tmp_path, lines, half):
+    path = tmp_path / "records.jsonl"
+    assert training.whole_records(path) == []
+    path.write_bytes(lines + half)
+    kept = training.whole_records(path)
+    assert path.read_bytes() == lines and len(kept) == lines.count(b"\n")
+    with open(path, "a") as f:
+        f.write('{"id": 9}\n')
+    assert training.read_records(path) == [*kept, {"id": 9}]

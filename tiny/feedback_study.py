@@ -98,8 +98,7 @@ def run_cases(args):
     draw = partial(generator.draw, size=128, steps=args.steps)
     path = file_of(args, args.only, args.seeds[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = training.read_records(path)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))  # without a half-written last line
+    records = training.whole_records(path)
     cases = evaluate.held_out_cases(args.cases, seed=5)
     for i in tqdm(range(len(records), args.cases), f"{args.only} {args.seeds[0]}", args.cases, initial=len(records)):
         seed = (args.seeds[0] * args.cases + i) * 10_000
