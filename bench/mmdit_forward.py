@@ -10,22 +10,20 @@ all steps of a picture (the copy is made before), and as they lie. The share is 
 reaches with all it does, attention included: its FLOP are counted with the linear layers'. The machine must be idle.
 """
 
-import argparse
 import copy
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
 import kernels
 import mmdit
+from bench import timing
 
 
 def make_models(args):
@@ -76,15 +74,15 @@ def add_arguments(parser, text=333):
     for name, default, about in (
             ("blocks", 4, "of the model; all but the last have dual attention"), ("heads", 24, "of 64 channels"),
             ("latent", 64, "side, an eighth of the picture's"), ("text", text, "tokens"),
-            ("context", 4096, "width of the text"), ("batch", 2, "pictures"), ("repeats", 5, "times, in turn"),
-            ("threads", 2, "of torch")):
+            ("context", 4096, "width of the text"), ("batch", 2, "pictures")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
 
 
 def checked(parser, argv):
     args = parser.parse_args(argv)
-    if min(x for x in vars(args).values() if isinstance(x, int)) < 1 or args.blocks < 2 or args.latent % 2:
+    if min(x for x in vars(args).values() if type(x) is int) < 1 or args.blocks < 2 or args.latent % 2:
         parser.error("all must be at least 1, --blocks at least 2 and --latent even")
+    torch.set_num_threads(args.threads)
     return args
 
 
@@ -96,41 +94,36 @@ def make_inputs(args, config):
 
 
 def work(args):
-    return f"{args.blocks} blocks of width {64 * args.heads}, {args.latent**2 // 4} + {args.text} tokens, batch {args.batch}"
+    return (f"{args.blocks} blocks of width {64 * args.heads}, {8 * args.latent} px: {args.latent**2 // 4:,} + {args.text} "
+            f"tokens, batch {args.batch}")
 
 
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.make_parser(__doc__)
     add_arguments(parser)
     args = checked(parser, argv)
-    torch.set_num_threads(args.threads)
     ours, theirs = make_models(args)
     inputs = latents, timestep, context, pooled = make_inputs(args, ours.config)
     laid_out = copy.deepcopy(ours)
     products = products_of(ours, inputs)
     flop, linear = flop_of(lambda: ours(*inputs)), flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
-             "ours, laid out": lambda: laid_out(*inputs), "ours, as they lie": lambda: ours(*inputs),
-             "products alone": products}
-    seconds = {name: [] for name in paths}
+             "laid out": lambda: laid_out(*inputs), "as they lie": lambda: ours(*inputs), "products": products}
     with kernels.all_laid_out(laid_out):
         outputs = [paths[name]() for name in list(paths)[:3]]  # the first pass makes the copies
-        for name in tqdm(list(paths) * args.repeats, unit="pass"):
-            started = time.perf_counter()
-            paths[name]()
-            seconds[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    speed = linear / median["products alone"]
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, {args.threads} threads"
-    print(f"| {work(args)}, {flop / 1e9:,.0f} GFLOP ({versions}) | s | ratio to diffusers | GFLOP/s "
-          "| share of the products' |\n" + "| --- " * 5 + "|")
-    for name, value in median.items():
-        rate = (linear if name == "products alone" else flop) / value
-        print(f"| {name} | {value:.3g} | {median['diffusers'] / value:.2f} | {rate / 1e9:,.0f} | {rate / speed:.2f} |")
+        seconds = timing.in_turn(paths, args.repeats)
+    rows, rate = [], linear / statistics.median(seconds["products"])
+    for name, about in (("laid out", ""), ("as they lie", ", weights as for training")):
+        share = f"{flop / statistics.median(seconds[name]) / rate:.2f} of F.linear at its shapes"
+        rows.append(timing.row(f"MMDiT forward{about}, {work(args)}", f"diffusers {diffusers.__version__}",
+                               seconds["diffusers"], seconds[name], share=share))
+    if timing.usual(parser, args):
+        rows[0].asked = "ratio ≥ 1.05, share ≥ 0.9"
     gap = max(float((out - outputs[0]).abs().max() / outputs[0].abs().max()) for out in outputs[1:])
-    print(f"Greatest difference to diffusers, of its greatest value: {gap:.1e}.")
-    return int(gap > 1e-4)
+    note = (f"{flop / 1e9:,.0f} GFLOP, of which {linear / 1e9:,.0f} in linear layers, which alone ran at {rate / 1e9:,.0f} "
+            f"GFLOP/s. Greatest difference to diffusers, of its greatest value: {gap:.1e}.")
+    return timing.show(rows, args, note, gap < 1e-4)
 
 
 if __name__ == "__main__":

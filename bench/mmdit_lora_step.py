@@ -10,21 +10,18 @@ less what was resident before the first, as Linux counts it. float32, on the CPU
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import diffusers
 import peft
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_lora_step.py` finds weights
 import weights
-from bench import mmdit_forward
+from bench import mmdit_forward, timing
 
 
 def with_adapters(args):
@@ -47,7 +44,6 @@ def trained(model):
 
 def steps_of(args):
     """{name: (step() -> loss, trained parameters)}."""
-    torch.set_num_threads(args.threads)
     ours, theirs = with_adapters(args)
     latents, timestep, context, pooled = mmdit_forward.make_inputs(args, ours.config)
 
@@ -56,8 +52,8 @@ def steps_of(args):
         loss.backward()
         return float(loss.detach())
 
-    return {"diffusers and peft": (lambda: step(lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0]),
-                                   trained(theirs)),
+    return {"theirs": (lambda: step(lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0]),
+                       trained(theirs)),
             "ours": (lambda: step(lambda: ours(latents, timestep, context, pooled)), trained(ours))}
 
 
@@ -79,7 +75,7 @@ def memory(name, argv):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.make_parser(__doc__)
     mmdit_forward.add_arguments(parser, text=205)
     parser.add_argument("--rank", type=int, default=32, help="of the adapter (default: %(default)s)")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -95,22 +91,17 @@ def main(argv=None):
         print(resident("VmHWM") - before)
         return 0
     first = {name: (step(), gradient_norm(parameters)) for name, (step, parameters) in steps.items()}
-    seconds = {name: [] for name in steps}
-    for name in tqdm(list(steps) * args.repeats, unit="step"):
-        started = time.perf_counter()
-        steps[name][0]()
-        seconds[name].append(time.perf_counter() - started)
-    took, used = {name: statistics.median(values) for name, values in seconds.items()}, {n: memory(n, argv) for n in steps}
-    versions = f"diffusers {diffusers.__version__}, peft {peft.__version__}, {args.threads} threads"
-    print(f"| {mmdit_forward.work(args)}, rank {args.rank} (torch {torch.__version__}, {versions}) | s | ratio "
-          "| memory beyond the weights, MB | ratio |\n" + "| --- " * 5 + "|")
-    for name in steps:
-        print(f"| {name} | {took[name]:.3g} | {took['diffusers and peft'] / took[name]:.2f} | {used[name]:,.0f} "
-              f"| {used[name] / used['diffusers and peft']:.2f} |")
+    seconds = timing.in_turn({name: step for name, (step, _) in steps.items()}, args.repeats)
+    used = {name: memory(name, argv) for name in steps}
+    row = timing.row(f"LoRA step, forward and backward, {mmdit_forward.work(args)}, rank {args.rank}",
+                     f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),
+                     memory=used["ours"] / used["theirs"])
+    if timing.usual(parser, args):
+        row.asked = "ratio ≥ 1.0, memory ≤ 0.9"
     theirs, ours = first.values()
-    gap = max(abs(a - b) / abs(a) for a, b in zip(theirs, ours, strict=True))
-    print(f"Loss and gradient norm: {theirs[0]:.6g}, {theirs[1]:.6g} and {ours[0]:.6g}, {ours[1]:.6g}.")
-    return int(gap > 1e-4)
+    note = (f"Memory beyond the weights: {used['theirs']:,.0f} and {used['ours']:,.0f} MB. Loss and gradient norm: "
+            f"{theirs[0]:.6g}, {theirs[1]:.6g} and {ours[0]:.6g}, {ours[1]:.6g}.")
+    return timing.show([row], args, note, max(abs(a - b) / abs(a) for a, b in zip(theirs, ours, strict=True)) < 1e-4)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import judge_generate, mmdit_forward, mmdit_lora_step, sampling
+from bench import judge_generate, mmdit_forward, mmdit_lora_step, sampling, timing
 
 
 def test_judge_generate_compares_greedy_tokens_and_prints_a_table(capsys):
@@ -26,20 +26,18 @@ def test_judge_generate_refuses_sizes_it_cannot_build(wrong, capsys):
 def test_mmdit_forward_compares_outputs_and_prints_a_table(capsys):
     assert mmdit_forward.main("--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --repeats 1 --threads 1".split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "2 blocks of width 128, 16 + 5 tokens, batch 2" in lines[0]
-    rows = {line.split("|")[1].strip(): line.split("|")[2:6] for line in lines[2:6]}
-    assert set(rows) == {"diffusers", "ours, laid out", "ours, as they lie", "products alone"}
-    assert all(float(cell) > 0 for row in rows.values() for cell in row[:2])
-    assert lines[-1].startswith("Greatest difference to diffusers")
+    assert "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2" in lines[2]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines[2:4]]
+    assert all(row[1].startswith("MMDiT forward") and min(map(float, row[3:6])) > 0 for row in rows)
+    assert "Greatest difference to diffusers" in lines[-1]
 
 
 def test_mmdit_lora_step_compares_gradients_and_prints_a_table(capsys):
     size = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --rank 2 --repeats 1 --threads 1"
     assert mmdit_lora_step.main(size.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "2 blocks of width 128, 16 + 5 tokens, batch 2, rank 2" in lines[0]
-    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["diffusers and peft", "ours"]
-    assert all(float(line.split("|")[2]) > 0 for line in lines[2:4]) and lines[-1].startswith("Loss and gradient norm")
+    assert "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2, rank 2" in lines[2]
+    assert all(float(cell) > 0 for cell in lines[2].split("|")[3:6]) and "Loss and gradient norm" in lines[-1]
 
 
 @pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step])
@@ -58,3 +56,12 @@ def test_sampling_draws_the_same_pictures_and_prints_a_table(capsys):
     with pytest.raises(SystemExit):
         sampling.main(["--size", "100"])
     assert "multiple of 16" in capsys.readouterr().err
+
+
+def test_a_row_says_whether_what_was_asked_is_reached():
+    row = timing.row("work", "peer", [2.0, 3.0, 9.0], [1.0, 1.0, 2.0], share="0.95 of something", memory=0.7)
+    assert (row.theirs, row.ours, row.ratio) == (3.0, 1.0, 3.0)
+    for asked, answer in (("ratio ≥ 3", "yes"), ("ratio ≥ 3.1", "missed"), ("memory ≤ 0.7, share ≥ 0.9", "yes"),
+                          ("ratio ≥ 1, memory ≤ 0.6", "missed"), ("share ≥ 0.96", "missed")):
+        row.asked = asked
+        assert timing.table([row]).endswith(f"| 3.00 | 0.95 of something | 0.7 | {asked}: {answer} |")

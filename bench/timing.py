@@ -1,0 +1,104 @@
+"""What the programs of this folder share: paths that take turns, rows of one table, what the machine can do at most.
+
+Shapes do not matter here; times are in seconds, rates in 1/s.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Row:
+    """One work done by a peer and by us."""
+    work: str  # with its size
+    peer: str  # with its version
+    theirs: float  # median seconds
+    ours: float
+    ratio: float  # median over the pairs of peer's seconds / ours
+    share: str = ""  # that ours reaches of what the machine can do, and of what
+    memory: float | None = None  # our peak beyond what was there before / the peer's
+    asked: str = ""  # such as "ratio ≥ 1.05"; the row says whether it was reached
+
+
+def in_turn(paths, repeats, quiet=False):
+    """{name: [seconds]} of `repeats` calls of each function of {name: function}, one after the other. Progress on stderr."""
+    seconds = {name: [] for name in paths}
+    for name in tqdm(list(paths) * repeats, unit="run", disable=quiet):
+        started = time.perf_counter()
+        paths[name]()
+        seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def row(work, peer, theirs, ours, **more):
+    """Row of the paired seconds [repeats] of a peer and ours; more: the other fields."""
+    ratio = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    return Row(work, peer, statistics.median(theirs), statistics.median(ours), ratio, **more)
+
+
+def table(rows):
+    """Markdown."""
+    lines = ["| work | peer | peer, s | ours, s | ratio | share | memory | asked |", "| --- " * 8 + "|"]
+    for r in rows:
+        memory, answer = "" if r.memory is None else f"{r.memory:.3g}", "yes" if reached(r) else "missed"
+        cells = [r.work, r.peer, f"{r.theirs:.3g}", f"{r.ours:.3g}", f"{r.ratio:.2f}", r.share, memory,
+                 r.asked and f"{r.asked}: {answer}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def reached(r):
+    """Whether every part of a row's `asked`, such as "ratio ≥ 1.0, memory ≤ 0.9", holds."""
+    for part in filter(None, r.asked.split(", ")):
+        field, sign, bound = part.split()
+        value = getattr(r, field)
+        value = float(value.split()[0]) if isinstance(value, str) else value
+        if not (value >= float(bound) if sign == "≥" else value <= float(bound)):
+            return False
+    return True
+
+
+def matmul_rate(rows=2048, width=4096, repeats=5):
+    """FLOP/s of the best of some large F.linear calls: the machine's matmul peak in float32."""
+    x, weight = torch.randn(rows, width), torch.randn(width, width)
+    with torch.no_grad():
+        return 2 * rows * width**2 / min(in_turn({"": lambda: F.linear(x, weight)}, 1 + repeats, quiet=True)[""])
+
+
+def read_rate(size=2**29, repeats=5):
+    """Bytes/s of the best of some passes that read `size` bytes: the memory's bandwidth."""
+    x = torch.ones(size // 4)
+    return size / min(in_turn({"": x.sum}, 1 + repeats, quiet=True)[""])
+
+
+def make_parser(doc, repeats=5):
+    """ArgumentParser of a program with the flags that all have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats, help="times, in turn (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, as bench/run.py reads them")
+    return parser
+
+
+def usual(parser, args):
+    """Whether the sizes are those that are asked for, which are the defaults."""
+    return all(parser.get_default(k) == v for k, v in vars(args).items() if k not in ("repeats", "threads", "json"))
+
+
+def show(rows, args, note, ok=True):
+    """Print the rows of a program and what it found when it compared results; its exit status."""
+    if args.json:
+        print(json.dumps({"rows": [dataclasses.asdict(r) for r in rows], "note": note}))
+    else:
+        print(table(rows) + f"\n\n{note}")
+    if not ok:
+        print("the results of the two differ; their times cannot be compared", file=sys.stderr)
+    return int(not ok)
