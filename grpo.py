@@ -14,6 +14,7 @@ import re
 import torch
 from torch.autograd.function import once_differentiable
 
+import kernels
 from data import EMOTIONS, VA_MAX, VA_MIN, check_va
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,21 +197,17 @@ def scan_vocabulary(hidden, weight, targets, chunk, temperature, with_slope):
     One pass over the vocabulary with a running maximum, to which the sums so far are rescaled at every tile.
     """
     N, V = len(hidden), len(weight)
-    buffer = tile_buffer(hidden, weight, chunk)
-    peak, total, picked = buffer.new_full((N,), -math.inf), buffer.new_zeros(N), buffer.new_zeros(N)
-    pull = buffer.new_zeros(hidden.shape) if with_slope else None  # Σ_v exp(logit_v − peak)·W_v
+    on_gpu = kernels.on_gpu(hidden)  # whose kernel computes in float32 whatever type the tile has
+    buffer = tile_buffer(hidden, weight, chunk, hidden.dtype if on_gpu else None)
+    wide = torch.promote_types(buffer.dtype, torch.float32)
+    peak, total, picked = (buffer.new_full((N,), start, dtype=wide) for start in (-math.inf, 0.0, 0.0))
+    pull = buffer.new_zeros(hidden.shape, dtype=wide) if with_slope else None  # Σ_v exp(logit_v − peak)·W_v
     for columns in slices(V, chunk):
         for rows in slices(N, ROWS):
-            z = logits_tile(buffer, hidden[rows], weight[columns], temperature)  # [rows, columns]
-            index, inside = place_in_tile(targets[rows], columns)
-            picked[rows] = torch.where(inside, z.gather(1, index), picked[rows, None])[:, 0]
-            top = torch.maximum(peak[rows], z.amax(1))
-            keep = (peak[rows] - top).exp()
-            z.sub_(top[:, None]).exp_()
-            total[rows] = total[rows] * keep + z.sum(1)
+            z = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
+            keep = kernels.scan_tile(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows], 1 / temperature)
             if with_slope:
                 add_product(pull[rows].mul_(keep[:, None]), z, weight[columns])
-            peak[rows] = top
     lse = peak + total.log()
     slope = pull.div_(-total[:, None]).add_(weight[targets]).div_(temperature) if with_slope else None
     return picked - lse, lse, slope
@@ -223,9 +220,10 @@ def head_gradient(hidden, weight, targets, lse, grad, chunk, temperature):
     for columns in slices(len(weight), chunk):
         part = buffer.new_zeros(weight[columns].shape)
         for rows in slices(len(hidden), ROWS):
-            p = logits_tile(buffer, hidden[rows], weight[columns], temperature).sub_(lse[rows, None]).exp_()
-            index, inside = place_in_tile(targets[rows], columns)
-            p.scatter_add_(1, index, -inside.to(p.dtype))
+            p = logits_tile(buffer, hidden[rows], weight[columns])
+            p = (p if temperature == 1 else p.div_(temperature)).sub_(lse[rows, None]).exp_()
+            place, width = (targets[rows] - columns.start)[:, None], p.shape[1]
+            p.scatter_add_(1, place.clamp(0, width - 1), -((place >= 0) & (place < width)).to(p.dtype))
             add_product(part, p.t(), scaled[rows])
         gradient[columns] = part
     return gradient
@@ -235,25 +233,16 @@ def slices(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def tile_buffer(hidden, weight, chunk):
-    """Room for the largest tile, flat, in float32 or wider."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(min(len(hidden), ROWS) * min(len(weight), chunk), dtype=wide)
+def tile_buffer(hidden, weight, chunk, dtype=None):
+    """Room for the largest tile, flat, in float32 or wider if no type is given."""
+    dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.new_empty(min(len(hidden), ROWS) * min(len(weight), chunk), dtype=dtype)
 
 
-def logits_tile(buffer, hidden, weight, temperature):
-    """hidden·Wᵀ/temperature for some rows of each, written into the buffer."""
+def logits_tile(buffer, hidden, weight):
+    """hidden·Wᵀ for some rows of each, written into the buffer."""
     z = buffer[:len(hidden) * len(weight)].view(len(hidden), len(weight))
-    if hidden.dtype == z.dtype:
-        return z.addmm_(hidden, weight.t(), beta=0, alpha=1 / temperature)
-    return z.copy_(hidden @ weight.t()).div_(temperature)
-
-
-def place_in_tile(targets, columns):
-    """Column of each target within the tile [rows,1], and whether it lies there at all (if not, the column is any)."""
-    index = (targets - columns.start)[:, None]
-    width = columns.stop - columns.start
-    return index.clamp(0, width - 1), (index >= 0) & (index < width)
+    return torch.mm(hidden, weight.t(), out=z) if hidden.dtype == z.dtype else z.copy_(hidden @ weight.t())
 
 
 def add_product(total, a, b):

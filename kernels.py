@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, H heads, K key-value heads, E channels of one head, D
 """
 
 import contextlib
+import math
 import os
 
 import torch
@@ -126,13 +127,74 @@ def attend_few(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def for_convolutions(x):
-    """x [B,C,H,W], on a CPU with its channels last in memory, which all convolutions that follow keep and are faster by."""
-    return x.contiguous(memory_format=torch.channels_last) if on_cpu(x) else x
+# ---------------------------------------------------------------------------------------------------------------------
+# One step of a stochastic sampler, in float32: mean = a·latents + b·velocity, deviation std; all [B,C,h,w] but the numbers
+
+
+def sde_draw(velocity, latents, noise, a, b, std):
+    """(the step mean + std·noise, without gradient, its log-probability [B], see `sde_log_prob`)."""
+    if gpu := on_gpu(velocity):
+        return gpu.sde_draw(velocity, latents, noise, a, b, std)
+    mean = sde_mean(velocity, latents, a, b)
+    drawn = (mean + std * noise).detach()
+    return drawn, log_density(drawn, mean, std)
+
+
+def sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity=None, sigma_t=1.0):
+    """(log density [B] of the given step, averaged over its elements, KL [B] to the reference's step or None).
+
+    The KL, with ref_velocity, a constant: (mean − ref_mean)²/(2·sigma_t²), averaged over elements, where latents cancel.
+    """
+    if gpu := on_gpu(velocity):
+        return gpu.sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity, sigma_t)
+    log_prob = log_density(next_latents.float(), sde_mean(velocity, latents, a, b), std)
+    if ref_velocity is None:
+        return log_prob, None
+    gap = b * (velocity.float() - ref_velocity.detach().float())
+    return log_prob, gap.square().flatten(1).mean(1) / (2 * sigma_t**2)
+
+
+def sde_mean(velocity, latents, a, b):
+    return latents.float() * a + velocity.float() * b
+
+
+def log_density(x, mean, std):
+    return -0.5 * ((x - mean) / std).square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers whose weights stay as they are, on a CPU
+# Softmax over a vocabulary that passes by in tiles
+
+
+def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
+    """One tile of a running log-softmax, in place: logits z [N,V] become exp(scale·z − peak).
+
+    V vocabulary entries from `start` on; targets [N], counted over the whole vocabulary. peak, total, picked [N], float32 or
+    wider: the greatest scaled logit so far (−inf at first), Σ exp(logit − peak), and the target's scaled logit once its tile
+    has passed. Returns keep [N]: what sums of exp(logit − old peak) must be multiplied by.
+    """
+    if gpu := on_gpu(z):
+        return gpu.scan_tile(z, targets, start, peak, total, picked, scale)
+    if scale != 1:
+        z.mul_(scale)
+    place = (targets - start)[:, None]
+    inside = (place >= 0) & (place < z.shape[1])
+    picked.copy_(torch.where(inside, z.gather(1, place.clamp(0, z.shape[1] - 1)), picked[:, None])[:, 0])
+    top = torch.maximum(peak, z.amax(1))
+    keep = (peak - top).exp()
+    z.sub_(top[:, None]).exp_()
+    total.mul_(keep).add_(z.sum(1))
+    peak.copy_(top)
+    return keep
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def for_convolutions(x):
+    """x [B,C,H,W], on a CPU with its channels last in memory, which all convolutions that follow keep and are faster by."""
+    return x.contiguous(memory_format=torch.channels_last) if on_cpu(x) else x
 
 
 def laid_out(weight, bias=None, copy=True):

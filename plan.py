@@ -259,12 +259,11 @@ def update_parts(models, args, n, checkpointing):
 
     def reference(_):
         with torch.no_grad(), weights.lora_disabled(models.mmdit):
-            flow_grpo.evaluate_step(models.mmdit, trajectory, 0, *texts)
+            flow_grpo.kept_velocity(models.mmdit, trajectory, 0, *texts)
 
     def gradients(meter):
-        step = flow_grpo.evaluate_step(models.mmdit, trajectory, 0, *texts)
-        loss, _ = flow_grpo.flow_grpo_loss(step.log_prob, rows, rows, step.mean, latents if args.beta else None,
-                                           step.sigma_t, args.clip, args.beta)
+        step = flow_grpo.evaluate_step(models.mmdit, trajectory, 0, *texts, latents if args.beta else None)
+        loss, _ = flow_grpo.step_loss(step.log_prob, rows, rows, step.kl, args.clip, args.beta)
         meter.kept = meter.live
         loss.backward()
 

@@ -83,6 +83,7 @@ CURVES = ("reward", "reward_emotion", "reward_pickscore", "judge_v_error", "judg
           "reward_std", "zero_spread", "kl", "clip_fraction", "grad_norm", "eval_judge_v_error", "eval_judge_a_error",
           "eval_meter_v_error", "eval_meter_a_error", "eval_pickscore")
 FORMS = ("numbers", "words", "emotional", "neutral")  # of a target in a prompt
+MEANS = ("ratio", "clip_fraction", "kl")  # of a step's metrics, over its rows
 STRIP = 6  # pictures of fixed prompts and seeds that every evaluation draws
 
 
@@ -286,24 +287,24 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
     """Gradients over all stochastic steps of all chunks, then one step of the optimizer. advantages [n]: of this process's
     pictures. check: before the first update the ratio must be 1. Returns sums over this process's picture-steps."""
     model = models.generator.mmdit
-    count = len(advantages) * len(chunks[0].trajectory.steps)
-    sums, worst = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0), 0.0
+    count, sums, worst = len(advantages) * len(chunks[0].trajectory.steps), {}, []  # of tensors: nothing waits for a GPU
     optimizer.zero_grad(set_to_none=True)
     for chunk in chunks:
         for k, kept in enumerate(chunk.trajectory.steps):
-            reference = None
+            of, reference = (model, chunk.trajectory, k, chunk.context, chunk.pooled), None
             if args.beta:
                 with torch.no_grad(), weights.lora_disabled(model):
-                    reference = flow_grpo.evaluate_step(model, chunk.trajectory, k, chunk.context, chunk.pooled).mean
-            step = flow_grpo.evaluate_step(model, chunk.trajectory, k, chunk.context, chunk.pooled)
-            loss, metrics = flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, advantages[chunk.places], step.mean,
-                                                     reference, step.sigma_t, args.clip, args.beta, normalizer=count)
+                    reference = flow_grpo.kept_velocity(*of)
+            step = flow_grpo.evaluate_step(*of, reference)
+            loss, metrics = flow_grpo.step_loss(step.log_prob, kept.log_prob, advantages[chunk.places], step.kl, args.clip,
+                                                args.beta, normalizer=count)
             loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
             loss.backward()
-            sums["loss"] += float(loss.detach())
-            for key in ("ratio", "clip_fraction", "kl"):
-                sums[key] += float(metrics.get(key, 0.0)) * len(kept.log_prob)
-            worst = max(worst, float(metrics["ratio_max_deviation"]))
+            sums["loss"] = sums.get("loss", 0.0) + loss.detach().double()
+            for key in MEANS:
+                sums[key] = sums.get(key, 0.0) + metrics.get(key, torch.zeros(())).double() * len(kept.log_prob)
+            worst.append(metrics["ratio_max_deviation"])
+    sums, worst = {key: float(value) for key, value in sums.items()}, float(torch.stack(worst).max())
     if check and not worst <= (0 if models.generator.device.type == "cpu" else args.clip / 10):
         raise training.RunError(f"before the first update the ratio is off by {worst:.2g}; drawing and evaluating a step no "
                                 f"longer agree: is the adapter on in one only, or the batch another?")

@@ -28,7 +28,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/kernel_table.py` finds kernels
-import flow_grpo
 import kernels
 import triton_kernels as fused
 
@@ -92,9 +91,10 @@ def make_cases(dtype, B=8, L=1024):
     for M in (18_944, 3420):
         add("swiglu", f"{N}×2·{M}", fused.swiglu, kernels.swiglu, [make(N, 2 * M, dtype=dtype)], 1, 8 * s * N * M)
     v, x, after, ref = (make(B, 16, 64, 64, dtype=torch.float32) for _ in range(4))  # whatever the type of the model
-    add("sde_log_prob and kl", f"{B}×16×64×64", lambda *t: fused.sde_log_prob(*t[:3], .9, -.1, .3, t[3], .8), sde_plain,
-        [v, x, after, ref], 1, 9 * v.nbytes)
-    add("sde_draw", f"{B}×16×64×64", lambda *t: fused.sde_draw(*t, .9, -.1, .3), draw_plain, [v, x, after], 0, 4 * v.nbytes)
+    add("sde_log_prob and kl", f"{B}×16×64×64", *(lambda *t, of=of: of.sde_log_prob(*t[:3], .9, -.1, .3, t[3], .8)
+                                                   for of in (fused, kernels)), [v, x, after, ref], 1, 9 * v.nbytes)
+    add("sde_draw", f"{B}×16×64×64", *(lambda *t, of=of: of.sde_draw(*t, .9, -.1, .3) for of in (fused, kernels)),
+        [v, x, after], 0, 4 * v.nbytes)
     for V in (2048, 8192):
         rows = 4096
         state = [make(rows, dtype=t) for t in (torch.int64, *[torch.float32] * 3)]
@@ -103,31 +103,10 @@ def make_cases(dtype, B=8, L=1024):
     return cases
 
 
-def sde_plain(velocity, latents, after, ref_velocity):
-    """As train_gen has it: the KL needs the mean of the reference, which is another step's."""
-    step = flow_grpo.sde_step(velocity, latents, .8, .7, .7, next_latents=after)
-    with torch.no_grad():
-        ref_mean = flow_grpo.sde_step(ref_velocity, latents, .8, .7, .7, next_latents=after).mean
-    return step.log_prob, flow_grpo.kl_of(step.mean, ref_mean, step.sigma_t)
-
-
-def draw_plain(velocity, latents, noise):
-    with mock.patch.object(flow_grpo, "draw_noise", lambda *_: noise):
-        step = flow_grpo.sde_step(velocity, latents, .8, .7, .7)
-    return step.next_latents, step.log_prob
-
-
-def scan_plain(logits, targets, peak, total, picked):
-    """The loop body of grpo.scan_vocabulary up to the product, whose operand has the type of the logits."""
-    z = logits.float() if logits.dtype != torch.float32 else logits
-    index = (targets - 16)[:, None]
-    inside = (index >= 0) & (index < z.shape[1])
-    picked[:] = torch.where(inside, z.gather(1, index.clamp(0, z.shape[1] - 1)), picked[:, None])[:, 0]
-    top = torch.maximum(peak, z.amax(1))
-    keep = (peak - top).exp()
-    z.sub_(top[:, None]).exp_()
-    total[:] = total * keep + z.sum(1)
-    peak[:] = top
+def scan_plain(logits, *state):
+    """With grpo.scan_vocabulary's tile of float32, and the product's operand in the type of the logits."""
+    z = logits.float()
+    kernels.scan_tile(z, state[0], 16, *state[1:])
     return z.to(logits.dtype)
 
 

@@ -190,6 +190,8 @@ def test_noise_comes_from_the_generator_alone():
     ({"sigma": 1.01}, "0..1"), ({"sigma_next": -0.1}, "0..1"), ({"sigma": math.nan}, "0..1"),
     ({"velocity": torch.zeros(2, 3, 2, 1)}, "velocity must"),
     ({"next_latents": torch.zeros(1, 3, 2, 2)}, "next_latents must"),
+    ({"next_latents": torch.zeros(2, 3, 2, 2), "ref_velocity": torch.zeros(2, 1, 2, 2)}, "ref_velocity must"),
+    ({"ref_velocity": torch.zeros(2, 3, 2, 2)}, "give next_latents too"),
     ({"generator": generators(1)}, "1 generators for 2 rows"), ({"generator": generators(1, 2, 3)}, "3 generators")])
 def test_steps_that_do_not_exist_are_refused(change, match):
     x = torch.zeros(2, 3, 2, 2)
@@ -426,6 +428,17 @@ def test_the_kl_is_that_of_the_step_without_its_time():
     assert torch.allclose(ours.double(), kl.mean((1, 2, 3)) * (0.5 - 0.4), rtol=1e-5)
     assert (flow_grpo.kl_of(mean, mean, step.sigma_t) == 0).all()
     assert flow_grpo.kl_of(mean.bfloat16(), ref_mean.bfloat16(), torch.tensor(0.7)).dtype == torch.float32
+
+
+def test_the_kl_of_an_evaluated_step_is_that_of_its_means_and_their_gradient():
+    velocity, ref, latents, after = (drawn(i, 3, 4, 2, 2) for i in range(4))
+    velocity.requires_grad_()
+    step = flow_grpo.sde_step(velocity, latents, 0.5, 0.4, 0.7, after, ref_velocity=ref.clone().requires_grad_())
+    ref_mean = flow_grpo.sde_step(ref, latents, 0.5, 0.4, 0.7, after).mean
+    kl = flow_grpo.kl_of(step.mean, ref_mean, step.sigma_t)
+    torch.testing.assert_close(step.kl, kl, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), velocity, retain_graph=True)[0] for x in (step.kl, kl)),
+                               rtol=1e-4, atol=1e-7)
 
 
 def test_a_kl_without_width_or_between_other_shapes_is_refused():

@@ -123,13 +123,12 @@ def test_activations_on_meta_are_what_autograd_keeps_in_a_real_run(small, dtype,
         return t
 
     def forward():
-        step = flow_grpo.evaluate_step(model, trajectory, 3, *texts)
-        old = kept.log_prob
-        return flow_grpo.flow_grpo_loss(step.log_prob, old, old, step.mean, kept.before, step.sigma_t), step
+        step = flow_grpo.evaluate_step(model, trajectory, 3, *texts, kept.before)
+        return flow_grpo.step_loss(step.log_prob, kept.log_prob, kept.log_prob, step.kl), step
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         (loss, _), step = forward()
-    assert meant.kept == pytest.approx(plan.size_of(saved.values()) + step.mean.nbytes, rel=tolerance)
+    assert meant.kept == pytest.approx(plan.size_of(saved.values()) + step.terms[0].nbytes, rel=tolerance)
     with plan.Meter("cpu") as real:  # the peak: the same meter, over real tensors
         (loss, _), step = forward()
         loss.backward()

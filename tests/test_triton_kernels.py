@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flow_grpo
 import grpo
 import kernels
 import mmdit
@@ -238,20 +239,6 @@ def test_scan_tile_makes_the_log_softmax_as_the_tiles_pass(N, V, tile, dtype, sc
     torch.testing.assert_close(mass, total.double(), rtol=ERRORS[dtype], atol=0)
 
 
-def test_scan_tile_takes_the_place_of_the_loop_in_scan_vocabulary():
-    hidden, weight, targets = tensor(5, 8), tensor(50, 8), torch.tensor([0, 49, 7, 16, 17], device=DEVICE)
-    peak, total, picked = torch.full((5,), -math.inf, device=DEVICE), tensor(5) * 0, torch.empty(5, device=DEVICE)
-    pull = tensor(5, 8) * 0
-    for columns in grpo.slices(50, 17):
-        z = hidden @ weight[columns].t()
-        keep = fused.scan_tile(z, targets, columns.start, peak, total, picked, 0.5)
-        pull.mul_(keep[:, None]).addmm_(z, weight[columns])
-    log_probs, lse, slope = grpo.scan_vocabulary(hidden, weight, targets, 17, 2.0, with_slope=True)
-    torch.testing.assert_close(picked - peak - total.log(), log_probs)
-    torch.testing.assert_close(peak + total.log(), lse)
-    torch.testing.assert_close((weight[targets] - pull / total[:, None]) / 2.0, slope)
-
-
 def test_inputs_of_any_layout_and_tensors_that_need_no_gradient():
     x, branch = tensor(5, 2, 6).transpose(0, 1), tensor(2, 6, 5).transpose(1, 2)  # [2,5,6]
     shift, scale, weight = tensor(6, 2).t(), tensor(1, 6).expand(2, 6), tensor(6)
@@ -382,3 +369,46 @@ def test_a_qwen_vl_with_a_picture_is_the_same_on_the_kernels(monkeypatch):
 
     for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("trained", [(True, False), (True, True), (False, True)], ids=["hidden", "both", "head"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_log_probs_and_their_gradients_are_the_same_on_the_kernels(monkeypatch, trained, dtype, temperature):
+    hidden, weight = (tensor(*shape, dtype=dtype).requires_grad_(on) for shape, on in zip([(5, 8), (50, 8)], trained))
+    targets = torch.tensor([0, 49, 7, 16, 17], device=DEVICE)
+
+    def run(hidden=hidden, weight=weight):
+        out = grpo.token_log_probs(hidden, weight, targets, 17, temperature)
+        leaves = [x for x in (hidden, weight) if x.requires_grad]
+        return [out.detach(), *torch.autograd.grad((out * torch.arange(1.0, 6, device=DEVICE)).sum(), leaves)]
+
+    exact = run(hidden.detach().double().requires_grad_(trained[0]), weight.detach().double().requires_grad_(trained[1]))
+    for wanted, plain, ours in zip(exact, *on_the_kernels(monkeypatch, run), strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=2 * ERRORS[dtype] * float(wanted.abs().max()))
+
+
+def test_a_trajectory_its_ratio_and_the_gradient_of_its_loss_are_the_same_on_the_kernels(monkeypatch):
+    weight = tensor(4, 4).requires_grad_()
+    latents, texts = tensor(2, 4, 6, 6), (tensor(4, 1), tensor(4, 1))
+
+    def model(x, timestep, context, pooled):
+        return torch.einsum("bchw,cd->bdhw", x, weight) * (1 + context[:, :, None, None] / 9)
+
+    def run():
+        with torch.no_grad():
+            reference = torch.einsum("bchw,cd->bdhw", latents, weight.roll(1, 0))
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        trajectory = flow_grpo.sample_sde(model, latents, *texts, 4, window=(0, 3), generator=seeds)
+        out = [trajectory.latents]
+        for k, kept in enumerate(trajectory.steps):
+            step = flow_grpo.evaluate_step(model, trajectory, k, *texts, reference)
+            assert torch.equal(step.log_prob, kept.log_prob)  # the ratio is exactly 1
+            loss, metrics = flow_grpo.step_loss(step.log_prob, kept.log_prob, tensor(2), step.kl)
+            out += [step.mean.detach(), step.log_prob.detach(), step.kl.detach(), loss.detach(),
+                    torch.autograd.grad(loss, weight)[0]]
+        return out
+
+    for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
