@@ -6,26 +6,27 @@
 Both read the same folder, a random Qwen2.5-VL that transformers writes (by default 192 million parameters: width 512, 8
 layers, 8 heads, 2 key-value heads, and a vision tower of 8 blocks), and answer without a stop token, sampling at
 temperature 1. First their greedy tokens are compared; then they take turns in one process. Each is timed for one new token
-(the prefill: picture and prompt) and for all of them; what lies between is the decode. float32, on the CPU. The machine
-must be idle: threads that wait for a core slow both many times over, and not alike.
+(the prefill: picture and prompt) and for all of them; what lies between is the decode. The shares are of two rates
+measured in the same run: the prefill's, by its FLOP, of that of one large matrix product; the decode's, by the bytes of the
+weights (blocks and head, once a step for the whole group), of that of reading memory. float32, on the CPU. The machine must
+be idle: threads that wait for a core slow both many times over, and not alike.
 """
 
-import argparse
+import functools
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/judge_generate.py` finds qwen_vl
 import qwen_vl
 import weights
+from bench import timing
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -80,46 +81,30 @@ def theirs_tokens(model, prompt, n, new_tokens, sample=True):
     return out[:, ids.shape[1]:]
 
 
-def measure(paths, prompt, args):
-    """{(path, new tokens): [seconds]}, the paths in turn."""
-    seconds, lengths = {}, sorted({1, args.new_tokens})
-    with tqdm(total=args.repeats * len(lengths) * len(paths), unit="run") as bar:
-        for _ in range(args.repeats):
-            for new_tokens in lengths:
-                for name, run in paths.items():
-                    started = time.perf_counter()
-                    tokens = run(prompt, args.group, new_tokens)
-                    seconds.setdefault((name, new_tokens), []).append(time.perf_counter() - started)
-                    assert tokens.shape == (args.group, new_tokens)
-                    bar.update()
-    return seconds
+def weight_bytes(model):
+    """What every step of the decode must read: the blocks and the head."""
+    return sum(t.nbytes for t in (*model.blocks.parameters(), model.head_weight))
 
 
-def table(args, parameters, prompt, seconds):
-    """Markdown. Medians of the repeats; the ratio is transformers' seconds to ours."""
-    work = (f"{parameters / 1e6:,.0f} M parameters, {args.image}×{args.image} pixels, {len(prompt.ids)} prompt tokens, "
-            f"{args.group} answers of {args.new_tokens}")
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads"
-    median = {key: statistics.median(values) for key, values in seconds.items()}
-    lines = [f"| {work} ({versions}) | transformers, s | ours, s | ratio |", "| --- | --- | --- | --- |"]
-    for part, value in (("all", lambda name: median[name, args.new_tokens]), ("prefill", lambda name: median[name, 1]),
-                        ("decode", lambda name: median[name, args.new_tokens] - median[name, 1])):
-        theirs, ours = value("transformers"), value("ours")
-        lines.append(f"| {part} | {theirs:.3g} | {ours:.3g} | {theirs / ours if ours else float('nan'):.2f} |")
-    return "\n".join(lines)
+def make_rows(model, prompt, args, seconds):
+    """(rows, note): the whole group, its prefill and its decode. seconds: {(path, new tokens): [seconds]}."""
+    whole, prefill = ([seconds[name, n] for name in ("transformers", "ours")] for n in (args.new_tokens, 1))
+    decode = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(whole, prefill, strict=True)]
+    flop, read = timing.flop_of(lambda: ours_tokens(model, prompt, args.group, 1)), weight_bytes(model)
+    matmul, memory = timing.matmul_rate(), timing.read_rate()
+    shares = ("", f"{flop / statistics.median(prefill[1]) / matmul:.2f} of the matmul rate",
+              f"{read * (args.new_tokens - 1) / statistics.median(decode[1]) / memory:.2f} of memory bandwidth")
+    size = (f"{args.new_tokens} tokens each, {args.image}×{args.image} pixels, {len(prompt.ids)} prompt tokens, "
+            f"{weights.count_parameters(model) / 1e6:,.0f} M parameters")
+    peer, rows = f"transformers {transformers.__version__}", []
+    for part, pair, share in zip(("group of", "prefill for", "decode of"), (whole, prefill, decode), shares, strict=True):
+        rows.append(timing.row(f"{part} {args.group} answers, {size}", peer, *pair, share=share))
+    note = (f"Greedy tokens of the two are equal ({args.new_tokens} of {args.new_tokens}). Prefill {flop / 1e9:,.0f} GFLOP, "
+            f"matmul rate {matmul / 1e9:,.0f} GFLOP/s; weights {read / 1e6:,.0f} MB a step, memory {memory / 1e9:.1f} GB/s.")
+    return rows, note
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512, help="of the text, a multiple of 64 (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=8, help="of the text (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=152_064, help="tokens (default: %(default)s, Qwen2.5's)")
-    parser.add_argument("--image", type=int, default=504, help="side in pixels, a multiple of 28 (default: %(default)s)")
-    parser.add_argument("--text-tokens", type=int, default=170, help="beside the picture's (default: %(default)s)")
-    parser.add_argument("--group", type=int, default=8, help="answers (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="of each answer (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
+def checked(parser, argv):
     args = parser.parse_args(argv)
     if args.width < 64 or args.width % 64 or args.image < 28 or args.image % 28:
         parser.error("--width must be a multiple of 64 and --image one of 28")
@@ -131,7 +116,13 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    parser = timing.make_parser(__doc__, repeats=3)
+    for name, default, about in (
+            ("width", 512, "of the text, a multiple of 64"), ("layers", 8, "of the text"),
+            ("vocabulary", 152_064, "tokens; the default is Qwen2.5's"), ("image", 504, "side in pixels, a multiple of 28"),
+            ("text-tokens", 170, "beside the picture's"), ("group", 8, "answers"), ("new-tokens", 64, "of each answer")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
+    args = checked(parser, argv)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,16 +131,24 @@ def main(argv=None):
         theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     ours.processor.stop = (-1,)  # no answer ends by itself
     theirs.eval()
-    paths = {"transformers": lambda *work, **how: theirs_tokens(theirs, *work, **how),
-             "ours": lambda *work, **how: ours_tokens(ours, *work, **how)}
     prompt = make_prompt(ours.config, args.image, args.text_tokens)
-    greedy = {name: run(prompt, 1, args.new_tokens, sample=False) for name, run in paths.items()}
-    if not torch.equal(greedy["ours"], greedy["transformers"]):
+    if args.profile:
+        return timing.profile(lambda: ours_tokens(ours, prompt, args.group, args.new_tokens))
+    greedy = [tokens(model, prompt, 1, args.new_tokens, sample=False)
+              for tokens, model in ((theirs_tokens, theirs), (ours_tokens, ours))]
+    if not torch.equal(*greedy):
         print("the greedy tokens of the two differ; their times cannot be compared", file=sys.stderr)
         return 1
-    print(table(args, weights.count_parameters(ours), prompt, measure(paths, prompt, args)))
-    print(f"\nGreedy tokens of the two are equal ({args.new_tokens} of {args.new_tokens}).")
-    return 0
+
+    def run(tokens, model, n):
+        assert tokens(model, prompt, args.group, n).shape == (args.group, n)
+
+    paths = {(name, n): functools.partial(run, tokens, model, n) for n in (1, args.new_tokens)
+             for name, tokens, model in (("transformers", theirs_tokens, theirs), ("ours", ours_tokens, ours))}
+    rows, note = make_rows(ours, prompt, args, timing.in_turn(paths, args.repeats))
+    if timing.usual(parser, args):
+        rows[0].asked, rows[2].asked = "ratio ≥ 4", "ratio ≥ 3"
+    return timing.show(rows, args, note)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
 import kernels
 import mmdit
 from bench import timing
+from bench.timing import flop_of
 
 
 def make_models(args):
@@ -64,12 +64,6 @@ def products_of(model, inputs):
     return products
 
 
-def flop_of(run):
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        run()
-    return counter.get_total_flops()
-
-
 def add_arguments(parser, text=333):
     for name, default, about in (
             ("blocks", 4, "of the model; all but the last have dual attention"), ("heads", 24, "of 64 channels"),
@@ -106,6 +100,9 @@ def main(argv=None):
     ours, theirs = make_models(args)
     inputs = latents, timestep, context, pooled = make_inputs(args, ours.config)
     laid_out = copy.deepcopy(ours)
+    if args.profile:
+        with kernels.all_laid_out(laid_out):
+            return timing.profile(lambda: laid_out(*inputs))
     products = products_of(ours, inputs)
     flop, linear = flop_of(lambda: ours(*inputs)), flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],

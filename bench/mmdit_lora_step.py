@@ -6,10 +6,12 @@
 Model and weights are those of bench/mmdit_forward.py, the adapter is train_gen.py's, of all attention projections; peft
 reads it from the file that we write. The loss is the mean square of the velocity. Losses and gradients are compared first;
 then the two take turns in one process. Memory is measured in a process of its own for each: the resident peak of two steps
-less what was resident before the first, as Linux counts it. float32, on the CPU, which must be idle.
+less what was resident before the first, as Linux counts it. The share is of the rate of one large matrix product, measured
+in the same run, by the FLOP of both passes. float32, on the CPU, which must be idle.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -90,16 +92,21 @@ def main(argv=None):
             step()
         print(resident("VmHWM") - before)
         return 0
+    if args.profile:
+        return timing.profile(steps["ours"][0])
     first = {name: (step(), gradient_norm(parameters)) for name, (step, parameters) in steps.items()}
     seconds = timing.in_turn({name: step for name, (step, _) in steps.items()}, args.repeats)
     used = {name: memory(name, argv) for name in steps}
+    flop, rate = timing.flop_of(steps["ours"][0]), timing.matmul_rate()
     row = timing.row(f"LoRA step, forward and backward, {mmdit_forward.work(args)}, rank {args.rank}",
                      f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),
-                     memory=used["ours"] / used["theirs"])
+                     memory=used["ours"] / used["theirs"],
+                     share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
     if timing.usual(parser, args):
         row.asked = "ratio ≥ 1.0, memory ≤ 0.9"
     theirs, ours = first.values()
-    note = (f"Memory beyond the weights: {used['theirs']:,.0f} and {used['ours']:,.0f} MB. Loss and gradient norm: "
+    note = (f"{flop / 1e9:,.0f} GFLOP; matmul rate {rate / 1e9:,.0f} GFLOP/s. Memory beyond the weights: "
+            f"{used['theirs']:,.0f} and {used['ours']:,.0f} MB. Loss and gradient norm: "
             f"{theirs[0]:.6g}, {theirs[1]:.6g} and {ours[0]:.6g}, {ours[1]:.6g}.")
     return timing.show([row], args, note, max(abs(a - b) / abs(a) for a, b in zip(theirs, ours, strict=True)) < 1e-4)
 

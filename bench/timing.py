@@ -6,13 +6,21 @@ Shapes do not matter here; times are in seconds, rates in 1/s.
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
+
+FLOP_OF_CPU_OPERATORS = {  # those that torch does not count: of the shapes of what goes in and out
+    torch.ops.mkldnn._linear_pointwise: lambda x, *others, out_shape, **more: 2 * x[-1] * math.prod(out_shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *others, **more: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *others, **more: 2 * sdpa_flop_count(q, k, v)}
 
 
 @dataclasses.dataclass
@@ -79,18 +87,41 @@ def read_rate(size=2**29, repeats=5):
     return size / min(in_turn({"": x.sum}, 1 + repeats, quiet=True)[""])
 
 
+def flop_of(function):
+    """Floating-point operations of the matrix products, convolutions and attention of one call; causal ones in full."""
+    with FlopCounterMode(display=False, custom_mapping=FLOP_OF_CPU_OPERATORS) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def profile(function, top=12):
+    """Print where the time of a second call goes: the operators by what they take themselves. The exit status, 0."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        function()
+    found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in found)
+    print(f"| operator, of {len(found)} | calls | its own CPU time, s | of {total / 1e6:.3g} s |\n| --- | --- | --- | --- |")
+    for event in found[:top]:
+        own = event.self_cpu_time_total
+        print(f"| {event.key} | {event.count:,} | {own / 1e6:.3g} | {own / total:.1%} |")
+    return 0
+
+
 def make_parser(doc, repeats=5):
     """ArgumentParser of a program with the flags that all have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats, help="times, in turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, as bench/run.py reads them")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes instead")
     return parser
 
 
 def usual(parser, args):
     """Whether the sizes are those that are asked for, which are the defaults."""
-    return all(parser.get_default(k) == v for k, v in vars(args).items() if k not in ("repeats", "threads", "json"))
+    sizes = vars(args).keys() - {"repeats", "threads", "json", "profile"}
+    return all(getattr(args, name) == parser.get_default(name) for name in sizes)
 
 
 def show(rows, args, note, ok=True):
