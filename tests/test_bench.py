@@ -1,5 +1,6 @@
 """The side-by-side programs run at a tiny size and print their tables."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import judge_generate, mmdit_forward, mmdit_lora_step, sampling, timing
+from bench import judge_generate, mmdit_forward, mmdit_lora_step, run, sampling, timing
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +111,82 @@ def test_a_row_says_whether_what_was_asked_is_reached():
                           ("ratio ≥ 1, memory ≤ 0.6", "missed"), ("share ≥ 0.96", "missed")):
         row.asked = asked
         assert timing.table([row]).endswith(f"| 3.00 | 0.95 of something | 0.7 | {asked}: {answer} |")
+
+
+@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step, judge_generate])
+def test_a_profile_names_the_operators_that_take_the_time(program, capsys):
+    name = program.__name__.removeprefix("bench.")
+    assert program.main([*run.QUICK[name].split(), "--threads", "1", "--profile"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| operator") and 5 < len(rows) <= 12
+    assert any(cells(row)[0].startswith(("aten::addmm", "mkldnn::_linear_pointwise")) for row in rows)
+    seconds = [float(cells(row)[2]) for row in rows]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_run_prints_one_table_and_writes_what_it_holds(tmp_path, capfd):
+    out = tmp_path / "new" / "bench.json"
+    assert run.main(["--quick", "--only", "sampling,mmdit_forward", "--threads", "1", "--out", str(out)]) == 0
+    printed = capfd.readouterr().out
+    lines = printed.splitlines()
+    assert "1 of " in lines[0] and "100 GFLOP/s in large matrix products, 10.0 GB/s" in lines[0]
+    assert "These times mean nothing" in printed and "mmdit_forward: " in printed and "Missed" not in printed
+    rows = [cells(line)[0] for line in lines[lines.index("| --- " * 8 + "|") + 1:][:3]]
+    assert [row.split(",")[0] for row in rows] == ["MMDiT forward", "MMDiT forward", "2 pictures of 64 px"]
+    record = json.loads(out.read_text())
+    assert [row["work"] for work in record["works"] for row in work["rows"]] == rows
+    assert record["works"][0]["command"].startswith("python bench/mmdit_forward.py --blocks 2 ")
+    assert min(work["seconds"] for work in record["works"]) > 0 and record["versions"]["torch"] == torch.__version__
+    assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
+
+
+GROWS = '''
+import json, sys
+size = int(sys.argv[sys.argv.index("--size") + 1]) if "--size" in sys.argv else 2
+row = {"work": f"work of size {size}", "peer": "peer 1.0", "theirs": size, "ours": 0.5, "ratio": 2.0 * size,
+       "share": "0.5 of all", "memory": 0.25, "asked": "ratio ≥ 5, memory ≤ 0.9" if size == 2 else ""}
+print("| operator |" if "--profile" in sys.argv else json.dumps({"rows": [row], "note": "A note."}))
+'''
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+    """run.py with two programs: one whose sizes grow, one that fails."""
+    (tmp_path / "grows.py").write_text(GROWS)
+    (tmp_path / "fails.py").write_text("import sys\nprint('no such luck', file=sys.stderr)\nsys.exit(3)\n")
+    (tmp_path / "talks.py").write_text("print('hello')\n")
+    grows, fails, talks = (str(tmp_path / name) for name in ("grows", "fails", "talks"))
+    monkeypatch.setattr(run, "STANDARD", {fails: "", talks: "", grows: ""})
+    monkeypatch.setattr(run, "GROWTH", ((grows, "size", {2: "", 3: "--size 3", 40: "--size 40"}),))
+    return grows
+
+
+def test_a_program_that_fails_is_reported_and_the_others_go_on(fakes, tmp_path, capfd):
+    assert run.main(["--no-growth", "--out", str(tmp_path / "bench.json")]) == 1
+    out, err = capfd.readouterr()
+    assert "| work of size 2 | peer 1.0 | 2 | 0.5 | 4.00 | 0.5 of all | 0.25 | ratio ≥ 5, memory ≤ 0.9: missed |" in out
+    assert "fails.py --threads" in out and "exit status 3\nno such luck" in out and "no such luck" in err
+    assert "talks.py --threads" in out and "not rows as JSON" in out and "hello" in out
+    failed = [work["failed"] for work in json.loads((tmp_path / "bench.json").read_text())["works"]]
+    assert failed[0] == "exit status 3\nno such luck" and failed[1] and not failed[2]
+
+
+def test_what_grows_has_one_line_and_what_is_missed_a_profile(fakes, tmp_path, capfd):
+    assert run.main(["--only", fakes, "--out", str(tmp_path / "bench.json")]) == 0
+    out = capfd.readouterr().out
+    assert "| work of size … | size | 2 · 3 · 40 | 2 · 3 · 40 | 0.5 · 0.5 · 0.5 | 4.00 · 6.00 · 80.00 |" \
+           " 0.5 · 0.5 · 0.5 of all | 0.25 · 0.25 · 0.25 |" in out
+    assert "Missed: work of size 2: ratio ≥ 5, memory ≤ 0.9 was asked, found ratio 4, memory 0.25." in out
+    works = json.loads((tmp_path / "bench.json").read_text())["works"]
+    assert len(works) == 3 and works[0]["profile"] == "| operator |"
+    assert "--profile`:\n\n| operator |\n" in out and "A note." in out
+
+
+@pytest.mark.parametrize("wrong, why", [("--only sampling,nothing", "expected some of mmdit_forward, mmdit_lora_step"),
+                                        ("--threads 0", "at least 1"), ("--out /proc/none/bench.json", "cannot write"),
+                                        ("--out /", "is a folder")])
+def test_run_refuses_wrong_flags_before_it_measures(wrong, why, monkeypatch, capsys):
+    monkeypatch.setattr(run, "machine", None)
+    with pytest.raises(SystemExit):
+        run.main(wrong.split())
+    assert why in capsys.readouterr().err
