@@ -57,8 +57,12 @@ def make(*shape, dtype):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def make_cases(dtype, B=8, L=1024):
-    """All operations at the widths of SD3.5-Medium and -Large and Qwen2.5-VL-7B, over B pictures of L tokens."""
+def make_cases(dtype, B=8, L=1024, side=64, rows=4096, make=make):
+    """All operations at the widths of SD3.5-Medium and -Large and Qwen2.5-VL-7B, over B pictures of L tokens.
+
+    side: of the latents; rows: of a tile of logits; make(*shape, dtype): gives the tensors, those of int64 in 0..2047. Both
+    forms of a case return the same.
+    """
     s, N, cases = dtype.itemsize, B * L, []
 
     def add(name, shape, fused, plain, tensors, trained, least):
@@ -84,30 +88,34 @@ def make_cases(dtype, B=8, L=1024):
         add(name, f"{B}×{L}×3·{H}×{E}", lambda qkv, *w, H=H: fused.split_qkv(qkv, H, *w),
             lambda qkv, *w, H=H: kernels.split_qkv(qkv, H, *w), heads, trained, (4 + 8) * s * N * H * E)
     for H, K, E, angle in ((28, 4, 128, dtype), (16, 16, 80, torch.float32)):
-        tensors = [make(N, (H + 2 * K) * E, dtype=dtype), *(make(N, 1, E, dtype=angle) for _ in "cs")]
+        halves = [make(N, 1, E // 2, dtype=angle) for _ in "cs"]  # each angle belongs to both halves of a head
+        tensors = [make(N, (H + 2 * K) * E, dtype=dtype), *(torch.cat([t, t], dim=-1) for t in halves)]
         add("split_rotate", f"{N}×({H}+2·{K})×{E}", lambda qkv, *t, H=H, K=K: fused.split_rotate(qkv, H, K, *t),
             lambda qkv, *t, H=H, K=K: kernels.split_rotate(qkv, H, K, *t), tensors, 1,
             2 * s * N * (2 * H + 3 * K) * E + 2 * angle.itemsize * N * E)
     for M in (18_944, 3420):
         add("swiglu", f"{N}×2·{M}", fused.swiglu, kernels.swiglu, [make(N, 2 * M, dtype=dtype)], 1, 8 * s * N * M)
-    v, x, after, ref = (make(B, 16, 64, 64, dtype=torch.float32) for _ in range(4))  # whatever the type of the model
-    add("sde_log_prob and kl", f"{B}×16×64×64", *(lambda *t, of=of: of.sde_log_prob(*t[:3], .9, -.1, .3, t[3], .8)
-                                                   for of in (fused, kernels)), [v, x, after, ref], 1, 9 * v.nbytes)
-    add("sde_draw", f"{B}×16×64×64", *(lambda *t, of=of: of.sde_draw(*t, .9, -.1, .3) for of in (fused, kernels)),
+    v, x, after, ref = (make(B, 16, side, side, dtype=torch.float32) for _ in range(4))  # whatever the type of the model
+    add("sde_log_prob and kl", f"{B}×16×{side}×{side}", *(lambda *t, of=of: of.sde_log_prob(*t[:3], .9, -.1, .3, t[3], .8)
+                                                          for of in (fused, kernels)), [v, x, after, ref], 1, 9 * v.nbytes)
+    add("sde_draw", f"{B}×16×{side}×{side}", *(lambda *t, of=of: of.sde_draw(*t, .9, -.1, .3) for of in (fused, kernels)),
         [v, x, after], 0, 4 * v.nbytes)
     for V in (2048, 8192):
-        rows = 4096
         state = [make(rows, dtype=t) for t in (torch.int64, *[torch.float32] * 3)]
-        add("scan_tile", f"{rows}×{V}", lambda z, targets, *state: fused.scan_tile(z, targets, 16, *state), scan_plain,
-            [make(rows, V, dtype=dtype), *state], 0, 2 * s * rows * V)
+        add("scan_tile", f"{rows}×{V}", scan_fused, scan_plain, [make(rows, V, dtype=dtype), *state], 0, 2 * s * rows * V)
     return cases
 
 
-def scan_plain(logits, *state):
+def scan_fused(logits, targets, *state):
+    keep = fused.scan_tile(logits, targets, 16, *state)
+    return logits, *state, keep
+
+
+def scan_plain(logits, targets, *state):
     """With grpo.scan_vocabulary's tile of float32, and the product's operand in the type of the logits."""
     z = logits.float()
-    kernels.scan_tile(z, state[0], 16, *state[1:])
-    return z.to(logits.dtype)
+    keep = kernels.scan_tile(z, targets, 16, *state)
+    return z.to(logits.dtype), *state, keep
 
 
 # ---------------------------------------------------------------------------------------------------------------------
