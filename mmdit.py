@@ -2,7 +2,8 @@
 
 Two streams, image ("x") and text ("context"), have their own weights and meet in one joint attention per block. In the
 first blocks of SD3.5-Medium the image stream has a second attention to itself. It predicts the velocity of rectified
-flow. Modules carry the tensor names of Stability's single file; `diffusers_views` maps the diffusers layout on them.
+flow. Modules carry the tensor names of Stability's single file (`stability_views` has the one exception);
+`diffusers_views` maps the diffusers layout on them.
 
 Shapes: B batch, C latent channels, h, w latent cells, p patch side, N = (h/p)(w/p) image tokens, L text tokens,
 D width, H heads, E = D/H. Left out: control nets, skip-layer guidance.
@@ -11,9 +12,11 @@ D width, H heads, E = D/H. Left out: control nets, skip-layer guidance.
 import functools
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,25 +96,20 @@ class Attention(nn.Module):
 
 
 class Stream(nn.Module):
-    """One block of one stream: modulation, attention projections, MLP.
+    """The attention projections and the MLP of one stream in one block.
 
-    The modulation vectors are, in the file's order: shift, scale, gate of the attention; shift, scale, gate of the MLP;
+    Its modulation vectors are, in the file's order: shift, scale, gate of the attention; shift, scale, gate of the MLP;
     shift, scale, gate of the second attention (dual). The last text stream is only read (shift and scale alone).
     """
 
     def __init__(self, c, dual=False, read_only=False):
         super().__init__()
-        vectors = 2 if read_only else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, vectors * c.width))
+        self.vectors = 2 if read_only else 9 if dual else 6
         self.attn = Attention(c, has_output=not read_only)
         if dual:
             self.attn2 = Attention(c)
         if not read_only:
             self.mlp = Mlp(c.width)
-        self.vectors = vectors
-
-    def modulation(self, cond):  # [B,D] -> tuple of [B,D]
-        return self.adaLN_modulation(cond).chunk(self.vectors, dim=-1)
 
 
 class JointBlock(nn.Module):
@@ -120,10 +118,10 @@ class JointBlock(nn.Module):
         self.context_block = Stream(c, read_only=last)
         self.x_block = Stream(c, dual)
 
-    def forward(self, x, context, cond):
-        """x [B,N,D], context [B,L,D], cond [B,D] -> the same two; the last block returns None for the context."""
+    def forward(self, x, context, *vectors):
+        """x [B,N,D], context [B,L,D], modulation vectors [B,D] of both -> x and context, which is None after the last."""
         sx, sc = self.x_block, self.context_block
-        mx, mc = sx.modulation(cond), sc.modulation(cond)
+        mx, mc = vectors[:sx.vectors], vectors[sx.vectors:]
         L = context.shape[1]
         # joint attention over the tokens of both streams, text first
         qkv_c = sc.attn(kernels.modulate(context, mc[0], mc[1]))
@@ -150,11 +148,11 @@ class JointBlock(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(c.width, 2 * c.width))
+        self.vectors = 2  # shift, scale
         self.linear = nn.Linear(c.width, c.patch**2 * c.channels)
 
-    def forward(self, x, cond):  # [B,N,D] -> [B,N,p·p·C]
-        return self.linear(kernels.modulate(x, *self.adaLN_modulation(cond).chunk(2, dim=-1)))
+    def forward(self, x, shift, scale):  # [B,N,D] -> [B,N,p·p·C]
+        return self.linear(kernels.modulate(x, shift, scale))
 
 
 class MMDiT(nn.Module):
@@ -169,6 +167,7 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(
             JointBlock(c, dual=i in c.dual_blocks, last=i == c.depth - 1) for i in range(c.depth))
         self.final_layer = FinalLayer(c)
+        self.modulation = nn.Linear(c.width, sum(n for _, n in self.modulated()) * c.width)  # of all blocks at once
         self.checkpointing = False  # recompute the blocks in the backward pass
 
     def forward(self, latents, timestep, context, pooled):
@@ -184,14 +183,23 @@ class MMDiT(nn.Module):
         rows, cols = h // c.patch, w // c.patch
         x = self.x_embedder(latents) + self.positions(rows, cols)  # [B,N,D]
         cond = self.t_embedder(sinusoids(timestep).to(x.dtype)) + self.y_embedder(pooled)  # [B,D]
+        vectors = iter(self.modulation(F.silu(cond)).split(c.width, dim=-1))  # each [B,D]
         context = self.context_embedder(context)  # [B,L,D]
         for block in self.joint_blocks:
+            own = islice(vectors, block.x_block.vectors + block.context_block.vectors)
             if self.checkpointing and torch.is_grad_enabled():
-                x, context = checkpoint(block, x, context, cond, use_reentrant=False)
+                x, context = checkpoint(block, x, context, *own, use_reentrant=False)
             else:
-                x, context = block(x, context, cond)
-        x = self.final_layer(x, cond).view(B, rows, cols, c.patch, c.patch, C)
+                x, context = block(x, context, *own)
+        x = self.final_layer(x, *vectors).view(B, rows, cols, c.patch, c.patch, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h, w)  # [B,C,rows,p,cols,p]
+
+    def modulated(self):
+        """(module path, its number of vectors) of all that is modulated, in the order of `modulation`'s rows."""
+        for i, block in enumerate(self.joint_blocks):
+            yield f"joint_blocks.{i}.x_block", block.x_block.vectors
+            yield f"joint_blocks.{i}.context_block", block.context_block.vectors
+        yield "final_layer", self.final_layer.vectors
 
     def positions(self, rows, cols):
         """The centre of the position table, [1, rows·cols, D]."""
@@ -209,10 +217,7 @@ class MMDiT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, kernels.RMSNorm):
                 nn.init.ones_(module.weight)
-        for block in self.joint_blocks:
-            for stream in (block.context_block, block.x_block):
-                nn.init.zeros_(stream.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed.copy_(position_table(c.width, c.positions, c.sample_size // c.patch))
         return self
@@ -238,16 +243,29 @@ class MMDiT(nn.Module):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def modulation_views(self):
+        """{module path: {"weight" or "bias": its rows of `modulation`}}."""
+        rows = [n * self.config.width for _, n in self.modulated()]
+        parts = zip(self.modulation.weight.split(rows), self.modulation.bias.split(rows), strict=True)
+        return {path: {"weight": w, "bias": b} for (path, _), (w, b) in zip(self.modulated(), parts, strict=True)}
+
+    def stability_views(self):
+        """The names of Stability's single file, which are the modules' own but for the modulations, one for each stream."""
+        views = {name: view for name, view in weights.identity_views(self).items() if not name.startswith("modulation.")}
+        for path, parts in self.modulation_views().items():
+            views |= {f"{path}.adaLN_modulation.1.{kind}": [rows] for kind, rows in parts.items()}
+        return views
+
     def diffusers_views(self):
         """The diffusers layout of `transformer/`: separate q, k, v; scale before shift in the two final modulations."""
-        views = {}
+        views, modulations = {}, self.modulation_views()
 
         def linear(theirs, module):
             views.update(weights.affine_views(theirs, module))
 
-        def swapped(theirs, module):  # ours: shift, scale; theirs: scale, shift
-            for kind in ("weight", "bias"):
-                views[f"{theirs}.{kind}"] = list(reversed(weights.split_rows(getattr(module, kind), 2)))
+        def modulation(theirs, path, swapped=False):  # ours: shift, scale; theirs, if swapped: scale, shift
+            for kind, rows in modulations[path].items():
+                views[f"{theirs}.{kind}"] = list(reversed(weights.split_rows(rows, 2))) if swapped else [rows]
 
         def attention(module, names, output, norms):
             for kind in ("weight", "bias"):
@@ -266,8 +284,8 @@ class MMDiT(nn.Module):
         linear("context_embedder", self.context_embedder)
         for i, block in enumerate(self.joint_blocks):
             at, x, context = f"transformer_blocks.{i}", block.x_block, block.context_block
-            linear(f"{at}.norm1.linear", x.adaLN_modulation[1])
-            (swapped if context.vectors == 2 else linear)(f"{at}.norm1_context.linear", context.adaLN_modulation[1])
+            modulation(f"{at}.norm1.linear", f"joint_blocks.{i}.x_block")
+            modulation(f"{at}.norm1_context.linear", f"joint_blocks.{i}.context_block", swapped=context.vectors == 2)
             attention(x.attn, [f"{at}.attn.to_{n}" for n in "qkv"], f"{at}.attn.to_out.0",
                       [f"{at}.attn.norm_q", f"{at}.attn.norm_k"])
             attention(context.attn, [f"{at}.attn.add_{n}_proj" for n in "qkv"], f"{at}.attn.to_add_out",
@@ -279,7 +297,7 @@ class MMDiT(nn.Module):
                 if hasattr(stream, "mlp"):
                     linear(f"{at}.{theirs}.net.0.proj", stream.mlp.fc1)
                     linear(f"{at}.{theirs}.net.2", stream.mlp.fc2)
-        swapped("norm_out.linear", self.final_layer.adaLN_modulation[1])
+        modulation("norm_out.linear", "final_layer", swapped=True)
         linear("proj_out", self.final_layer.linear)
         return views
 
@@ -290,7 +308,7 @@ class MMDiT(nn.Module):
         if path.is_file():
             entries = weights.index(path, "model.diffusion_model.")
             make = functools.partial(cls, infer_config(entries, path))
-            return weights.build(make, weights.identity_views, entries, path, device, dtype)
+            return weights.build(make, cls.stability_views, entries, path, device, dtype)
         make = functools.partial(cls, read_config(path))
         return weights.build(make, cls.diffusers_views, weights.index(path), path, device, dtype)
 

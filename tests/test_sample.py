@@ -69,7 +69,7 @@ def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
 
 def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
     whole = sample.load_generator(folder)
-    tensors = {f"model.diffusion_model.{n}": t for n, t in whole.mmdit.state_dict().items()}
+    tensors = {f"model.diffusion_model.{n}": part for n, (part,) in whole.mmdit.stability_views().items()}
     tensors |= {f"first_stage_model.{n}": t for n, t in whole.vae.state_dict().items()}
     file = tmp_path / "sd3.5.safetensors"
     save_file({name: t.clone().contiguous() for name, t in tensors.items()}, file)
