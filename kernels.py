@@ -54,6 +54,10 @@ def rms_norm(x, weight, eps=1e-6):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
     if gpu := on_gpu(x):
         return gpu.rms_norm(x, weight, eps)
+    if on_cpu(x) and x.dtype == torch.float32:  # a norm is one pass that writes nothing, a mean of squares two that do
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        y = x * torch.rsqrt(norm * norm / x.shape[-1] + eps)
+        return y * weight if weight.requires_grad and torch.is_grad_enabled() else y.mul_(weight)
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -86,6 +90,11 @@ def rotate(x, cos, sin):
     x [..., H, E], cos, sin [..., 1, E] (each angle twice, once per half).
     """
     first, second = x.chunk(2, dim=-1)
+    if on_cpu(x) and not torch.is_grad_enabled():  # in place, where autograd would have to copy
+        y, (sin, other) = x * cos, sin.chunk(2, dim=-1)
+        y[..., :first.shape[-1]].addcmul_(second, sin, value=-1)
+        y[..., first.shape[-1]:].addcmul_(first, other)
+        return y
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
@@ -96,9 +105,8 @@ def split_rotate(qkv, heads, kv_heads, cos, sin):
     """
     if gpu := on_gpu(qkv):
         return gpu.split_rotate(qkv, heads, kv_heads, cos, sin)
-    q, k, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], dim=1)
-    wide = torch.promote_types(qkv.dtype, cos.dtype)
-    q, k = (rotate(t.to(wide), cos, sin).to(qkv.dtype) for t in (q, k))
+    qk, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split([heads + kv_heads, kv_heads], dim=1)
+    q, k = rotate(qk.to(torch.promote_types(qkv.dtype, cos.dtype)), cos, sin).to(qkv.dtype).split([heads, kv_heads], dim=1)
     return q, k, v
 
 

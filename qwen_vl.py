@@ -730,15 +730,34 @@ def sample(logits, temperature, top_p, luck):
     total = mass.sum(-1, keepdim=True)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
+    elif top_p < 1:
+        share, places = mass.sort(dim=-1, descending=True, stable=True)
+        share = share * (share.cumsum(-1) - share < top_p * total)  # the fewest tokens that reach top_p
+        token = places.gather(1, place_of(share, luck[:, None]))
     else:
-        share, places = mass, None
-        if top_p < 1:
-            share, places = mass.sort(dim=-1, descending=True, stable=True)
-            share = share * (share.cumsum(-1) - share < top_p * total)  # the fewest tokens that reach top_p
-        reach = share.cumsum(-1)
-        token = torch.searchsorted(reach, luck[:, None] * reach[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
-        token = token if places is None else places.gather(1, token)
+        token = place_of(mass, luck[:, None])
     return token[:, 0], (logits.gather(1, token) - peak - total.log())[:, 0]
+
+
+def place_of(mass, luck, block=256):
+    """Where in mass [B,V], none below 0, the share luck [B,1] in 0..1 of the sum is passed: [B,1]. Never where mass is 0.
+
+    First among the blocks, then in one of them: a running sum over all of V would take longer than the exponentials.
+    """
+    V = mass.shape[1]
+    blocks = F.pad(mass, (0, -V % block)).view(len(mass), -1, block)
+    sums = blocks.sum(-1)
+    reach = sums.cumsum(-1)
+    wanted = luck * reach[:, -1:]
+    at = passed(reach, wanted)
+    inside = blocks.gather(1, at[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)
+    return at * block + passed(inside, wanted - (reach.gather(1, at) - sums.gather(1, at)))
+
+
+def passed(reach, wanted):
+    """First place [B,1] where the running sum [B,n] is above `wanted` [B,1], kept in its range however it was rounded."""
+    below_all = torch.nextafter(reach[:, -1:], torch.zeros_like(wanted))
+    return torch.searchsorted(reach, torch.minimum(wanted.clamp(min=0), below_all), right=True)
 
 
 def published_name(name):

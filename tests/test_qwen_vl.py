@@ -335,6 +335,24 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_luck():
     torch.testing.assert_close(log_prob, LOGITS.log_softmax(-1)[4].expand(3))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40).filter(any), st.integers(0, 2**10 - 1), st.integers(1, 9))
+def test_the_place_of_a_share_is_that_of_the_whole_running_sum(mass, share, block):
+    """Small integers and a share in 1024ths, whose sums and products are exact."""
+    rows, luck = torch.tensor([mass, mass[::-1]], dtype=torch.float32), torch.tensor([[share], [share]]) / 2**10
+    places = qwen_vl.place_of(rows, luck, block)
+    for row, place in zip(rows, places[:, 0]):
+        assert place == int((row.cumsum(0) > share / 2**10 * row.sum()).nonzero()[0]) and row[place] > 0
+
+
+def test_a_token_without_probability_is_never_drawn_however_sums_are_rounded():
+    mass = torch.rand(200, 1000, generator=torch.Generator().manual_seed(0)) ** 40
+    mass[:, ::2] = 0
+    mass[:, -300:] = 0
+    for luck in (0.0, 0.3, 0.99999994):
+        assert (mass.gather(1, qwen_vl.place_of(mass, torch.full((200, 1), luck), 7)) > 0).all()
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.integers(-40, 40).map(lambda i: i / 4), st.sampled_from([-1e9, -1e4, 1e4, -np.inf])),
                 min_size=1, max_size=30).filter(lambda logits: max(logits) > -np.inf),
