@@ -56,7 +56,7 @@ def rms_norm(x, weight, eps=1e-6):
         return gpu.rms_norm(x, weight, eps)
     if on_cpu(x) and x.dtype == torch.float32:  # a norm is one pass that writes nothing, a mean of squares two that do
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        y = x * torch.rsqrt(norm * norm / x.shape[-1] + eps)
+        y = x * (norm * norm).div_(x.shape[-1]).add_(eps).rsqrt_()
         return y * weight if weight.requires_grad and torch.is_grad_enabled() else y.mul_(weight)
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
@@ -127,12 +127,31 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
     return out.transpose(1, 2).flatten(2)
 
 
-def attend_few(q, k, v, mask=None):
-    """softmax(q·kᵀ/√E)·v of few queries q [B,K,n,E] over long k, v [B,K,S,E]: [B,K,n,E]. mask: True where one may attend."""
-    if on_cpu(q):  # the fused attention of CPUs is made for many queries
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def attend_shared(q, prompt_k, prompt_v, k, v, hidden=None):
+    """Attention of one new token in each of P·n rows, over the tokens of its prompt, which n rows share, and its row's own.
+
+    q [P·n,H,E], prompt_k, prompt_v [P,K,L,E], k, v [P·n,K,t,E] -> [P·n,H·E]. hidden [P or 1,L+t]: True where none attends.
+    A prompt's keys and values are read once for its n rows. Scores and their softmax are float32 (float64 for that).
+    """
+    (R, H, E), (P, K, L, _) = q.shape, prompt_k.shape
+    n, G = R // P, H // K
+    q = q.view(P, n, K, G, E)
+    scores = torch.cat([  # [P,n,K,G,L+t]
+        batched(q.transpose(1, 2).reshape(P * K, n * G, E), prompt_k.flatten(0, 1).mT).view(P, K, n, G, L).transpose(1, 2),
+        batched(q.reshape(R * K, G, E), k.flatten(0, 1).mT).view(P, n, K, G, -1)], dim=-1).mul_(E ** -0.5)
+    if hidden is not None:
+        scores.masked_fill_(hidden[:, None, None, None], float("-inf"))
+    over_prompt, own = scores.softmax(-1).to(q.dtype).tensor_split([L], dim=-1)
+    out = batched(over_prompt.transpose(1, 2).reshape(P * K, n * G, L), prompt_v.flatten(0, 1))
+    out = out.view(P, K, n, G, E).transpose(1, 2) + batched(own.reshape(R * K, G, -1), v.flatten(0, 1)).view(P, n, K, G, E)
+    return out.to(q.dtype).reshape(R, H * E)
+
+
+def batched(a, b):
+    """a·b [N,·,·], not rounded below float32 where the device can do so."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,3 +275,28 @@ def all_laid_out(module, copy=True):
     finally:
         for layer in layers:
             del layer.forward
+
+
+def as_graph(function, *inputs):
+    """`function` for tensors like `inputs`, on a GPU as a CUDA graph: its launches are recorded once and made as one.
+
+    What it writes beside its result must lie in tensors that stay where they are. Results are copies.
+    """
+    if not inputs[0].is_cuda:
+        return function
+    held, side = [x.clone() for x in inputs], torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first call compiles kernels and makes workspaces, which cannot be recorded
+        function(*held)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function(*held)
+
+    def replay(*inputs):
+        for mine, x in zip(held, inputs, strict=True):
+            mine.copy_(x)
+        graph.replay()
+        return tuple(x.clone() for x in results)
+
+    return replay

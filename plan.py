@@ -246,7 +246,7 @@ def judge_meters(judge, args, n):
         return qwen_vl.sample(judge.logits(hidden), 0, 1.0, None)
 
     first = measure(prefill)
-    cache.end = tokens + ANSWER // 2  # attention grows evenly, so the middle is the mean
+    cache.go_to(ANSWER // 2)  # attention grows evenly, so the middle is the mean
     return first, measure(decode)
 
 

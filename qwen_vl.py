@@ -12,7 +12,6 @@ Shapes: N tokens in the list, B sequences, L tokens of a sequence, P prompts, G 
 completion, D width, H heads, K key-value heads, E channels of one head, V vocabulary.
 """
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -412,45 +411,54 @@ class Sequences:
 
 
 class StaticCache:
-    """Keys and values of P·n completions: allocated once, the prompts' part written by one prefill.
+    """Keys and values while answers are generated: of P prompts, once each, written by one prefill, and of the new tokens of
+    their P·n completions. Memory is allocated once; shorter prompts are padded, and a mask hides that.
 
-    Prompts are padded to the longest; what is generated follows at the same place in all rows, and a mask hides the
-    gap in between.
+    fixed: every step has the same shapes and is at `place`, a tensor, as a CUDA graph needs it; attention then goes over the
+    room of tokens to come too, hidden.
     """
 
-    def __init__(self, c, lengths, n, new_tokens, device, dtype):
-        self.prompts, self.n, self.longest = Sequences(lengths), n, max(lengths)
-        rows, S = len(lengths) * n, self.longest + new_tokens
-        self.k, self.v = (torch.empty(c.layers, rows, c.kv_heads, S, c.head_dim, device=device, dtype=dtype) for _ in "kv")
-        self.lengths, self.mask, self.end = lengths, None, 0
+    def __init__(self, c, lengths, n, new_tokens, device, dtype, fixed=False):
+        self.lengths, self.longest, self.new_tokens, self.prefilled = lengths, max(lengths), new_tokens, False
+        self.prompts = Sequences(lengths)
+
+        def room(rows, tokens):
+            return torch.zeros(c.layers, rows, c.kv_heads, tokens, c.head_dim, device=device, dtype=dtype)
+
+        self.prompt_k, self.prompt_v = (room(len(lengths), self.longest) for _ in "kv")
+        self.k, self.v = (room(len(lengths) * n, new_tokens) for _ in "kv")
+        self.padding = self.hidden = None
         if min(lengths) < self.longest:
-            place = torch.arange(S, device=device)
-            own = torch.tensor(lengths, device=device).repeat_interleave(n)[:, None]
-            self.mask = ((place < own) | (place >= self.longest))[:, None, None]  # [rows,1,1,S]
-            self.k.zero_()
-            self.v.zero_()  # hidden, but not NaN
+            own = torch.tensor(lengths, device=device)[:, None]
+            self.padding = F.pad(torch.arange(self.longest, device=device) >= own, (0, new_tokens))  # [P,L+new tokens]
+        self.steps = torch.arange(new_tokens, device=device) if fixed else None
+
+    def go_to(self, place):
+        """The next tokens are the place-th of their rows, counted from 0: a tensor [1] if fixed, else a number."""
+        self.place, self.end = place, self.new_tokens if self.steps is not None else place + 1
+        self.hidden = None if self.padding is None else self.padding[:, :self.longest + self.end]
+        if self.steps is not None:
+            to_come = F.pad(self.steps > place, (self.longest, 0))[None]  # [1,L+new tokens]
+            self.hidden = to_come if self.hidden is None else self.hidden | to_come
+        return self
 
     def __call__(self, layer, q, k, v):
-        if self.end == 0:
+        if not self.prefilled:
             return self.prefill(layer, q, k, v)
-        rows, H, E = q.shape
         for cache, new in ((self.k, k), (self.v, v)):
-            cache[layer, :, :, self.end - 1] = new  # [rows,K,E]
-        mask = None if self.mask is None else self.mask[..., :self.end]
-        # the H/K queries that share a key head take the place of a sequence
-        out = kernels.attend_few(q.view(rows, k.shape[1], -1, E), self.k[layer, :, :, :self.end],
-                                 self.v[layer, :, :, :self.end], mask)  # [rows,K,H/K,E]
-        return out.reshape(rows, H * E)
+            if self.steps is None:
+                cache[layer, :, :, self.place] = new  # [rows,K,E]
+            else:
+                cache[layer].index_copy_(2, self.place, new[:, :, None])
+        return kernels.attend_shared(q, self.prompt_k[layer], self.prompt_v[layer], self.k[layer, :, :, :self.end],
+                                     self.v[layer, :, :, :self.end], self.hidden)
 
     def prefill(self, layer, q, k, v):
-        for cache, flat in ((self.k, k), (self.v, v)):
+        for cache, flat in ((self.prompt_k, k), (self.prompt_v, v)):
             for p, own in enumerate(flat.split(self.lengths)):
-                cache[layer, p * self.n:(p + 1) * self.n, :, :len(own)] = own.transpose(0, 1)  # [K,L,E]
+                cache[layer, p, :, :len(own)] = own.transpose(0, 1)  # [K,L,E]
+        self.prefilled = layer == len(self.k) - 1
         return self.prompts(layer, q, k, v)
-
-    def advance(self):
-        """Room for one more token in every row."""
-        self.end = max(self.end, self.longest) + 1
 
 
 class SharedPrompts:
@@ -487,7 +495,9 @@ class QwenVL(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = kernels.RMSNorm(c.width, c.eps)
         self.head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
-        self.processor, self.checkpointing = processor, False  # checkpointing: recompute the blocks in the backward pass
+        self.processor = processor
+        self.checkpointing = False  # recompute the blocks in the backward pass
+        self.graphs = False  # generate by a CUDA graph: fewer launches for the host, attention over room still empty
 
     @property
     def head_weight(self):
@@ -582,31 +592,35 @@ class QwenVL(nn.Module):
             raise ValueError(f"expected one generator or a list of {P}, one for each conversation; got {len(generators)}")
         luck = torch.stack([torch.rand(n, max_new_tokens, generator=g) for g in generators]).flatten(0, 1).to(device)
         lengths = [len(p.ids) for p in prompts]
-        cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype)
+        cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype, fixed=self.graphs)
         positions = [position_ids(p.ids, p.grids, self.config) for p in prompts]
         with kernels.all_laid_out(self, copy=False):
             hidden = self.trunk(torch.cat([p.ids for p in prompts]).to(device), torch.cat(positions, dim=1).to(device),
                                 cache, torch.cat([p.pixels for p in prompts]).to(device),
                                 sum((p.grids for p in prompts), ()))
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = self.logits(hidden[last]).repeat_interleave(n, dim=0)  # [P·n,V]
-        at = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(n)  # [P·n]
-        stop = torch.tensor(self.processor.stop, device=device)
-        done = torch.zeros(P * n, dtype=torch.bool, device=device)
-        steps = []  # (token, log-probability) of every row, [P·n] each
-        with contextlib.ExitStack() as decoding:
-            for step in progress(range(max_new_tokens)):
-                token, log_prob = sample(logits, temperature, top_p, luck[:, step])
-                steps.append((token, log_prob))
-                done |= torch.isin(token, stop)
-                if bool(done.all()) or step + 1 == max_new_tokens:
+        token, log_prob = sample(self.logits(hidden[last]).repeat_interleave(n, dim=0), temperature, top_p, luck[:, 0])
+        after = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(n)  # [P·n]
+        stop, steps = torch.tensor(self.processor.stop, device=device), [(token, log_prob)]
+        done, wait = torch.isin(token, stop), 16 if device.type == "cuda" else 1  # steps between looks at what a GPU has
+        with kernels.all_laid_out(self.blocks):
+            head = self.logits if kernels.is_sharded(self) else kernels.laid_out(self.head_weight)
+
+            def following(token, at, place, luck):
+                """(token [P·n], log-probability) after `token`, which is the place-th of its row and at position `at`."""
+                return sample(head(self.trunk(token, at.expand(3, -1), cache.go_to(place))), temperature, top_p, luck)
+
+            for step in progress(range(max_new_tokens)):  # the first token is drawn already
+                if step:
+                    place = torch.full((1,), step - 1, device=device) if self.graphs else step - 1
+                    inputs = token, after + (step - 1), place, luck[:, step]
+                    if step == 1 and self.graphs:
+                        following = kernels.as_graph(following, *inputs)
+                    token, log_prob = following(*inputs)
+                    steps.append((token, log_prob))
+                    done |= torch.isin(token, stop)
+                if (step + 1) % wait == 0 and bool(done.all()):
                     break
-                if step == 0:
-                    decoding.enter_context(kernels.all_laid_out(self.blocks))
-                    head = self.logits if kernels.is_sharded(self) else kernels.laid_out(self.head_weight)
-                cache.advance()
-                logits = head(self.trunk(token, at.expand(3, -1), cache))
-                at = at + 1
         tokens, log_probs = (torch.stack(t, dim=1).cpu() for t in zip(*steps, strict=True))  # [P·n,C]
         ends = torch.isin(tokens, stop.cpu())
         out = []
@@ -725,18 +739,16 @@ class Completion:
 def sample(logits, temperature, top_p, luck):
     """(token [B], its log-probability [B]) of logits [B,V]; luck [B] in 0..1 decides where in the distribution."""
     logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
-    peak = logits.amax(-1, keepdim=True)
-    mass = (logits - peak).exp_()  # the probabilities, times their sum
-    total = mass.sum(-1, keepdim=True)
+    probabilities = logits.softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)
     elif top_p < 1:
-        share, places = mass.sort(dim=-1, descending=True, stable=True)
-        share = share * (share.cumsum(-1) - share < top_p * total)  # the fewest tokens that reach top_p
+        share, places = probabilities.sort(dim=-1, descending=True, stable=True)
+        share = share * (share.cumsum(-1) - share < top_p)  # the fewest tokens that reach top_p
         token = places.gather(1, place_of(share, luck[:, None]))
     else:
-        token = place_of(mass, luck[:, None])
-    return token[:, 0], (logits.gather(1, token) - peak - total.log())[:, 0]
+        token = place_of(probabilities, luck[:, None])
+    return token[:, 0], probabilities.gather(1, token)[:, 0].log()  # what is drawn is far from the least number
 
 
 def place_of(mass, luck, block=256):
@@ -745,7 +757,7 @@ def place_of(mass, luck, block=256):
     First among the blocks, then in one of them: a running sum over all of V would take longer than the exponentials.
     """
     V = mass.shape[1]
-    blocks = F.pad(mass, (0, -V % block)).view(len(mass), -1, block)
+    blocks = (F.pad(mass, (0, -V % block)) if V % block else mass).view(len(mass), -1, block)
     sums = blocks.sum(-1)
     reach = sums.cumsum(-1)
     wanted = luck * reach[:, -1:]

@@ -108,12 +108,20 @@ def test_changed_weights_are_seen_by_the_next_context():
             torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("P, n, K, G, L, t", [(1, 8, 2, 4, 30, 5), (3, 2, 1, 2, 7, 1), (2, 1, 2, 1, 1, 3)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_few_queries_attend_as_many_do(masked):
-    q, k, v = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 50, 8), torch.randn(3, 2, 50, 8)
-    mask = (torch.rand(3, 1, 1, 50) < 0.7) if masked else None
-    expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
-    torch.testing.assert_close(kernels.attend_few(q, k, v, mask).double(), expected, rtol=1e-5, atol=1e-5)
+def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(P, n, K, G, L, t, masked):
+    q, prompt, own = torch.randn(P * n, K * G, 8), torch.randn(2, P, K, L, 8), torch.randn(2, P * n, K, t, 8)
+    hidden = (torch.rand(P, L + t) < 0.4) if masked else None
+    if masked:
+        hidden[:, -1] = False  # the new token itself
+    whole = torch.cat([prompt.repeat_interleave(n, 1), own], dim=3).repeat_interleave(G, 2).double()  # [2,P·n,H,L+t,E]
+    mask = None if hidden is None else ~hidden.repeat_interleave(n, 0)[:, None, None]
+    expected = nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *whole, attn_mask=mask)
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        out = kernels.attend_shared(*(x.to(dtype) for x in (q, *prompt, *own)), hidden)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected.flatten(1), rtol=error, atol=error)
 
 
 def test_a_sharded_module_is_left_as_it_is():
