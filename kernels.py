@@ -84,6 +84,18 @@ def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def joint_qkv(context, x, num_heads, context_norms, x_norms, eps=1e-6):
+    """`split_qkv` of two streams [B,L,3D] and [B,N,3D], one behind the other: q, k, v [B,H,L+N,E].
+
+    context_norms, x_norms: (q_weight, k_weight), each [E] or None.
+    """
+    gpu = on_gpu(x) if x_norms[0] is not None else None
+    if gpu:
+        return gpu.joint_qkv(context, x, num_heads, context_norms, x_norms, eps)
+    streams = split_qkv(context, num_heads, *context_norms, eps), split_qkv(x, num_heads, *x_norms, eps)
+    return tuple(torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))
+
+
 def rotate(x, cos, sin):
     """Rotary position embedding: the two halves of a head are the parts of complex numbers, turned by an angle.
 

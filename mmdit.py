@@ -88,11 +88,13 @@ class Attention(nn.Module):
             self.proj = nn.Linear(c.width, c.width)
         self.heads = c.heads
         if c.qk_norm:
-            self.ln_q, self.ln_k = kernels.RMSNorm(c.head_dim), kernels.RMSNorm(c.head_dim)  # applied in split_qkv
+            self.ln_q, self.ln_k = kernels.RMSNorm(c.head_dim), kernels.RMSNorm(c.head_dim)  # applied as heads are split
 
-    def forward(self, x):  # [B,L,D] -> q, k, v [B,H,L,E]
-        norms = (self.ln_q.weight, self.ln_k.weight) if hasattr(self, "ln_q") else (None, None)
-        return kernels.split_qkv(self.qkv(x), self.heads, *norms)
+    def norms(self):
+        return (self.ln_q.weight, self.ln_k.weight) if hasattr(self, "ln_q") else (None, None)
+
+    def forward(self, x):  # [B,L,D] -> [B,L,D]: the stream attends to itself
+        return self.proj(kernels.attention(*kernels.split_qkv(self.qkv(x), self.heads, *self.norms())))
 
 
 class Stream(nn.Module):
@@ -124,15 +126,15 @@ class JointBlock(nn.Module):
         mx, mc = vectors[:sx.vectors], vectors[sx.vectors:]
         L = context.shape[1]
         # joint attention over the tokens of both streams, text first
-        qkv_c = sc.attn(kernels.modulate(context, mc[0], mc[1]))
-        qkv_x = sx.attn(kernels.modulate(x, mx[0], mx[1]))
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv_c, qkv_x, strict=True))  # [B,H,L+N,E]
+        qkv_c = sc.attn.qkv(kernels.modulate(context, mc[0], mc[1]))
+        qkv_x = sx.attn.qkv(kernels.modulate(x, mx[0], mx[1]))
+        q, k, v = kernels.joint_qkv(qkv_c, qkv_x, sx.attn.heads, sc.attn.norms(), sx.attn.norms())  # [B,H,L+N,E]
         if sc.vectors == 2:  # the last block's text output is not used
             out_c, out_x = None, kernels.attention(q[:, :, L:], k, v)
         else:
             out_c, out_x = kernels.attention(q, k, v).split([L, x.shape[1]], dim=1)
         if sx.vectors == 9:  # dual attention reads the same x as the joint one
-            alone = sx.attn2.proj(kernels.attention(*sx.attn2(kernels.modulate(x, mx[6], mx[7]))))
+            alone = sx.attn2(kernels.modulate(x, mx[6], mx[7]))
             x = kernels.gate_residual(x, sx.attn.proj(out_x), mx[2])
             x = kernels.gate_residual(x, alone, mx[8])
         else:

@@ -310,17 +310,21 @@ def head_tile(E, rows):
 
 
 @triton.jit
-def head_norm_kernel(qkv, q_weight, k_weight, out, N, eps, H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
-                     ROWS: tl.constexpr):
-    """Queries and keys of qkv [N,3,H,E], weights [E] -> out [N,2,H,E]. A program ROWS heads. Moves 4·s·D a token."""
+def head_norm_kernel(qkv, q_weight, k_weight, out, out_step, N, L, eps, H: tl.constexpr, PARTS: tl.constexpr,
+                     E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The first PARTS·H heads of qkv [N,3,H,E], weights [E] -> out [B,L,PARTS,H,E] at its step from picture to picture.
+
+    Queries and keys are normalised, values (PARTS 3) copied. A program ROWS heads. Moves 2·PARTS·s·D a token.
+    """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    token, head, at = (i // (2 * H)).to(tl.int64), i % (2 * H), tl.arange(0, BLOCK)[None, :]
+    token, head, at = (i // (PARTS * H)).to(tl.int64), i % (PARTS * H), tl.arange(0, BLOCK)[None, :]
     inside = (token < N) & (at < E)
     x = tl.load(qkv + token * (3 * H * E) + head * E + at, mask=inside, other=0.0).to(tl.float32)
     normed = rounded(x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / E + eps), qkv)
     wq = tl.load(q_weight + at, mask=at < E, other=0.0).to(tl.float32)
     wk = tl.load(k_weight + at, mask=at < E, other=0.0).to(tl.float32)
-    tl.store(out + token * (2 * H * E) + head * E + at, normed * tl.where(head < H, wq, wk), mask=inside)
+    x = tl.where(head < 2 * H, normed * tl.where(head < H, wq, wk), x)
+    tl.store(out + token // L * out_step + token % L * (PARTS * H * E) + head * E + at, x, mask=inside)
 
 
 @triton.jit
@@ -354,35 +358,63 @@ def head_norm_backward_kernel(qkv, q_weight, k_weight, dq, dk, dv, dqkv, partial
     tl.store(dqkv + start, tl.where(is_v, g, dx), mask=inside)
 
 
+def norm_heads(qkv, q_weight, k_weight, out, eps):
+    """Write the normalised heads of qkv [B,L,3D] into out [B,L,2 or 3,H,E], some tokens of a tensor; 3: the values too."""
+    B, L, parts, H, E = out.shape
+    block, rows, blocks = head_tile(E, B * L * parts * H)
+    launch(head_norm_kernel, (blocks,), qkv[..., :parts * H * E], q_weight, k_weight, out, out.stride(0), B * L, L, eps,
+           H=H, PARTS=parts, E=E, BLOCK=block, ROWS=rows)
+
+
+def norm_heads_backward(qkv, q_weight, k_weight, grads, eps, sums):
+    """(dqkv [B,L,3D], dq_weight, dk_weight [E], None without sums) for grads dq, dk, dv [B,H,L,E]."""
+    (B, H, L, E), grads = grads[0].shape, [unit_stride(g) for g in grads]
+    dqkv, (block, rows, blocks) = torch.empty_like(qkv), head_tile(E, B * L * 3 * H)
+    partial = torch.empty(blocks if sums else 0, 2, E, device=qkv.device)
+    launch(head_norm_backward_kernel, (blocks,), qkv[..., :2 * H * E], q_weight, k_weight, *grads, dqkv, partial,
+           *(step for g in grads for step in g.stride()[:3]), B * L, L, eps, H=H, E=E, BLOCK=block, ROWS=rows, SUMS=sums)
+    if not sums:
+        return dqkv, None, None
+    q_sum, k_sum = partial.sum(0)
+    return dqkv, q_sum.to(q_weight.dtype), k_sum.to(k_weight.dtype)
+
+
 class SplitQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, num_heads, eps):
         qkv, q_weight, k_weight = qkv.contiguous(), q_weight.contiguous(), k_weight.contiguous()
         (B, L, width), H = qkv.shape, num_heads
-        E = width // (3 * H)
         ctx.save_for_backward(qkv, q_weight, k_weight)
         ctx.eps = eps
-        out = torch.empty(B, L, 2, H, E, dtype=promoted(qkv, q_weight, k_weight), device=qkv.device)
-        block, rows, blocks = head_tile(E, B * L * 2 * H)
-        launch(head_norm_kernel, (blocks,), qkv[..., :2 * H * E], q_weight, k_weight, out, B * L, eps,
-               H=H, E=E, BLOCK=block, ROWS=rows)
-        v = qkv.view(B, L, 3, H, E)[:, :, 2]
-        return tuple(t.transpose(1, 2) for t in (*out.unbind(2), v))
+        out = torch.empty(B, L, 2, H, width // (3 * H), dtype=promoted(qkv, q_weight, k_weight), device=qkv.device)
+        norm_heads(qkv, q_weight, k_weight, out, eps)
+        return tuple(t.transpose(1, 2) for t in (*out.unbind(2), qkv.view(B, L, 3, H, -1)[:, :, 2]))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk, dv):
-        (qkv, q_weight, k_weight), (B, H, L, E) = ctx.saved_tensors, dq.shape
-        grads, sums = [unit_stride(g) for g in (dq, dk, dv)], any(ctx.needs_input_grad[1:3])
-        dqkv, (block, rows, blocks) = torch.empty_like(qkv), head_tile(E, B * L * 3 * H)
-        partial = torch.empty(blocks if sums else 0, 2, E, device=qkv.device)
-        launch(head_norm_backward_kernel, (blocks,), qkv[..., :2 * H * E], q_weight, k_weight, *grads, dqkv, partial,
-               *(step for g in grads for step in g.stride()[:3]), B * L, L, ctx.eps,
-               H=H, E=E, BLOCK=block, ROWS=rows, SUMS=sums)
-        if not sums:
-            return dqkv, None, None, None, None
-        q_sum, k_sum = partial.sum(0)
-        return dqkv, q_sum.to(q_weight.dtype), k_sum.to(k_weight.dtype), None, None
+    def backward(ctx, *grads):
+        return *norm_heads_backward(*ctx.saved_tensors, grads, ctx.eps, any(ctx.needs_input_grad[1:3])), None, None
+
+
+class JointQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, context, x, num_heads, eps, *norms):
+        context, x, *norms = (t.contiguous() for t in (context, x, *norms))
+        (B, L, width), N, dtype = context.shape, x.shape[1], promoted(context, x, *norms)
+        ctx.save_for_backward(context, x, *norms)
+        ctx.eps = eps
+        out = torch.empty(B, L + N, 3, num_heads, width // (3 * num_heads), dtype=dtype, device=x.device)
+        norm_heads(context, *norms[:2], out[:, :L], eps)
+        norm_heads(x, *norms[2:], out[:, L:], eps)
+        return tuple(t.transpose(1, 2) for t in out.unbind(2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        (context, x, *norms), sums, L = ctx.saved_tensors, ctx.needs_input_grad[4:], ctx.saved_tensors[0].shape[1]
+        dcontext, *first = norm_heads_backward(context, *norms[:2], [g[:, :, :L] for g in grads], ctx.eps, any(sums[:2]))
+        dx, *second = norm_heads_backward(x, *norms[2:], [g[:, :, L:] for g in grads], ctx.eps, any(sums[2:]))
+        return dcontext, dx, None, None, *first, *second
 
 
 def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
@@ -399,6 +431,17 @@ def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
     check("q_weight", q_weight, (E,))
     check("k_weight", k_weight, (E,))
     return SplitQKV.apply(qkv, q_weight, k_weight, num_heads, eps)
+
+
+def joint_qkv(context, x, num_heads, context_norms, x_norms, eps=1e-6):
+    """`split_qkv` of two streams [B,L,3D], [B,N,3D], one behind the other: q, k, v [B,H,L+N,E], views of one new tensor
+    [B,L+N,3,H,E]. context_norms, x_norms: (q_weight, k_weight), each [E]."""
+    E = x.shape[2] // (3 * num_heads)
+    check("context", context, (len(x), context.shape[1], 3 * num_heads * E))
+    check("x", x, (len(x), x.shape[1], 3 * num_heads * E))
+    for weight in (*context_norms, *x_norms):
+        check("a norm's weight", weight, (E,))
+    return JointQKV.apply(context, x, num_heads, eps, *context_norms, *x_norms)
 
 
 @triton.jit

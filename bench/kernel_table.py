@@ -87,6 +87,12 @@ def make_cases(dtype, B=8, L=1024, side=64, rows=4096, make=make):
     for name, trained in (("split_qkv", 3), ("split_qkv, frozen weights", 1)):
         add(name, f"{B}×{L}×3·{H}×{E}", lambda qkv, *w, H=H: fused.split_qkv(qkv, H, *w),
             lambda qkv, *w, H=H: kernels.split_qkv(qkv, H, *w), heads, trained, (4 + 8) * s * N * H * E)
+    text = max(1, L // 3)
+    streams = [make(B, n, 3 * H * E, dtype=dtype) for n in (text, L)]
+    for name, trained in (("joint_qkv", 6), ("joint_qkv, frozen weights", 2)):
+        add(name, f"{B}×({text} + {L})×3·{H}×{E}", *(
+            lambda c, x, *w, of=of, H=H: of.joint_qkv(c, x, H, w[:2], w[2:]) for of in (fused, kernels)),
+            [*streams, *(make(E, dtype=dtype) for _ in range(4))], trained, (6 + 8) * s * B * (text + L) * H * E)
     for H, K, E, angle in ((28, 4, 128, dtype), (16, 16, 80, torch.float32)):
         halves = [make(N, 1, E // 2, dtype=angle) for _ in "cs"]  # each angle belongs to both halves of a head
         tensors = [make(N, (H + 2 * K) * E, dtype=dtype), *(torch.cat([t, t], dim=-1) for t in halves)]

@@ -23,8 +23,8 @@ def test_gpu_runs_every_part_at_a_tiny_size_and_writes_its_tables(tmp_path):
     assert "tiny sizes" in done.stdout.splitlines()[0]
     report = json.loads(out.read_text())
     errors, times, compiled, *models = report["tables"].values()
-    operations = {"modulate", "gate_residual", "rms_norm", "split_qkv", "split_rotate", "swiglu", "sde_log_prob and kl",
-                  "sde_draw", "scan_tile"}
+    operations = {"modulate", "gate_residual", "rms_norm", "split_qkv", "joint_qkv", "split_rotate", "swiglu",
+                  "sde_log_prob and kl", "sde_draw", "scan_tile"}
     for rows in (errors, times, compiled):
         assert {next(iter(row.values())).split(",")[0] for row in rows} == operations
     assert all(row["right"] and 0 < row["kernel's error"] < 0.01 for row in errors)

@@ -45,6 +45,15 @@ def test_split_qkv_unpacks_heads_and_normalises_queries_and_keys_only():
                 assert torch.equal(part[:, h], expected)
 
 
+def test_joint_qkv_is_both_streams_one_behind_the_other():
+    H, streams, norms = 3, [torch.randn(2, n, 36) for n in (5, 7)], [torch.randn(4) for _ in range(4)]
+    for first, second in (((None, None), (None, None)), (norms[:2], norms[2:])):
+        whole = kernels.joint_qkv(*streams, H, first, second)
+        parts = kernels.split_qkv(streams[0], H, *first), kernels.split_qkv(streams[1], H, *second)
+        for joint, a, b in zip(whole, *parts, strict=True):
+            assert torch.equal(joint[:, :, :5], a) and torch.equal(joint[:, :, 5:], b)
+
+
 @pytest.mark.parametrize("causal, biased, scale", [(False, False, None), (True, False, None), (False, True, 1.0)])
 def test_attention_is_softmax_of_scores_times_values_heads_joined(causal, biased, scale):
     q, k, v = torch.randn(3, 2, 4, 6, 8).unbind(0)  # each [B,H,L,E]

@@ -141,6 +141,22 @@ def test_split_qkv(B, L, H, E, dtype):
     assert fused.split_qkv(qkv, H, wq, wk)[2].data_ptr() == qkv[..., 2 * H * E:].data_ptr()
 
 
+@pytest.mark.parametrize("B, L, N, H, E", [(2, 3, 4, 3, 5), (1, 1, 1, 1, 1), (2, 9, 2, 5, 64), (3, 1, 5, 2, 80)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_joint_qkv(B, L, N, H, E, dtype):
+    def reference(context, x, *norms):
+        streams = zip((context, x), (norms[:2], norms[2:]))
+        split = [(kernels.split_qkv(t, H), own) for t, own in streams]
+        return tuple(torch.cat(pair, 2) for pair in zip(*(
+            (rms(q, wq, 0.1), rms(k, wk, 0.1), v) for (q, k, v), (wq, wk) in split)))
+
+    streams = [tensor(B, n, 3 * H * E, dtype=dtype, seed=n) for n in (L, N)]
+    norms = [tensor(E, dtype=dtype, seed=10 + i) for i in range(4)]
+    hold_together(lambda c, x, *w: fused.joint_qkv(c, x, H, w[:2], w[2:], 0.1), reference, (*streams, *norms))
+    values = fused.joint_qkv(*streams, H, norms[:2], norms[2:])[2]
+    assert torch.equal(values, torch.cat([kernels.split_qkv(t, H)[2] for t in streams], dim=2))
+
+
 @pytest.mark.parametrize("N, H, K, E", [(3, 4, 2, 6), (1, 1, 1, 2), (9, 7, 1, 128), (5, 2, 2, 80)])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("wide_angles", [True, False])
@@ -292,6 +308,7 @@ def test_what_a_kernel_could_not_read_is_refused():
             (lambda: fused.gate_residual(x, x[:, :2], vector), r"branch must have the shape \[2, 3, 4\]"),
             (lambda: fused.rms_norm(x, vector), r"weight must have the shape \[4\]"),
             (lambda: fused.split_qkv(x, 1, vector[0], vector[0]), r"qkv must have the shape \[2, 3, 3\]"),
+            (lambda: fused.joint_qkv(tensor(2, 5, 6), tensor(1, 5, 6), 1, [vector[0]] * 2, [vector[0]] * 2), "context must"),
             (lambda: fused.swiglu(tensor(2, 3)), r"gate_up must have the shape \[2, 2\]"),
             (lambda: fused.sde_draw(x, x, vector, 1.0, 1.0, 1.0), r"noise must have the shape \[2, 3, 4\]"),
             (lambda: fused.rms_norm(tensor(1, 8193), tensor(8193)), "rows of at most 8192 values, got 8193")):
