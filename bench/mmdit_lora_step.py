@@ -12,7 +12,6 @@ in the same run, by the FLOP of both passes. float32, on the CPU, which must be 
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_lora_step.py` finds weights
 import weights
-from bench import mmdit_forward, timing
+from bench import memory, mmdit_forward, timing
 
 
 def with_adapters(args):
@@ -63,18 +62,6 @@ def gradient_norm(parameters):
     return float(torch.stack([p.grad.norm() for p in parameters]).norm())
 
 
-def resident(key):
-    """MB of this process: "VmRSS" now, "VmHWM" at most since the last reset."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[key].split()[0]) / 1024
-
-
-def memory(name, argv):
-    """MB beyond the weights that two steps need, in a process of its own."""
-    command = [sys.executable, __file__, *argv, "--memory-of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = timing.make_parser(__doc__)
@@ -86,17 +73,13 @@ def main(argv=None):
     if args.memory_of:
         step = steps[args.memory_of][0]
         del steps
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = resident("VmRSS")
-        for _ in range(2):
-            step()
-        print(resident("VmHWM") - before)
+        print(memory.peak(step, times=2))
         return 0
     if args.profile:
         return timing.profile(steps["ours"][0])
     first = {name: (step(), gradient_norm(parameters)) for name, (step, parameters) in steps.items()}
     seconds = timing.in_turn({name: step for name, (step, _) in steps.items()}, args.repeats)
-    used = {name: memory(name, argv) for name in steps}
+    used = {name: memory.in_fresh_process(__file__, argv, name) for name in steps}
     flop, rate = timing.flop_of(steps["ours"][0]), timing.matmul_rate()
     row = timing.row(f"LoRA step, forward and backward, {mmdit_forward.work(args)}, rank {args.rank}",
                      f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),

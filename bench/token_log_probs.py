@@ -1,135 +1,186 @@
-"""`grpo.token_log_probs` against log_softmax over all logits: time of forward and backward, and peak extra memory.
+"""`grpo.token_log_probs` and the GRPO loss on it against torch, TRL and Liger: time of forward and backward, peak memory.
 
-    python bench/token_log_probs.py                                            # about 8 minutes on 2 idle cores, 10 GB
-    python bench/token_log_probs.py --rows 64 --width 32 --vocabulary 1000     # seconds
+    python bench/token_log_probs.py  # about half an hour on 2 idle cores, 12 GB
+    python bench/token_log_probs.py --rows 512 --no-compile  # about six minutes
+    python bench/token_log_probs.py --rows 64 --width 32 --vocabulary 1000 --no-compile  # a minute, most of it imports
 
-Both paths take turns in one process for the time (median of the repeats); for the memory each runs alone in a fresh
-process, whose peak resident size is compared with its size just before the call. float32, on the CPU.
+Random hidden states and a random head, frozen or trained, float32, on the CPU. TRL and the plain way give log-probabilities,
+as ours does; Liger's kernel gives the loss alone, so there ours is `grpo.grpo_loss` on top. Results and gradients of all are
+compared first, which also compiles what is compiled. Then the paths of a work take turns in one process; memory is measured
+in a process of its own for each. A longer completion has more --rows. The machine must be idle.
 """
 
 import argparse
-import os
-import resource
-import statistics
-import subprocess
+import math
 import sys
-import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from tqdm import tqdm
+from trl.trainer import utils as trl_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/token_log_probs.py` finds grpo
 import grpo
+from bench import memory, timing
 
-WORKS = {"head frozen": False, "head trained": True}  # whether the head's weight needs a gradient
-
-
-def plain(hidden, weight, targets):
-    """All logits [N,V] at once."""
-    return F.log_softmax(F.linear(hidden, weight), -1).gather(1, targets[:, None])[:, 0]
+CLIP, BETA = 0.2, 1e-3
+HEADS = {"head frozen": False, "head trained": True}  # whether the head's weight needs a gradient
 
 
-PATHS = {"plain": plain, "tiled": grpo.token_log_probs}
+@dataclass
+class Case:
+    """What every path is given: B completions of L tokens, N = B·L."""
+    hidden: torch.Tensor  # [N,D]
+    weight: torch.Tensor  # [V,D]
+    targets: torch.Tensor  # [N]
+    upstream: torch.Tensor  # [N]: gradient that reaches the log-probabilities where there is no loss
+    old: torch.Tensor  # [B,L]: log-probabilities under the model that sampled
+    ref: torch.Tensor  # [B,L]: and the reference
+    advantages: torch.Tensor  # [B]
+    mask: torch.Tensor  # [B,L]
 
 
-def make_inputs(rows, width, vocabulary, head_trained):
-    """hidden [N,D], weight [V,D], targets [N] and the gradient [N] that comes from above. Made in place: no large spares."""
+def make_case(rows, width, vocabulary, completions, head_trained):
+    """Made in place where it is large: no spares that a later peak could hide in."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.empty(rows, width).normal_(generator=generator).requires_grad_()
-    weight = torch.empty(vocabulary, width).normal_(0, 2 * width ** -0.5, generator=generator).requires_grad_(head_trained)
+    shape = completions, rows // completions
+    hidden = torch.empty(rows, width).normal_(generator=generator)
+    weight = torch.empty(vocabulary, width).normal_(0, 2 * width**-0.5, generator=generator)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
-    return hidden, weight, targets, torch.randn(rows, generator=generator)
+    # the logits of a row are near normal with standard deviation 2, so their logsumexp is near log V + 2²/2
+    near = ((hidden * weight[targets]).sum(1) - math.log(vocabulary) - 2).view(shape)
+    old, ref = (near + 0.1 * torch.randn(shape, generator=generator) for _ in range(2))
+    lengths = torch.randint(1, shape[1] + 1, (completions, 1), generator=generator)
+    upstream, advantages = (torch.randn(n, generator=generator) for n in (rows, completions))
+    return Case(hidden.requires_grad_(), weight.requires_grad_(head_trained), targets, upstream, old, ref, advantages,
+                torch.arange(shape[1]) < lengths)
 
 
-def forward_backward(path, hidden, weight, targets, upstream):
-    """One forward and backward pass; seconds, log-probabilities and the gradients of hidden and weight (or None)."""
-    hidden.grad = weight.grad = None
-    started = time.perf_counter()
-    log_probs = PATHS[path](hidden, weight, targets)
-    log_probs.backward(upstream)
-    return time.perf_counter() - started, (log_probs.detach(), hidden.grad, weight.grad)
+# ---------------------------------------------------------------------------------------------------------------------
+# The paths: each takes a Case and gives log-probabilities [N], or the loss
 
 
-def peak_extra_bytes(path, inputs):
-    """Greatest resident size during one call, less the size before it. Only true in a process that did little else."""
-    forward_backward(path, *make_inputs(8, 8, 8, True))  # threads and workspaces of torch
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    forward_backward(path, *inputs)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+def all_logits(c):
+    return F.log_softmax(F.linear(c.hidden, c.weight), -1).gather(1, c.targets[:, None])[:, 0]
 
 
-def memory_in_fresh_process(path, work, args):
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", path, work]
-    for name in ("rows", "width", "vocabulary", "threads"):
-        command += [f"--{name}", str(getattr(args, name))]
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+def trl_selective(c):
+    return trl_utils.selective_log_softmax(F.linear(c.hidden, c.weight), c.targets)
 
 
-def measure_times(head_trained, args, bar):
-    """{path: median seconds}, and the greatest difference of results and gradients relative to their largest entry."""
-    inputs, seconds, difference = make_inputs(args.rows, args.width, args.vocabulary, head_trained), {}, 0.0
-    for _ in range(args.repeats):
-        results = {}
-        for path in PATHS:
-            taken, results[path] = forward_backward(path, *inputs)
-            seconds.setdefault(path, []).append(taken)
-            bar.update()
-        for x, y in zip(results["plain"], results["tiled"]):
-            difference = max(difference, 0.0 if x is None else ((x - y).abs().max() / x.abs().max()).item())
-    return {path: statistics.median(all_seconds) for path, all_seconds in seconds.items()}, difference
+def trl_fused(c):
+    """What `add_fused_lm_head` gives a model of GRPOTrainer. On a CPU it folds its tiles in torch, on a GPU in Triton. The
+    entropy, which the trainer logs too, is left out."""
+    bias, temperature, softcap, scale, more = None, 1.0, None, 1.0, ()
+    return trl_utils._ChunkedLogProbFunction.apply(c.hidden, c.weight, bias, c.targets, temperature,
+                                                   trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE, softcap, scale, more)[0]
 
 
-def table(args, seconds, memory):
-    """Markdown; seconds and memory (bytes): {(work, path): value}."""
-    size = f"N {args.rows:,}, D {args.width:,}, V {args.vocabulary:,}, torch {torch.__version__}, {args.threads} threads"
-    lines = [f"| work ({size}) | path | seconds | ratio | peak extra memory, MB | ratio |",
-             "| --- | --- | --- | --- | --- | --- |"]
-    for work in WORKS:
-        for path in PATHS:
-            time_ratio = seconds[work, path] / seconds[work, "plain"]
-            memory_ratio = memory[work, path] / max(1, memory[work, "plain"])
-            lines.append(f"| {work} | {path} | {seconds[work, path]:.3g} | {time_ratio:.3f} "
-                         f"| {memory[work, path] / 1e6:,.0f} | {memory_ratio:.3f} |")
-    return "\n".join(lines)
+def our_log_probs(c):
+    return grpo.token_log_probs(c.hidden, c.weight, c.targets)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096, help="tokens N (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=1024, help="width D (default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=152_064, help="vocabulary V (default: %(default)s, Qwen2.5's)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each path (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
-    parser.add_argument("--memory-of", nargs=2, metavar=("PATH", "WORK"), help=argparse.SUPPRESS)  # the fresh process
+def liger_loss(c, compiled=False):
+    """Averaged within a completion, then over completions, as ours. compiled (their default): the loss, not the logits."""
+    loss = LigerFusedLinearGRPOLoss(beta=BETA, compiled=compiled, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="grpo")
+    hidden, targets = c.hidden.view(*c.mask.shape, -1), c.targets.view_as(c.mask)
+    return loss(hidden, c.weight, targets, c.mask, c.advantages, ref_per_token_logps=c.ref, old_per_token_logps=c.old)[0]
+
+
+def our_loss(c):
+    return grpo.grpo_loss(our_log_probs(c).view_as(c.mask), c.old, c.ref, c.advantages, c.mask, CLIP, BETA)[0]
+
+
+TRL, LIGER = f"trl {version('trl')}", f"liger {version('liger_kernel')}"
+WORKS = {
+    "log-probabilities": {f"torch {torch.__version__}, all logits": all_logits,
+                          f"{TRL}, selective_log_softmax": trl_selective,
+                          f"{TRL}, fused head": trl_fused,
+                          "ours": our_log_probs},
+    "GRPO loss": {LIGER: liger_loss,
+                  f"{LIGER}, compiled": partial(liger_loss, compiled=True),
+                  "ours": our_loss}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+def forward_backward(path, case):
+    """(what the path gives, gradients of hidden and weight or None)."""
+    case.hidden.grad = case.weight.grad = None
+    out = path(case)
+    out.backward(case.upstream if out.dim() else None)
+    return out.detach(), case.hidden.grad, case.weight.grad
+
+
+def greatest_gap(paths, case):
+    """Greatest difference of results and gradients to those of the first path, relative to their greatest entry."""
+    first, *others = paths.values()
+    expected, gap = forward_backward(first, case), 0.0
+    for path in others:
+        for x, y in zip(expected, forward_backward(path, case), strict=True):
+            gap = gap if x is None else max(gap, float((x - y).abs().max() / x.abs().max()))
+    return gap
+
+
+def peak_of(path, args, head):
+    forward_backward(path, make_case(8, 8, 8, 8, True))  # threads and workspaces of torch
+    case = make_case(args.rows, args.width, args.vocabulary, args.completions, HEADS[head])
+    return memory.peak(lambda: forward_backward(path, case))
+
+
+def parse_args(argv):
+    parser = timing.make_parser(__doc__, repeats=3)
+    for name, default, about in (("rows", 4096, "tokens N, of all completions"), ("width", 1024, "D"),
+                                 ("vocabulary", 152_064, "V, by default Qwen2.5's"), ("completions", 8, "B, of N/B tokens")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
+    parser.add_argument("--no-compile", action="store_true", help="without Liger's compiled loss, which needs a compiler")
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # work, head, peer
     args = parser.parse_args(argv)
-    if min(args.rows, args.width, args.vocabulary, args.repeats, args.threads) < 1:
+    if min(args.rows, args.width, args.vocabulary, args.completions, args.repeats, args.threads) < 1:
         parser.error("every size must be at least 1")
-    return args
+    if args.rows % args.completions:
+        parser.error(f"--rows must be a multiple of --completions, {args.completions}")
+    return args, timing.usual(parser, args)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, usual = parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        path, work = args.memory_of
-        print(peak_extra_bytes(path, make_inputs(args.rows, args.width, args.vocabulary, WORKS[work])))
+        work, head, peer = args.memory_of
+        print(peak_of(WORKS[work][peer], args, head))
         return 0
-    seconds, memory, differences = {}, {}, []
-    with tqdm(total=len(WORKS) * len(PATHS) * (1 + args.repeats), unit="run") as bar:
-        for work in WORKS:  # first, while this process is small: a child's peak can start at its parent's
-            for path in PATHS:
-                memory[work, path] = memory_in_fresh_process(path, work, args)
-                bar.update()
-        for work, head_trained in WORKS.items():
-            medians, difference = measure_times(head_trained, args, bar)
-            seconds.update({(work, path): value for path, value in medians.items()})
-            differences.append(difference)
-    print(table(args, seconds, memory))
-    print(f"\nLog-probabilities and gradients of the two differ by at most {max(differences):.1e} of their largest entry.")
-    return 0
+    size = (f"N {args.rows:,} in {args.completions} completions, D {args.width:,}, V {args.vocabulary:,}, "
+            f"{args.threads} threads")
+    rows, gaps, megabytes = [], [], []
+    for head, trained in HEADS.items():
+        case = make_case(args.rows, args.width, args.vocabulary, args.completions, trained)
+        for work, paths in WORKS.items():
+            paths = {name: path for name, path in paths.items() if not (args.no_compile and name.endswith("compiled"))}
+            gaps.append(greatest_gap(paths, case))
+            seconds = timing.in_turn({name: partial(forward_backward, path, case) for name, path in paths.items()},
+                                     args.repeats)
+            # none for the compiled loss: the compiler's own memory would count
+            measured = [name for name in paths if not name.endswith("compiled")]
+            used = {name: memory.in_fresh_process(__file__, argv, work, head, name)
+                    for name in tqdm(measured, desc="memory", unit="run")}
+            for name in list(paths)[:-1]:
+                ratio = used["ours"] / max(1, used[name]) if name in used else None
+                rows.append(timing.row(f"{work}, {head}, {size}", name, seconds[name], seconds["ours"], memory=ratio))
+            megabytes.append(f"{work}, {head}: " + "; ".join(f"{name}: {mb:,.0f}" for name, mb in used.items()))
+    if usual:
+        rows[0].asked = "ratio ≥ 0.95, memory ≤ 0.1"
+    note = "\n".join(["Peak memory beyond the inputs, MB:", *(f"- {line}" for line in megabytes),
+                      f"\nResults and gradients differ by at most {max(gaps):.1e} of their greatest entry."])
+    return timing.show(rows, args, note, max(gaps) < 1e-4)
 
 
 if __name__ == "__main__":
