@@ -14,6 +14,7 @@ two steps less what was resident before. float32, on the CPU, which must be idle
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,14 +159,18 @@ def main(argv=None):
         del steps, ours, theirs
         print(memory.peak(step, times=2))
         return 0
+    if args.profile:
+        return timing.profile(steps["ours"])
     first = {name: step() for name, step in steps.items()}
     gaps = [abs(a - b) / abs(a) for a, b in zip(*first.values(), strict=True)] + [adapter_gap(ours, theirs)]
     seconds = timing.in_turn(steps, args.repeats)
     used = {name: memory.in_fresh_process(__file__, argv, name) for name in steps}
+    flop, rate = timing.flop_of(steps["ours"]), timing.matmul_rate()
     work = f"Flow-GRPO step, {mmdit_forward.work(args)}, {args.steps} steps, guidance {GUIDANCE}, rank {args.rank}"
     row = timing.row(work, f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),
-                     memory=used["ours"] / used["theirs"])
-    note = (f"Memory beyond the weights: {used['theirs']:,.0f} and {used['ours']:,.0f} MB. After the first step the two "
+                     memory=used["ours"] / used["theirs"],
+                     share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
+    note = (f"{flop / 1e9:,.0f} GFLOP; matmul rate {rate / 1e9:,.0f} GFLOP/s. Memory beyond the weights: {used['theirs']:,.0f} and {used['ours']:,.0f} MB. After the first step the two "
             f"differ by {gaps[0]:.1e} of the loss, {gaps[1]:.1e} of the gradient norm, {gaps[2]:.1e} of the adapter.")
     return timing.show([row], args, note, max(gaps) < 1e-3)
 

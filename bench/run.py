@@ -47,16 +47,15 @@ GROWTH = (  # program, what grows, {size: flags}
         1: "--group 1 --repeats 1", 4: "--group 4 --repeats 1", 8: STANDARD["judge_generate"],
         16: "--group 16 --repeats 1"}),
     ("token_log_probs", "tokens of 8 answers", {
-        64: "--rows 512 --repeats 1", 128: "--rows 1024 --repeats 1", 512: STANDARD["token_log_probs"]}),
-    ("flow_grpo_step", "group", {
-        n: f"--blocks 2 --latent 16 --steps 2 --group {n} --repeats 1" for n in (4, 8, 16)}))
+        64: "--rows 512 --frozen-only --no-compile --repeats 1", 256: "--frozen-only --no-compile --repeats 1",
+        512: "--rows 4096 --frozen-only --no-compile --repeats 1"}))
 QUICK = {
     "mmdit_forward": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --repeats 1",
     "mmdit_lora_step": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --rank 2 --repeats 1",
     "sampling": "--steps 2 --pictures 2 --size 64 --repeats 1",
     "judge_generate": "--width 64 --layers 2 --vocabulary 1000 --image 112 --new-tokens 6 --group 2 --repeats 1",
-    "token_log_probs": "--rows 64 --width 32 --vocabulary 1000 --repeats 1",
-    "flow_grpo_step": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --group 2 --steps 2 --rank 2 --repeats 1"}
+    "token_log_probs": "--rows 64 --width 32 --vocabulary 1000 --no-compile --repeats 1",
+    "flow_grpo_step": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --steps 2 --rank 2 --repeats 1"}
 PEERS = ("diffusers", "transformers", "peft", "trl", "liger-kernel")
 
 

@@ -12,6 +12,7 @@ in a process of its own for each. A longer completion has more --rows. The machi
 
 import argparse
 import math
+import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -137,9 +138,10 @@ def peak_of(path, args, head):
 
 def parse_args(argv):
     parser = timing.make_parser(__doc__, repeats=3)
-    for name, default, about in (("rows", 4096, "tokens N, of all completions"), ("width", 1024, "D"),
+    for name, default, about in (("rows", 2048, "tokens N, of all completions"), ("width", 1024, "D"),
                                  ("vocabulary", 152_064, "V, by default Qwen2.5's"), ("completions", 8, "B, of N/B tokens")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} (default: %(default)s)")
+    parser.add_argument("--frozen-only", action="store_true", help="without the works where the head is trained")
     parser.add_argument("--no-compile", action="store_true", help="without Liger's compiled loss, which needs a compiler")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # work, head, peer
     args = parser.parse_args(argv)
@@ -158,11 +160,14 @@ def main(argv=None):
         work, head, peer = args.memory_of
         print(peak_of(WORKS[work][peer], args, head))
         return 0
-    size = (f"N {args.rows:,} in {args.completions} completions, D {args.width:,}, V {args.vocabulary:,}, "
-            f"{args.threads} threads")
+    if args.profile:
+        case = make_case(args.rows, args.width, args.vocabulary, args.completions, HEADS["head frozen"])
+        return timing.profile(lambda: forward_backward(our_log_probs, case))
+    size = f"N {args.rows:,} in {args.completions} completions, D {args.width:,}, V {args.vocabulary:,}"
+    matmul = timing.matmul_rate()
     rows, gaps, megabytes = [], [], []
-    for head, trained in HEADS.items():
-        case = make_case(args.rows, args.width, args.vocabulary, args.completions, trained)
+    for head in list(HEADS)[:1 if args.frozen_only else 2]:
+        case = make_case(args.rows, args.width, args.vocabulary, args.completions, HEADS[head])
         for work, paths in WORKS.items():
             paths = {name: path for name, path in paths.items() if not (args.no_compile and name.endswith("compiled"))}
             gaps.append(greatest_gap(paths, case))
@@ -172,9 +177,12 @@ def main(argv=None):
             measured = [name for name in paths if not name.endswith("compiled")]
             used = {name: memory.in_fresh_process(__file__, argv, work, head, name)
                     for name in tqdm(measured, desc="memory", unit="run")}
+            flop = timing.flop_of(lambda: forward_backward(paths["ours"], case))
+            share = f"{flop / statistics.median(seconds['ours']) / matmul:.2f} of the matmul rate"
             for name in list(paths)[:-1]:
                 ratio = used["ours"] / max(1, used[name]) if name in used else None
-                rows.append(timing.row(f"{work}, {head}, {size}", name, seconds[name], seconds["ours"], memory=ratio))
+                rows.append(timing.row(f"{work}, {head}, {size}", name, seconds[name], seconds["ours"], memory=ratio,
+                                       share=share))
             megabytes.append(f"{work}, {head}: " + "; ".join(f"{name}: {mb:,.0f}" for name, mb in used.items()))
     if usual:
         rows[0].asked = "ratio ≥ 0.95, memory ≤ 0.1"

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import judge_generate, mmdit_forward, mmdit_lora_step, run, sampling, timing
+from bench import (flow_grpo_step, judge_generate, memory, mmdit_forward, mmdit_lora_step, run, sampling, timing,
+                   token_log_probs)
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +75,71 @@ def test_mmdit_lora_step_compares_gradients_and_prints_a_table(capsys):
     assert "Loss and gradient norm" in lines[-1]
 
 
-@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step])
+@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step, flow_grpo_step])
 @pytest.mark.parametrize("wrong", ["--blocks 1", "--latent 7", "--batch 0"])
 def test_the_mmdit_programs_refuse_sizes_they_cannot_build(program, wrong, capsys):
     with pytest.raises(SystemExit):
         program.main(wrong.split())
     assert "must be at least 1" in capsys.readouterr().err
+
+
+FLOW = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --steps 3 --rank 2 --repeats 1 --threads 1".split()
+
+
+def test_flow_grpo_step_compares_a_training_step_and_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)
+    assert flow_grpo_step.main(FLOW) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "64 px: 16 + 5 tokens, batch 4, 3 steps, guidance 4.5, rank 2" in lines[2]
+    assert all(float(cell) > 0 for cell in lines[2].split("|")[3:6]) and "of the gradient norm" in lines[-1]
+
+
+@pytest.mark.parametrize("name", ["theirs", "ours"])
+def test_flow_grpo_step_prints_the_memory_of_one_alone(name, capsys):
+    assert flow_grpo_step.main([*FLOW, "--memory-of", name]) == 0
+    assert float(capsys.readouterr().out) >= 0
+
+
+def test_flow_grpo_step_says_when_the_two_differ(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 1.0)
+    monkeypatch.setattr(flow_grpo_step, "ADVANTAGE_CLIP", 0.1)  # which only the peer reads here
+    assert flow_grpo_step.main(FLOW) == 1
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+SMALL = "--rows 48 --width 32 --vocabulary 500 --completions 4 --repeats 1 --threads 1 --no-compile".split()
+
+
+def test_token_log_probs_compares_all_paths_and_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)
+    assert token_log_probs.main(SMALL) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines[2:10]]
+    assert all("N 48 in 4 completions, D 32, V 500" in row[1] and float(row[7]) == 1 for row in rows)
+    assert rows[3][1].startswith("GRPO loss, head frozen") and rows[4][1].startswith("log-probabilities, head trained")
+    assert [row[2].split()[0] for row in rows] == ["torch", "trl", "trl", "liger"] * 2
+    assert "Results and gradients differ" in lines[-1]
+
+
+def test_token_log_probs_measures_memory_in_a_fresh_process():
+    size = "--rows 512 --width 8 --vocabulary 8000 --threads 1".split()
+    path = next(iter(token_log_probs.WORKS["log-probabilities"]))
+    used = memory.in_fresh_process(token_log_probs.__file__, size, "log-probabilities", "head frozen", path)
+    assert 2 * 512 * 8000 * 4 <= used * 2**20 <= 5 * 512 * 8000 * 4  # logits and log-probabilities, then their gradients
+
+
+def test_token_log_probs_says_when_a_path_differs(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)
+    monkeypatch.setattr(token_log_probs, "our_log_probs", lambda c: 1.001 * token_log_probs.all_logits(c))
+    assert token_log_probs.main(SMALL) == 1  # the loss calls it by its name
+    assert "cannot be compared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "said"), [("--rows 0", "at least 1"), ("--rows 30 --completions 8", "a multiple of")])
+def test_token_log_probs_refuses_sizes_it_cannot_build(wrong, said, capsys):
+    with pytest.raises(SystemExit):
+        token_log_probs.main(wrong.split())
+    assert said in capsys.readouterr().err
 
 
 def test_sampling_draws_the_same_pictures_and_prints_a_table(capsys):
@@ -113,7 +173,7 @@ def test_a_row_says_whether_what_was_asked_is_reached():
         assert timing.table([row]).endswith(f"| 3.00 | 0.95 of something | 0.7 | {asked}: {answer} |")
 
 
-@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step, judge_generate])
+@pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step, judge_generate, token_log_probs, flow_grpo_step])
 def test_a_profile_names_the_operators_that_take_the_time(program, capsys):
     name = program.__name__.removeprefix("bench.")
     assert program.main([*run.QUICK[name].split(), "--threads", "1", "--profile"]) == 0
