@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench import (flow_grpo_step, judge_generate, memory, mmdit_forward, mmdit_lora_step, run, sampling, timing,
-                   token_log_probs)
+from bench import (
+    flow_grpo_step,
+    judge_generate,
+    memory,
+    mmdit_forward,
+    mmdit_lora_step,
+    run,
+    sampling,
+    timing,
+    token_log_probs,
+)
 
 
 @pytest.fixture(autouse=True)
