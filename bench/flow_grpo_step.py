@@ -171,8 +171,8 @@ def main(argv=None):
                      memory=used["ours"] / used["theirs"],
                      share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
     note = (f"{flop / 1e9:,.0f} GFLOP; matmul rate {rate / 1e9:,.0f} GFLOP/s. Memory beyond the weights: "
-            f"{used['theirs']:,.0f} and {used['ours']:,.0f} MB. After the first step the two differ by {gaps[0]:.1e} of the loss, "
-            f"{gaps[1]:.1e} of the gradient norm, {gaps[2]:.1e} of the adapter.")
+            f"{used['theirs']:,.0f} and {used['ours']:,.0f} MB. After the first step the two differ by {gaps[0]:.1e} of the "
+            f"loss, {gaps[1]:.1e} of the gradient norm, {gaps[2]:.1e} of the adapter.")
     return timing.show([row], args, note, max(gaps) < 1e-3)
 
 
