@@ -273,13 +273,18 @@ def is_sharded(module):
     return any(hasattr(part, "reshard") for part in module.modules())
 
 
+def is_compiled(module):
+    return any(part._compiled_call_impl is not None for part in module.modules())  # what nn.Module.compile sets
+
+
 @contextlib.contextmanager
 def all_laid_out(module, copy=True):
     """Within it every nn.Linear of a module is computed by `laid_out`: no gradients, and no change of weights meanwhile.
 
-    Not those of a module that FSDP2 shards: its weights come and go.
+    Not those of a module that FSDP2 shards, whose weights come and go, nor of a compiled one.
     """
-    layers = [] if is_sharded(module) else [layer for layer in module.modules() if type(layer) is nn.Linear]
+    left_alone = is_sharded(module) or is_compiled(module)
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and not left_alone]
     for layer in layers:
         layer.forward = laid_out(layer.weight, layer.bias, copy)  # of this object, before that of its class
     try:
@@ -289,12 +294,16 @@ def all_laid_out(module, copy=True):
             del layer.forward
 
 
+def has_graphs(x):
+    return x.is_cuda
+
+
 def as_graph(function, *inputs):
     """`function` for tensors like `inputs`, on a GPU as a CUDA graph: its launches are recorded once and made as one.
 
     What it writes beside its result must lie in tensors that stay where they are. Results are copies.
     """
-    if not inputs[0].is_cuda:
+    if not has_graphs(inputs[0]):
         return function
     held, side = [x.clone() for x in inputs], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

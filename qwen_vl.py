@@ -591,8 +591,8 @@ class QwenVL(nn.Module):
         if len(generators) != P:
             raise ValueError(f"expected one generator or a list of {P}, one for each conversation; got {len(generators)}")
         luck = torch.stack([torch.rand(n, max_new_tokens, generator=g) for g in generators]).flatten(0, 1).to(device)
-        lengths = [len(p.ids) for p in prompts]
-        cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype, fixed=self.graphs)
+        lengths, graph = [len(p.ids) for p in prompts], self.graphs and not kernels.is_sharded(self)
+        cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype, fixed=graph)
         positions = [position_ids(p.ids, p.grids, self.config) for p in prompts]
         with kernels.all_laid_out(self, copy=False):
             hidden = self.trunk(torch.cat([p.ids for p in prompts]).to(device), torch.cat(positions, dim=1).to(device),
@@ -612,9 +612,9 @@ class QwenVL(nn.Module):
 
             for step in progress(range(max_new_tokens)):  # the first token is drawn already
                 if step:
-                    place = torch.full((1,), step - 1, device=device) if self.graphs else step - 1
+                    place = torch.full((1,), step - 1, device=device) if graph else step - 1
                     inputs = token, after + (step - 1), place, luck[:, step]
-                    if step == 1 and self.graphs:
+                    if step == 1 and graph:
                         following = kernels.as_graph(following, *inputs)
                     token, log_prob = following(*inputs)
                     steps.append((token, log_prob))

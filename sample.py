@@ -207,6 +207,9 @@ def parse_args(argv=None):
     parser.add_argument("--json", action="store_true", help="print run.json to standard output, nothing else")
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--compile", action="store_true", help="the generator's blocks by torch.compile, which needs a C++ "
+                        "compiler: a minute or so at first, for many pictures")
+    parser.add_argument("--cuda-graphs", action="store_true", help="each step of the judge's answers as one CUDA graph")
     return parser.parse_args(argv)
 
 
@@ -250,6 +253,8 @@ def check(args):
     if args.size % 16 or not 16 <= args.size <= 4096:
         raise UsageError(f"--size {args.size}: expected a multiple of 16, 16..4096")
     args.device = device_of(args.device)
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        raise UsageError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.out is None:
         args.out = Path("out") / (f"grid{args.grid}_seed{args.seed}" if args.grid else
                                   f"v{args.v:g}_a{args.a:g}_seed{args.seed}")
@@ -286,6 +291,10 @@ def run(args):
     model = None if args.judge is None else load_judge(args.judge, args.device, args.size)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
                                adapter=args.adapter)
+    if args.compile:
+        generator.mmdit.compile_blocks()
+    if model is not None:
+        model.graphs = args.cuda_graphs
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
         raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")

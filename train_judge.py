@@ -62,7 +62,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, help)
     "save_every": (100, 50, "steps between checkpoints"),
     "seed": (0, 0, "of the order of questions and of all samples"),
 }
-FREE = {"eval_every", "eval_rows", "save_every", "micro"}  # may change when a run goes on
+FREE = {"eval_every", "eval_rows", "save_every", "micro", "cuda_graphs"}  # may change when a run goes on
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction", "zero_spread",
           "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy", "tokens_per_second")
 
@@ -270,6 +270,9 @@ def table(figures):
 
 def load_judge(args, processes):
     """(model, frozen copy or None, trained parameters). With --lora the reference is the model without its adapter."""
+    if args.cuda_graphs and (processes.device.type != "cuda" or (processes.world > 1 and not args.lora)):
+        raise training.RunError("--cuda-graphs: needs a GPU that holds the whole model; leave it out, or add --lora")
+
     def load(dtype, place):
         model = qwen_vl.QwenVL.from_pretrained(args.model, place, dtype)
         model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
@@ -288,7 +291,7 @@ def load_judge(args, processes):
         reference = load(torch.bfloat16 if processes.device.type == "cuda" else torch.float32, place) if args.beta else None
         if reference is not None and processes.world > 1:
             shard(reference, processes.device)
-    model.checkpointing = args.checkpointing
+    model.checkpointing, model.graphs = args.checkpointing, args.cuda_graphs
     return model, reference, [p for p in model.parameters() if p.requires_grad]
 
 
@@ -405,6 +408,7 @@ def parse_args(argv=None):
     parser.add_argument("--lora", action="store_true", help="train an adapter of the language model, the rest frozen")
     parser.add_argument("--freeze-vision", action="store_true", help="train the language model only")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
+    parser.add_argument("--cuda-graphs", action="store_true", help="each step of the answers as one CUDA graph")
     parser.add_argument("--evaluate", action="store_true", help="no training: held-out figures of --model")
     return training.parse(parser, SETTINGS, argv)
 

@@ -1,5 +1,6 @@
 """The MMDiT against diffusers' SD3Transformer2DModel, full-size names and counts, file layouts, bad input."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 
+import kernels
 import mmdit
 import weights
 
@@ -148,6 +150,27 @@ def test_checkpointing_changes_neither_output_nor_gradients(lora):
     with torch.no_grad():
         assert torch.equal(model(*inputs(SMALL)), outputs[0])
     assert len(recomputed) == 12  # without gradients nothing is run again
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_whole_graphs_and_give_the_same(monkeypatch):
+    model, texts = shake(mmdit.MMDiT(SMALL)), []
+    model.pos_embed.normal_()
+    expected = model(*inputs(SMALL))
+
+    def count(graph, example):  # in place of a compiler
+        texts.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=count,
+                                                                            fullgraph=True))
+    torch._dynamo.reset()
+    model.compile_blocks()
+    with kernels.all_laid_out(model):  # which leaves compiled modules alone
+        out = model(*inputs(SMALL))
+    torch._dynamo.reset()
+    assert relative_error(out, expected) < 1e-6
+    assert len(texts) == 2  # of blocks with dual attention, and of the last
 
 
 def test_latents_that_do_not_fit_are_refused():

@@ -1,12 +1,14 @@
 """Qwen2.5-VL against transformers on random weights: pixels, positions, logits, tokens; tokenization against tiktoken."""
 
 import base64
+import contextlib
 import copy
 import importlib.util
 import json
 import random
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -19,9 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import kernels
 import qwen_vl
 import weights
 
@@ -301,6 +305,55 @@ def test_generation_ends_when_the_last_answer_has_ended(pair, monkeypatch):
     steps = []
     ours.generate([CONVERSATIONS["no picture"]], n=2, max_new_tokens=9, progress=lambda r: (steps.append(i) or i for i in r))
     assert steps == [0]
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph as a CPU can have it: the operations of one call, made again on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, out in self.operations:
+                new = function(*args, **kwargs)
+                for mine, fresh in zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (out, new))):
+                    if isinstance(mine, torch.Tensor) and mine.data_ptr() != fresh.data_ptr():
+                        mine.copy_(fresh)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("names", [["one picture"], ["no picture", "one picture"]])
+def test_generation_by_a_graph_gives_the_same_answers(pair, names, recorded, monkeypatch):
+    _, ours = pair
+    conversations = [CONVERSATIONS[name] for name in names]
+
+    def answers():
+        out = ours.generate(conversations, n=3, max_new_tokens=8, top_p=0.9, generator=torch.Generator().manual_seed(3))
+        return [a for group in out for a in group]
+
+    expected, recordings = answers(), []
+    if recorded:
+        monkeypatch.setattr(kernels, "has_graphs", lambda x: True)
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Recording,
+                     "stream": lambda stream: contextlib.nullcontext(), "graph": lambda recording: recording}
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        replay = Recording.replay
+        monkeypatch.setattr(Recording, "replay", lambda self: recordings.append(self) or replay(self))
+    monkeypatch.setattr(ours, "graphs", True)
+    for a, b in zip(expected, answers(), strict=True):
+        assert torch.equal(a.tokens, b.tokens) and a.text == b.text
+        torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
+    assert len(recordings) == (max(len(a.tokens) for a in expected) - 1 if recorded else 0)
+    assert len({id(recording) for recording in recordings}) == recorded  # one recording for all steps
 
 
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}])

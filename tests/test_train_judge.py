@@ -185,9 +185,10 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
     (["--group", "1"], "--group 1: expected 2"), (["--tasks", "regression,mood"], "--tasks regression,mood: expected"),
     (["--reward", "soft"], "--reward soft"), (["--alpha", "1"], "--alpha"), (["--steps", "0"], "--steps 0"),
     (["--temperature", "0"], "--temperature"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
-    (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU")])
+    (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU"),
+    (["--cuda-graphs"], "a GPU that holds the whole model")])
 def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
-    if flags[0] == "--device" and torch.cuda.is_available():
+    if flags[0] in ("--device", "--cuda-graphs") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags]) == 2
     error = capsys.readouterr().err
