@@ -1,6 +1,6 @@
 """All side-by-side programs of this folder: one table, how it grows, and a profile of ours where a requirement is missed.
 
-    python bench/run.py                                             # about 25 minutes on 2 idle cores, 10 GB
+    python bench/run.py                                             # 50 minutes on 2 idle cores, 12 GB
     python bench/run.py --only sampling,judge_generate --no-growth  # two minutes
     python bench/run.py --quick                                     # a minute: whether all run; these times mean nothing
 

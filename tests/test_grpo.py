@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import grpo
-from bench import token_log_probs as bench
 
 GOOD = '{"valence": 7.0, "arousal": 3.0}'  # the truth in these tests is V 7, A 3, awe
 CLASS = '{"emotion_class": "awe"}'
@@ -454,20 +453,6 @@ def test_inputs_that_do_not_fit_are_refused(change, match):
     grpo.token_log_probs(**good)
     with pytest.raises(ValueError, match=match):
         grpo.token_log_probs(**{**good, **change})
-
-
-def test_the_benchmark_prints_a_row_for_each_work_and_path(capsys):
-    threads = torch.get_num_threads()
-    try:
-        sizes = ["--rows", "64", "--width", "32", "--vocabulary", "1000", "--repeats", "1", "--threads", "1"]
-        assert bench.main(sizes) == 0
-    finally:
-        torch.set_num_threads(threads)
-    out = capsys.readouterr().out
-    rows = [line.split(" | ")[:2] for line in out.splitlines() if line.startswith("| head")]
-    assert rows == [[f"| {work}", path] for work in bench.WORKS for path in bench.PATHS]
-    assert torch.__version__ in out and "1 threads" in out
-    assert float(out.split("at most ")[1].split()[0]) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
