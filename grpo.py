@@ -222,8 +222,8 @@ def head_gradient(hidden, weight, targets, lse, grad, chunk, temperature):
         for rows in slices(len(hidden), ROWS):
             p = logits_tile(buffer, hidden[rows], weight[columns])
             p = (p if temperature == 1 else p.div_(temperature)).sub_(lse[rows, None]).exp_()
-            place, width = (targets[rows] - columns.start)[:, None], p.shape[1]
-            p.scatter_add_(1, place.clamp(0, width - 1), -((place >= 0) & (place < width)).to(p.dtype))
+            index, inside = kernels.place_in_tile(targets[rows], columns.start, p.shape[1])
+            p.scatter_add_(1, index, -inside.to(p.dtype))
             add_product(part, p.t(), scaled[rows])
         gradient[columns] = part
     return gradient

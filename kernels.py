@@ -216,15 +216,20 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
         return gpu.scan_tile(z, targets, start, peak, total, picked, scale)
     if scale != 1:
         z.mul_(scale)
-    place = (targets - start)[:, None]
-    inside = (place >= 0) & (place < z.shape[1])
-    picked.copy_(torch.where(inside, z.gather(1, place.clamp(0, z.shape[1] - 1)), picked[:, None])[:, 0])
+    index, inside = place_in_tile(targets, start, z.shape[1])
+    picked.copy_(torch.where(inside, z.gather(1, index), picked[:, None])[:, 0])
     top = torch.maximum(peak, z.amax(1))
     keep = (peak - top).exp()
     z.sub_(top[:, None]).exp_()
     total.mul_(keep).add_(z.sum(1))
     peak.copy_(top)
     return keep
+
+
+def place_in_tile(targets, start, width):
+    """Column of each of targets [N] within a tile of the vocabulary [N,1], and whether it lies there (if not, it is any)."""
+    index = (targets - start)[:, None]
+    return index.clamp(0, width - 1), (index >= 0) & (index < width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

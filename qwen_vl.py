@@ -427,7 +427,7 @@ class StaticCache:
 
         self.prompt_k, self.prompt_v = (room(len(lengths), self.longest) for _ in "kv")
         self.k, self.v = (room(len(lengths) * n, new_tokens) for _ in "kv")
-        self.padding = self.hidden = None
+        self.padding = None
         if min(lengths) < self.longest:
             own = torch.tensor(lengths, device=device)[:, None]
             self.padding = F.pad(torch.arange(self.longest, device=device) >= own, (0, new_tokens))  # [P,L+new tokens]
@@ -591,7 +591,8 @@ class QwenVL(nn.Module):
         if len(generators) != P:
             raise ValueError(f"expected one generator or a list of {P}, one for each conversation; got {len(generators)}")
         luck = torch.stack([torch.rand(n, max_new_tokens, generator=g) for g in generators]).flatten(0, 1).to(device)
-        lengths, graph = [len(p.ids) for p in prompts], self.graphs and not kernels.is_sharded(self)
+        lengths, sharded = [len(p.ids) for p in prompts], kernels.is_sharded(self)
+        graph = self.graphs and not sharded
         cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype, fixed=graph)
         positions = [position_ids(p.ids, p.grids, self.config) for p in prompts]
         with kernels.all_laid_out(self, copy=False):
@@ -604,7 +605,7 @@ class QwenVL(nn.Module):
         stop, steps = torch.tensor(self.processor.stop, device=device), [(token, log_prob)]
         done, wait = torch.isin(token, stop), 16 if device.type == "cuda" else 1  # steps between looks at what a GPU has
         with kernels.all_laid_out(self.blocks):
-            head = self.logits if kernels.is_sharded(self) else kernels.laid_out(self.head_weight)
+            head = self.logits if sharded else kernels.laid_out(self.head_weight)
 
             def following(token, at, place, luck):
                 """(token [P·n], log-probability) after `token`, which is the place-th of its row and at position `at`."""

@@ -287,7 +287,8 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
     """Gradients over all stochastic steps of all chunks, then one step of the optimizer. advantages [n]: of this process's
     pictures. check: before the first update the ratio must be 1. Returns sums over this process's picture-steps."""
     model = models.generator.mmdit
-    count, sums, worst = len(advantages) * len(chunks[0].trajectory.steps), {}, []  # of tensors: nothing waits for a GPU
+    count = len(advantages) * len(chunks[0].trajectory.steps)
+    sums, worst = dict.fromkeys(("loss", *MEANS), 0.0), []  # of tensors: nothing waits for a GPU
     optimizer.zero_grad(set_to_none=True)
     for chunk in chunks:
         for k, kept in enumerate(chunk.trajectory.steps):
@@ -300,9 +301,9 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
                                                 args.beta, normalizer=count)
             loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
             loss.backward()
-            sums["loss"] = sums.get("loss", 0.0) + loss.detach().double()
+            sums["loss"] += loss.detach().double()
             for key in MEANS:
-                sums[key] = sums.get(key, 0.0) + metrics.get(key, torch.zeros(())).double() * len(kept.log_prob)
+                sums[key] += metrics[key].double() * len(kept.log_prob) if key in metrics else 0.0
             worst.append(metrics["ratio_max_deviation"])
     sums, worst = {key: float(value) for key, value in sums.items()}, float(torch.stack(worst).max())
     if check and not worst <= (0 if models.generator.device.type == "cpu" else args.clip / 10):

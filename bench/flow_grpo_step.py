@@ -14,7 +14,6 @@ two steps less what was resident before. float32, on the CPU, which must be idle
 
 import argparse
 import math
-import statistics
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +168,7 @@ def main(argv=None):
     work = f"Flow-GRPO step, {mmdit_forward.work(args)}, {args.steps} steps, guidance {GUIDANCE}, rank {args.rank}"
     row = timing.row(work, f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),
                      memory=used["ours"] / used["theirs"],
-                     share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
+                     share=timing.share(flop, seconds["ours"], rate, "the matmul rate"))
     note = (f"{flop / 1e9:,.0f} GFLOP; matmul rate {rate / 1e9:,.0f} GFLOP/s. Memory beyond the weights: "
             f"{used['theirs']:,.0f} and {used['ours']:,.0f} MB. After the first step the two differ by {gaps[0]:.1e} of the "
             f"loss, {gaps[1]:.1e} of the gradient norm, {gaps[2]:.1e} of the adapter.")

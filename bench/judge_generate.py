@@ -13,7 +13,6 @@ be idle: threads that wait for a core slow both many times over, and not alike.
 """
 
 import functools
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -92,8 +91,8 @@ def make_rows(model, prompt, args, seconds):
     decode = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(whole, prefill, strict=True)]
     flop, read = timing.flop_of(lambda: ours_tokens(model, prompt, args.group, 1)), weight_bytes(model)
     matmul, memory = timing.matmul_rate(), timing.read_rate()
-    shares = ("", f"{flop / statistics.median(prefill[1]) / matmul:.2f} of the matmul rate",
-              f"{read * (args.new_tokens - 1) / statistics.median(decode[1]) / memory:.2f} of memory bandwidth")
+    shares = ("", timing.share(flop, prefill[1], matmul, "the matmul rate"),
+              timing.share(read * (args.new_tokens - 1), decode[1], memory, "memory bandwidth"))
     size = (f"{args.new_tokens} tokens each, {args.image}×{args.image} pixels, {len(prompt.ids)} prompt tokens, "
             f"{weights.count_parameters(model) / 1e6:,.0f} M parameters")
     peer, rows = f"transformers {transformers.__version__}", []

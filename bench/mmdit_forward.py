@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `pyth
 import kernels
 import mmdit
 from bench import timing
-from bench.timing import flop_of
 
 
 def make_models(args):
@@ -104,7 +103,7 @@ def main(argv=None):
         with kernels.all_laid_out(laid_out):
             return timing.profile(lambda: laid_out(*inputs))
     products = products_of(ours, inputs)
-    flop, linear = flop_of(lambda: ours(*inputs)), flop_of(products)
+    flop, linear = timing.flop_of(lambda: ours(*inputs)), timing.flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
              "laid out": lambda: laid_out(*inputs), "as they lie": lambda: ours(*inputs), "products": products}
     with kernels.all_laid_out(laid_out):
@@ -112,7 +111,7 @@ def main(argv=None):
         seconds = timing.in_turn(paths, args.repeats)
     rows, rate = [], linear / statistics.median(seconds["products"])
     for name, about in (("laid out", ""), ("as they lie", ", weights as for training")):
-        share = f"{flop / statistics.median(seconds[name]) / rate:.2f} of F.linear at its shapes"
+        share = timing.share(flop, seconds[name], rate, "F.linear at its shapes")
         rows.append(timing.row(f"MMDiT forward{about}, {work(args)}", f"diffusers {diffusers.__version__}",
                                seconds["diffusers"], seconds[name], share=share))
     if timing.usual(parser, args):

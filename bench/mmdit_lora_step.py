@@ -11,7 +11,6 @@ in the same run, by the FLOP of both passes. float32, on the CPU, which must be 
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -84,7 +83,7 @@ def main(argv=None):
     row = timing.row(f"LoRA step, forward and backward, {mmdit_forward.work(args)}, rank {args.rank}",
                      f"diffusers {diffusers.__version__}, peft {peft.__version__}", *seconds.values(),
                      memory=used["ours"] / used["theirs"],
-                     share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
+                     share=timing.share(flop, seconds["ours"], rate, "the matmul rate"))
     if timing.usual(parser, args):
         row.asked = "ratio ≥ 1.0, memory ≤ 0.9"
     theirs, ours = first.values()

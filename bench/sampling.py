@@ -8,7 +8,6 @@ differ by 2 of 255 levels. Then they take turns in one process. The share is of 
 measured in the same run, by the FLOP of all parts. float32, on the CPU, which must be idle.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def main(argv=None):
     flop, rate = timing.flop_of(paths["ours"]), timing.matmul_rate()
     row = timing.row(f"{args.pictures} pictures of {args.size} px, {args.steps} steps, guidance 4.5",
                      f"diffusers {diffusers.__version__}", *seconds.values(),
-                     share=f"{flop / statistics.median(seconds['ours']) / rate:.2f} of the matmul rate")
+                     share=timing.share(flop, seconds["ours"], rate, "the matmul rate"))
     if timing.usual(parser, args):
         row.asked = "ratio ≥ 1.05"
     note = (f"{flop / 1e9:,.0f} GFLOP; matmul rate {rate / 1e9:,.0f} GFLOP/s. Greatest difference of a pixel: {gap:.2f} "

@@ -52,6 +52,11 @@ def row(work, peer, theirs, ours, **more):
     return Row(work, peer, statistics.median(theirs), statistics.median(ours), ratio, **more)
 
 
+def share(work, seconds, rate, of):
+    """What `work`, in FLOP or bytes, done in the median of so many seconds is of a rate, in words: Row.share."""
+    return f"{work / statistics.median(seconds) / rate:.2f} of {of}"
+
+
 def table(rows):
     """Markdown."""
     lines = ["| work | peer | peer, s | ours, s | ratio | share | memory | asked |", "| --- " * 8 + "|"]

@@ -12,7 +12,6 @@ in a process of its own for each. A longer completion has more --rows. The machi
 
 import argparse
 import math
-import statistics
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -179,7 +178,7 @@ def main(argv=None):
             used = {name: memory.in_fresh_process(__file__, argv, work, head, name)
                     for name in tqdm(measured, desc="memory", unit="run")}
             flop = 2 * args.rows * args.width * args.vocabulary * (4 if HEADS[head] else 2)  # ours: so many products
-            share = f"{flop / statistics.median(seconds['ours']) / matmul:.2f} of the matmul rate"
+            share = timing.share(flop, seconds["ours"], matmul, "the matmul rate")
             for name in list(paths)[:-1]:
                 ratio = used["ours"] / max(1, used[name]) if name in used else None
                 rows.append(timing.row(f"{work}, {head}, {size}", name, seconds[name], seconds["ours"], memory=ratio,

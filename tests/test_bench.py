@@ -81,15 +81,20 @@ def test_mmdit_forward_compares_outputs_and_prints_a_table(capsys):
     assert "Greatest difference to diffusers" in lines[-1]
 
 
-def test_mmdit_lora_step_compares_gradients_and_prints_a_table(capsys, monkeypatch):
+LORA = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --rank 2 --repeats 1 --threads 1".split()
+FLOW = [*LORA, "--steps", "3"]
+
+
+@pytest.mark.parametrize("program, size, work, compared", [
+    (mmdit_lora_step, LORA, "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2, rank 2", "Loss and gradient norm"),
+    (flow_grpo_step, FLOW, "64 px: 16 + 5 tokens, batch 4, 3 steps, guidance 4.5, rank 2", "of the gradient norm")])
+def test_a_training_step_is_compared_and_its_table_printed(program, size, work, compared, capsys, monkeypatch):
     monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)
-    size = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --rank 2 --repeats 1 --threads 1"
-    assert mmdit_lora_step.main(size.split()) == 0
+    assert program.main(size) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2, rank 2" in lines[2]
+    assert work in lines[2] and compared in lines[-1]
     row = cells(lines[2])
     assert all(float(number) > 0 for number in row[2:5]) and row[5].endswith("of the matmul rate")
-    assert "Loss and gradient norm" in lines[-1]
 
 
 @pytest.mark.parametrize("program", [mmdit_forward, mmdit_lora_step, flow_grpo_step])
@@ -100,20 +105,9 @@ def test_the_mmdit_programs_refuse_sizes_they_cannot_build(program, wrong, capsy
     assert "must be at least 1" in capsys.readouterr().err
 
 
-FLOW = "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --steps 3 --rank 2 --repeats 1 --threads 1".split()
-
-
-def test_flow_grpo_step_compares_a_training_step_and_prints_a_table(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)
-    assert flow_grpo_step.main(FLOW) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "64 px: 16 + 5 tokens, batch 4, 3 steps, guidance 4.5, rank 2" in lines[2]
-    assert all(float(cell) > 0 for cell in lines[2].split("|")[3:6]) and "of the gradient norm" in lines[-1]
-
-
 @pytest.mark.parametrize("name", ["theirs", "ours"])
 def test_a_step_prints_the_memory_of_one_alone(name, capsys):
-    for program, size in ((flow_grpo_step, FLOW), (mmdit_lora_step, run.QUICK["mmdit_lora_step"].split())):
+    for program, size in ((flow_grpo_step, FLOW), (mmdit_lora_step, LORA)):
         assert program.main([*size, "--memory-of", name]) == 0
         assert float(capsys.readouterr().out) >= 0
 
