@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from parts.cli import UserError
 
 SCALES = "Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, very excited."
 LOOK = "Look at the weather, the light, the background, the objects, the faces and the composition."
@@ -63,10 +64,6 @@ TRIES = 3  # of a rewrite, before the prompt is kept as it is
 LONGEST_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
 
 
-class PromptsError(Exception):
-    """A file of prompts cannot be used; the message is one line that names what is wrong and what to do."""
-
-
 class Unusable(Exception):
     """An answer of the judge cannot be used; the message says why."""
 
@@ -81,21 +78,21 @@ def fill(name, values, text=None):
 
 
 def load_prompts(path):
-    """Put the texts of a JSON file {name: text} in place of PROMPTS. Raises PromptsError; then nothing is replaced."""
+    """Put the texts of a JSON file {name: text} in place of PROMPTS. Raises UserError; then nothing is replaced."""
     try:
         own = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
             raise ValueError("expected an object of texts")
     except (OSError, ValueError) as error:
-        raise PromptsError(f"{path}: {error}; give a JSON file such as {{\"rewrite\": \"...\"}}") from error
+        raise UserError(f"{path}: {error}; give a JSON file such as {{\"rewrite\": \"...\"}}") from error
     for name, text in own.items():
         if name not in PROMPTS:
-            raise PromptsError(f"{path}: unknown prompt {name!r}; expected some of {', '.join(PROMPTS)}")
+            raise UserError(f"{path}: unknown prompt {name!r}; expected some of {', '.join(PROMPTS)}")
         known = VALUES.get(name, ())
         try:
             fill(name, dict.fromkeys(known, ""), text)
         except (KeyError, ValueError) as error:
-            raise PromptsError(f"{path}: the prompt {name!r} has an unknown value ({error}); it may use "
+            raise UserError(f"{path}: the prompt {name!r} has an unknown value ({error}); it may use "
                                f"{', '.join('$' + value for value in known) or 'none'}, and $$ for a dollar") from error
     PROMPTS.update(own)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-import kernels
+from parts import ops
 
 TRAIN_STEPS = 1000  # timesteps the model was trained on: the MMDiT is given 1000·σ
 
@@ -86,7 +86,7 @@ class SDEStep:
 
     @property
     def mean(self):  # [B,C,h,w] float32, made when asked for: log_prob and kl do without it
-        return kernels.sde_mean(*self.terms)
+        return ops.sde_mean(*self.terms)
 
 
 def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=None, generator=None, ref_velocity=None):
@@ -109,10 +109,10 @@ def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=Non
     pull = sigma_t**2 / (2 * sigma)  # how strongly the added noise is drawn back to the data
     a, b, kl = 1 + pull * dt, (1 + pull * (1 - sigma)) * dt, None
     if next_latents is None:
-        next_latents, log_prob = kernels.sde_draw(velocity, latents, draw_noise(latents, generator), a, b, std)
+        next_latents, log_prob = ops.sde_draw(velocity, latents, draw_noise(latents, generator), a, b, std)
     else:
         next_latents = next_latents.detach().float()
-        log_prob, kl = kernels.sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity, sigma_t)
+        log_prob, kl = ops.sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity, sigma_t)
     return SDEStep(next_latents, log_prob, kl, std, sigma_t, (velocity, latents, a, b))
 
 

@@ -14,8 +14,8 @@ import re
 import torch
 from torch.autograd.function import once_differentiable
 
-import kernels
 from data import EMOTIONS, VA_MAX, VA_MIN, check_va
+from parts import ops
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading an answer
@@ -197,7 +197,7 @@ def scan_vocabulary(hidden, weight, targets, chunk, temperature, with_slope):
     One pass over the vocabulary with a running maximum, to which the sums so far are rescaled at every tile.
     """
     N, V = len(hidden), len(weight)
-    on_gpu = kernels.on_gpu(hidden)  # whose kernel computes in float32 whatever type the tile has
+    on_gpu = ops.on_gpu(hidden)  # whose kernel computes in float32 whatever type the tile has
     buffer = tile_buffer(hidden, weight, chunk, hidden.dtype if on_gpu else None)
     wide = torch.promote_types(buffer.dtype, torch.float32)
     peak, total, picked = (buffer.new_full((N,), start, dtype=wide) for start in (-math.inf, 0.0, 0.0))
@@ -205,7 +205,7 @@ def scan_vocabulary(hidden, weight, targets, chunk, temperature, with_slope):
     for columns in slices(V, chunk):
         for rows in slices(N, ROWS):
             z = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
-            keep = kernels.scan_tile(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows], 1 / temperature)
+            keep = ops.scan_tile(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows], 1 / temperature)
             if with_slope:
                 add_product(pull[rows].mul_(keep[:, None]), z, weight[columns])
     lse = peak + total.log()
@@ -222,7 +222,7 @@ def head_gradient(hidden, weight, targets, lse, grad, chunk, temperature):
         for rows in slices(len(hidden), ROWS):
             p = logits_tile(buffer, hidden[rows], weight[columns])
             p = (p if temperature == 1 else p.div_(temperature)).sub_(lse[rows, None]).exp_()
-            index, inside = kernels.place_in_tile(targets[rows], columns.start, p.shape[1])
+            index, inside = ops.place_in_tile(targets[rows], columns.start, p.shape[1])
             p.scatter_add_(1, index, -inside.to(p.dtype))
             add_product(part, p.t(), scaled[rows])
         gradient[columns] = part

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-import weights
+from parts import ops, weights
+from parts.cli import UserError
+from parts.files import write_json
 
 FREQUENCIES = 256  # of the sinusoidal timestep embedding
 
@@ -75,7 +76,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return self.fc2(kernels.gelu_linear(self.fc1, x))
+        return self.fc2(ops.gelu_linear(self.fc1, x))
 
 
 class Attention(nn.Module):
@@ -88,13 +89,13 @@ class Attention(nn.Module):
             self.proj = nn.Linear(c.width, c.width)
         self.heads = c.heads
         if c.qk_norm:
-            self.ln_q, self.ln_k = kernels.RMSNorm(c.head_dim), kernels.RMSNorm(c.head_dim)  # applied as heads are split
+            self.ln_q, self.ln_k = ops.RMSNorm(c.head_dim), ops.RMSNorm(c.head_dim)  # applied as heads are split
 
     def norms(self):
         return (self.ln_q.weight, self.ln_k.weight) if hasattr(self, "ln_q") else (None, None)
 
     def forward(self, x):  # [B,L,D] -> [B,L,D]: the stream attends to itself
-        return self.proj(kernels.attention(*kernels.split_qkv(self.qkv(x), self.heads, *self.norms())))
+        return self.proj(ops.attention(*ops.split_qkv(self.qkv(x), self.heads, *self.norms())))
 
 
 class Stream(nn.Module):
@@ -126,24 +127,24 @@ class JointBlock(nn.Module):
         mx, mc = vectors[:sx.vectors], vectors[sx.vectors:]
         L = context.shape[1]
         # joint attention over the tokens of both streams, text first
-        qkv_c = sc.attn.qkv(kernels.modulate(context, mc[0], mc[1]))
-        qkv_x = sx.attn.qkv(kernels.modulate(x, mx[0], mx[1]))
-        q, k, v = kernels.joint_qkv(qkv_c, qkv_x, sx.attn.heads, sc.attn.norms(), sx.attn.norms())  # [B,H,L+N,E]
+        qkv_c = sc.attn.qkv(ops.modulate(context, mc[0], mc[1]))
+        qkv_x = sx.attn.qkv(ops.modulate(x, mx[0], mx[1]))
+        q, k, v = ops.joint_qkv(qkv_c, qkv_x, sx.attn.heads, sc.attn.norms(), sx.attn.norms())  # [B,H,L+N,E]
         if sc.vectors == 2:  # the last block's text output is not used
-            out_c, out_x = None, kernels.attention(q[:, :, L:], k, v)
+            out_c, out_x = None, ops.attention(q[:, :, L:], k, v)
         else:
-            out_c, out_x = kernels.attention(q, k, v).split([L, x.shape[1]], dim=1)
+            out_c, out_x = ops.attention(q, k, v).split([L, x.shape[1]], dim=1)
         if sx.vectors == 9:  # dual attention reads the same x as the joint one
-            alone = sx.attn2(kernels.modulate(x, mx[6], mx[7]))
-            x = kernels.gate_residual(x, sx.attn.proj(out_x), mx[2])
-            x = kernels.gate_residual(x, alone, mx[8])
+            alone = sx.attn2(ops.modulate(x, mx[6], mx[7]))
+            x = ops.gate_residual(x, sx.attn.proj(out_x), mx[2])
+            x = ops.gate_residual(x, alone, mx[8])
         else:
-            x = kernels.gate_residual(x, sx.attn.proj(out_x), mx[2])
-        x = kernels.gate_residual(x, sx.mlp(kernels.modulate(x, mx[3], mx[4])), mx[5])
+            x = ops.gate_residual(x, sx.attn.proj(out_x), mx[2])
+        x = ops.gate_residual(x, sx.mlp(ops.modulate(x, mx[3], mx[4])), mx[5])
         if out_c is None:
             return x, None
-        context = kernels.gate_residual(context, sc.attn.proj(out_c), mc[2])
-        context = kernels.gate_residual(context, sc.mlp(kernels.modulate(context, mc[3], mc[4])), mc[5])
+        context = ops.gate_residual(context, sc.attn.proj(out_c), mc[2])
+        context = ops.gate_residual(context, sc.mlp(ops.modulate(context, mc[3], mc[4])), mc[5])
         return x, context
 
 
@@ -154,7 +155,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(c.width, c.patch**2 * c.channels)
 
     def forward(self, x, shift, scale):  # [B,N,D] -> [B,N,p·p·C]
-        return self.linear(kernels.modulate(x, shift, scale))
+        return self.linear(ops.modulate(x, shift, scale))
 
 
 class MMDiT(nn.Module):
@@ -222,7 +223,7 @@ class MMDiT(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch is one long input
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, kernels.RMSNorm):
+            elif isinstance(module, ops.RMSNorm):
                 nn.init.ones_(module.weight)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -322,7 +323,7 @@ class MMDiT(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Write the diffusers layout: config.json and diffusion_pytorch_model.safetensors."""
         c = self.config
-        weights.write_json(Path(folder) / "config.json", {
+        write_json(Path(folder) / "config.json", {
             "_class_name": "SD3Transformer2DModel", "sample_size": c.sample_size, "patch_size": c.patch,
             "in_channels": c.channels, "out_channels": c.channels, "num_layers": c.depth, "num_attention_heads": c.heads,
             "attention_head_dim": c.head_dim, "joint_attention_dim": c.context_dim, "caption_projection_dim": c.width,
@@ -363,7 +364,7 @@ def read_config(folder):
             raw["joint_attention_dim"], raw["pooled_projection_dim"], raw["pos_embed_max_size"],
             raw.get("qk_norm") == "rms_norm", raw["sample_size"])
     except (KeyError, TypeError, ValueError) as error:
-        raise weights.CheckpointError(f"{folder}/config.json: not a configuration of SD3.5's transformer ({error}); "
+        raise UserError(f"{folder}/config.json: not a configuration of SD3.5's transformer ({error}); "
                                       f"give the folder of an SD3.5 checkpoint") from error
 
 
@@ -381,5 +382,5 @@ def infer_config(entries, path):
             pooled_dim=entries["y_embedder.mlp.0.weight"].shape[1], qk_norm=qk_norm,
             positions=math.isqrt(entries["pos_embed"].shape[1]))
     except (KeyError, ValueError, IndexError) as error:
-        raise weights.CheckpointError(f"{path}: no SD3.5 transformer under model.diffusion_model.* (looking for {error})"
+        raise UserError(f"{path}: no SD3.5 transformer under model.diffusion_model.* (looking for {error})"
                                       f"; give sd3.5_medium.safetensors or a diffusers folder") from error

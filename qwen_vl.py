@@ -25,8 +25,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-import weights
+from parts import lora, ops, weights
+from parts.cli import UserError
+from parts.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,13 @@ def read_tokenizer(folder):
     try:
         if (folder / "tokenizer.json").exists():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        added = weights.read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         special = [added[i]["content"] for i in sorted(added, key=int)] or SPECIAL
-        return byte_bpe(weights.read_json(folder / "vocab.json"), weights.read_merges(folder / "merges.txt"), special)
-    except weights.CheckpointError:
+        return byte_bpe(read_json(folder / "vocab.json"), weights.read_merges(folder / "merges.txt"), special)
+    except UserError:
         raise
     except Exception as error:  # tokenizers raises plain Exception for a malformed file
-        raise weights.CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+        raise UserError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
 
 
 def chat_text(messages, answer=True):
@@ -199,7 +200,7 @@ class Processor:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if tokenizer.id_to_token(image_token) != "<|image_pad|>":
-            raise weights.CheckpointError(f"token {image_token} of the tokenizer is {tokenizer.id_to_token(image_token)!r}, "
+            raise UserError(f"token {image_token} of the tokenizer is {tokenizer.id_to_token(image_token)!r}, "
                                           f"expected '<|image_pad|>'; model and tokenizer are of different checkpoints")
         self.stop = tuple(stop or (tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>")))
 
@@ -228,7 +229,7 @@ class Processor:
         folder = Path(weights.find(source))
         name = next((n for n in ("preprocessor_config.json", "processor_config.json") if (folder / n).exists()),
                     "preprocessor_config.json")
-        raw = weights.read_json(folder / name)
+        raw = read_json(folder / name)
         raw = raw.get("image_processor", raw)
         size, default = raw.get("size") or {}, ImageConfig()
         image = ImageConfig(
@@ -238,7 +239,7 @@ class Processor:
             tuple(raw.get("image_mean", default.mean)), tuple(raw.get("image_std", default.std)))
         stop = None
         if (folder / "generation_config.json").exists():
-            stop = weights.read_json(folder / "generation_config.json").get("eos_token_id")
+            stop = read_json(folder / "generation_config.json").get("eos_token_id")
             stop = [stop] if isinstance(stop, int) else stop
         return cls(read_tokenizer(folder), image, image_token, stop)
 
@@ -286,7 +287,7 @@ def attend_runs(q, k, v, sequence_runs, causal):
         q_, k_, v_ = (t[start:end].view(count, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [count,H,L,E]
         if groups > 1:
             k_, v_ = k_.repeat_interleave(groups, 1), v_.repeat_interleave(groups, 1)
-        out.append(kernels.attention(q_, k_, v_, causal=causal).flatten(0, 1))
+        out.append(ops.attention(q_, k_, v_, causal=causal).flatten(0, 1))
         start = end
     return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -295,15 +296,15 @@ class VisionBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         D = c.vision_width
-        self.norm1, self.norm2 = kernels.RMSNorm(D), kernels.RMSNorm(D)
+        self.norm1, self.norm2 = ops.RMSNorm(D), ops.RMSNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.gate_up, self.down = nn.Linear(D, 2 * c.vision_mlp), nn.Linear(c.vision_mlp, D)
         self.heads = c.vision_heads
 
     def forward(self, x, cos, sin, sequence_runs):  # x [N,D]; cos, sin [N,1,E] float32
-        q, k, v = kernels.split_rotate(self.qkv(self.norm1(x)), self.heads, self.heads, cos, sin)  # each [N,H,E]
+        q, k, v = ops.split_rotate(self.qkv(self.norm1(x)), self.heads, self.heads, cos, sin)  # each [N,H,E]
         x = x + self.out(attend_runs(q, k, v, sequence_runs, causal=False))
-        return x + self.down(kernels.swiglu(self.gate_up(self.norm2(x))))
+        return x + self.down(ops.swiglu(self.gate_up(self.norm2(x))))
 
 
 class VisionTower(nn.Module):
@@ -313,7 +314,7 @@ class VisionTower(nn.Module):
         merged = c.vision_width * c.merge**2
         self.patches = nn.Linear(3 * c.frames * c.patch**2, c.vision_width, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(c) for _ in range(c.vision_layers))
-        self.norm = kernels.RMSNorm(c.vision_width)
+        self.norm = ops.RMSNorm(c.vision_width)
         self.merge1, self.merge2 = nn.Linear(merged, merged), nn.Linear(merged, c.width)
 
     def forward(self, pixels, grids):
@@ -390,14 +391,14 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         D, self.split = c.width, (c.heads, c.kv_heads, c.kv_heads)
-        self.norm1, self.norm2 = kernels.RMSNorm(D, c.eps), kernels.RMSNorm(D, c.eps)
+        self.norm1, self.norm2 = ops.RMSNorm(D, c.eps), ops.RMSNorm(D, c.eps)
         self.qkv = nn.Linear(D, sum(self.split) * c.head_dim)
         self.out = nn.Linear(D, D, bias=False)
         self.gate_up, self.down = nn.Linear(D, 2 * c.mlp, bias=False), nn.Linear(c.mlp, D, bias=False)
 
     def forward(self, x, cos, sin, attend):  # x [N,D]; cos, sin [N,1,E]
-        x = x + self.out(attend(*kernels.split_rotate(self.qkv(self.norm1(x)), *self.split[:2], cos, sin)))
-        return x + self.down(kernels.swiglu(self.gate_up(self.norm2(x))))
+        x = x + self.out(attend(*ops.split_rotate(self.qkv(self.norm1(x)), *self.split[:2], cos, sin)))
+        return x + self.down(ops.swiglu(self.gate_up(self.norm2(x))))
 
 
 class Sequences:
@@ -450,7 +451,7 @@ class StaticCache:
                 cache[layer, :, :, self.place] = new  # [rows,K,E]
             else:
                 cache[layer].index_copy_(2, self.place, new[:, :, None])
-        return kernels.attend_shared(q, self.prompt_k[layer], self.prompt_v[layer], self.k[layer, :, :, :self.end],
+        return ops.attend_shared(q, self.prompt_k[layer], self.prompt_v[layer], self.k[layer, :, :, :self.end],
                                      self.v[layer, :, :, :self.end], self.hidden)
 
     def prefill(self, layer, q, k, v):
@@ -481,7 +482,7 @@ class SharedPrompts:
                 torch.cat([t[start:end].view(count, 1, length, *t.shape[1:]).expand(-1, G, -1, -1, -1),
                            mine[row:row + count]], dim=2).flatten(0, 1).repeat_interleave(groups, 2).transpose(1, 2)
                 for t, mine in zip((k, v), own[1:], strict=True))  # [count·G,H,length+C,E]
-            out.append(kernels.attention(queries.transpose(1, 2), keys, values, mask=self.masks[length]).flatten(0, 1))
+            out.append(ops.attention(queries.transpose(1, 2), keys, values, mask=self.masks[length]).flatten(0, 1))
             start, row = end, row + count
         return torch.cat(out)
 
@@ -493,7 +494,7 @@ class QwenVL(nn.Module):
         self.visual = VisionTower(c)
         self.tokens = nn.Embedding(c.vocab, c.width)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = kernels.RMSNorm(c.width, c.eps)
+        self.norm = ops.RMSNorm(c.width, c.eps)
         self.head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
         self.processor = processor
         self.checkpointing = False  # recompute the blocks in the backward pass
@@ -591,11 +592,11 @@ class QwenVL(nn.Module):
         if len(generators) != P:
             raise ValueError(f"expected one generator or a list of {P}, one for each conversation; got {len(generators)}")
         luck = torch.stack([torch.rand(n, max_new_tokens, generator=g) for g in generators]).flatten(0, 1).to(device)
-        lengths, sharded = [len(p.ids) for p in prompts], kernels.is_sharded(self)
+        lengths, sharded = [len(p.ids) for p in prompts], ops.is_sharded(self)
         graph = self.graphs and not sharded
         cache = StaticCache(self.config, lengths, n, max_new_tokens, device, dtype, fixed=graph)
         positions = [position_ids(p.ids, p.grids, self.config) for p in prompts]
-        with kernels.all_laid_out(self, copy=False):
+        with ops.all_laid_out(self, copy=False):
             hidden = self.trunk(torch.cat([p.ids for p in prompts]).to(device), torch.cat(positions, dim=1).to(device),
                                 cache, torch.cat([p.pixels for p in prompts]).to(device),
                                 sum((p.grids for p in prompts), ()))
@@ -604,8 +605,8 @@ class QwenVL(nn.Module):
         after = torch.tensor([int(p.max()) + 1 for p in positions], device=device).repeat_interleave(n)  # [P·n]
         stop, steps = torch.tensor(self.processor.stop, device=device), [(token, log_prob)]
         done, wait = torch.isin(token, stop), 16 if device.type == "cuda" else 1  # steps between looks at what a GPU has
-        with kernels.all_laid_out(self.blocks):
-            head = self.logits if sharded else kernels.laid_out(self.head_weight)
+        with ops.all_laid_out(self.blocks):
+            head = self.logits if sharded else ops.laid_out(self.head_weight)
 
             def following(token, at, place, luck):
                 """(token [P·n], log-probability) after `token`, which is the place-th of its row and at position `at`."""
@@ -616,7 +617,7 @@ class QwenVL(nn.Module):
                     place = torch.full((1,), step - 1, device=device) if graph else step - 1
                     inputs = token, after + (step - 1), place, luck[:, step]
                     if step == 1 and graph:
-                        following = kernels.as_graph(following, *inputs)
+                        following = ops.as_graph(following, *inputs)
                     token, log_prob = following(*inputs)
                     steps.append((token, log_prob))
                     done |= torch.isin(token, stop)
@@ -668,7 +669,7 @@ class QwenVL(nn.Module):
         return views
 
     def lora_targets(self):
-        """{module path: {peft's name: rows}} of the language model's linear layers; see weights.add_lora."""
+        """{module path: {peft's name: rows}} of the language model's linear layers; see lora.add_lora."""
         c, targets = self.config, {}
         for i, block in enumerate(self.blocks):
             at = f"model.language_model.layers.{i}."
@@ -682,15 +683,15 @@ class QwenVL(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None):
         """A folder or hub id of Qwen2.5-VL, in either published naming scheme, or of a LoRA adapter, which is merged into
-        the model it names. Raises weights.CheckpointError."""
+        the model it names. Raises UserError."""
         folder = Path(weights.find(source))
         if (folder / "adapter_config.json").exists():
-            base = weights.read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
             if not base:
-                raise weights.CheckpointError(f"{folder}/adapter_config.json: no base_model_name_or_path; add the folder or "
+                raise UserError(f"{folder}/adapter_config.json: no base_model_name_or_path; add the folder or "
                                               f"hub id of the model this adapter belongs to")
             model = cls.from_pretrained(base, device, dtype)
-            weights.load_lora(folder, model, model.lora_targets())
+            lora.load_lora(folder, model, model.lora_targets())
             return model
         config = read_config(folder)
         processor = Processor.from_pretrained(folder, config.image_token)
@@ -705,7 +706,7 @@ class QwenVL(nn.Module):
         folder, c, image = Path(folder), self.config, self.processor.image
         stop = list(self.processor.stop)
         weights.save(folder / "model.safetensors", self.views(), dtype)
-        weights.write_json(folder / "config.json", {
+        write_json(folder / "config.json", {
             "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_size": c.width,
             "num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads,
             "intermediate_size": c.mlp, "vocab_size": c.vocab, "tie_word_embeddings": c.tied, "rms_norm_eps": c.eps,
@@ -718,14 +719,14 @@ class QwenVL(nn.Module):
                 "intermediate_size": c.vision_mlp, "num_heads": c.vision_heads, "in_chans": 3, "out_hidden_size": c.width,
                 "patch_size": c.patch, "spatial_merge_size": c.merge, "temporal_patch_size": c.frames,
                 "window_size": c.window, "fullatt_block_indexes": list(c.full_blocks)}})
-        weights.write_json(folder / "preprocessor_config.json", {
+        write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "Qwen2VLImageProcessor", "patch_size": image.patch, "temporal_patch_size": image.frames,
             "merge_size": image.merge, "min_pixels": image.min_pixels, "max_pixels": image.max_pixels,
             "image_mean": list(image.mean), "image_std": list(image.std)})
-        weights.write_json(folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": stop[-1]})
+        write_json(folder / "generation_config.json", {"eos_token_id": stop, "pad_token_id": stop[-1]})
         self.processor.tokenizer.save(str(folder / "tokenizer.json.tmp"), pretty=False)
         (folder / "tokenizer.json.tmp").replace(folder / "tokenizer.json")
-        weights.write_json(folder / "tokenizer_config.json", {
+        write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
 
 
@@ -782,7 +783,7 @@ def published_name(name):
 
 
 def read_config(folder):
-    """QwenVLConfig of a folder's config.json: flat as first published, or with a text_config. Raises CheckpointError."""
+    """QwenVLConfig of a folder's config.json: flat as first published, or with a text_config. Raises UserError."""
     raw = weights.read_config(folder)
     text, vision = raw.get("text_config") or raw, raw.get("vision_config") or {}
     try:
@@ -800,5 +801,5 @@ def read_config(folder):
             vision.get("temporal_patch_size", 2), vision.get("spatial_merge_size", 2), vision.get("window_size", 112),
             tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))), raw.get("image_token_id", 151_655))
     except (KeyError, ValueError, AttributeError, TypeError) as error:
-        raise weights.CheckpointError(f"{folder}/config.json: not a Qwen2.5-VL configuration this file knows ({error}); "
+        raise UserError(f"{folder}/config.json: not a Qwen2.5-VL configuration this file knows ({error}); "
                                       f"give Qwen/Qwen2.5-VL-7B-Instruct or a folder in its layout") from error

@@ -14,32 +14,24 @@ prompt, V, A, seed, model and judgement inside, run.json, contact.png, and index
 
 import argparse
 import json
-import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import data
 import feedback
-import flow_grpo
-import kernels
-import mmdit
-import page
-import qwen_vl
-import text_encoders
-import vae
-import weights
+from parts import page, weights
+from parts.cli import UserError, device_of, say
+from parts.files import save_png
+from parts.pipeline import PAPER, TINY, load_generator, load_judge, name_of, to_images
 
-TINY = Path(__file__).resolve().parent / "tiny" / "weights"
-PAPER = "stabilityai/stable-diffusion-3.5-medium"
 PRESETS = {  # model, adapter trained by reward feedback, side in pixels, judge
     "tiny": (TINY, TINY / "adapter", 128, TINY / "judge"),
     "paper": (PAPER, None, 512, "Qwen/Qwen2.5-VL-7B-Instruct"),
@@ -49,109 +41,8 @@ PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 
 
-class UsageError(Exception):
-    """A wish that cannot be fulfilled; the message is one line that says what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The generator: MMDiT, autoencoder and text encoders together
-
-
-@dataclass
-class Generator:
-    mmdit: mmdit.MMDiT
-    vae: vae.VAE
-    encoders: text_encoders.TextEncoders
-    shift: float  # of the noise schedule
-    name: str  # for people and files: not the folder where this machine keeps the miniature
-
-    @property
-    def device(self):
-        return self.mmdit.pos_embed.device
-
-    @torch.no_grad()
-    def draw(self, prompts, seeds, size, steps=25, guidance=4.5, noise=None, progress=iter):
-        """Pictures [B,3,size,size] uint8 of B prompts; picture i depends on its own prompt and seed only.
-
-        noise [B,16,size/8,size/8]: in place of that of the seeds. progress: wraps the steps, e.g. in tqdm.
-        """
-        B, cells = len(prompts), size // self.vae.factor
-        if noise is None:
-            noise = torch.cat([torch.randn(1, self.mmdit.config.channels, cells, cells,
-                                           generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        texts = [""] * B + list(prompts) if guidance > 1 else list(prompts)
-        unique = list(dict.fromkeys(texts))  # each text is encoded once
-        rows = [unique.index(text) for text in texts]
-        context, pooled = (z[rows] for z in self.encoders.encode(unique))
-        dtype = self.mmdit.pos_embed.dtype
-        with kernels.all_laid_out(self.mmdit):
-            latents = flow_grpo.sample_ode(
-                self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
-                guidance, self.shift, progress)
-        return self.decode(latents)
-
-    @torch.no_grad()
-    def decode(self, latents):
-        """Pictures [B,3,H,W] uint8 of scaled latents [B,16,H/8,W/8]."""
-        dtype = self.mmdit.pos_embed.dtype
-        images = torch.cat([self.vae.decode(z[None].to(dtype)) for z in latents]).float()  # one by one: memory
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, encoders_device=None, adapter=None):
-    """A Generator from a diffusers folder, a hub id or Stability's single file. Raises weights.CheckpointError.
-
-    encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
-    encoders_device: where the text encoders live, if not with the rest.
-    adapter: folder of a LoRA of its attention, as train_gen.py or peft writes it, which is merged into the weights.
-    All headers are checked before the first tensor is read.
-    """
-    rest = encoders_from or source
-    if Path(rest).expanduser().is_file():
-        raise weights.CheckpointError(f"{source}: a single file holds no text encoders; add --text-encoders with a "
-                                      f"folder or hub id that does, such as {PAPER}")
-    listed = weights.read_json(weights.find_file(rest, "model_index.json"))
-    shift = weights.read_json(weights.find_file(rest, "scheduler/scheduler_config.json")).get("shift", 3.0)
-    use_t5 = use_t5 and text_encoders.has_t5(listed)
-    components = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
-    for component, where in (components | ({"text_encoder_3": rest} if use_t5 else {})).items():
-        weights.index(weights.find(where, component))
-    if adapter is not None:
-        adapter = weights.find(adapter)
-        weights.index(adapter)
-    # its tokenizers come first
-    encoders = text_encoders.TextEncoders.from_pretrained(rest, encoders_device or device, dtype, use_t5)
-    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
-    if adapter is not None:
-        weights.load_lora(adapter, model, model.lora_targets())
-    return Generator(model, vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
-                     name_of(source) + (f" with {name_of(adapter)}" if adapter is not None else ""))
-
-
-def name_of(source):
-    """What a checkpoint is called in files and on the screen: not where this machine keeps the miniature."""
-    path = Path(source)
-    return f"tiny/weights/{path.relative_to(TINY)}".removesuffix("/.") if path.is_relative_to(TINY) else str(source)
-
-
-def to_images(pixels):
-    """[B,3,H,W] uint8 -> list of B PIL images."""
-    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def save_png(image, path, **facts):
-    """Write a PNG with its facts as text chunks, under a temporary name that is then renamed."""
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, str(value))
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, "PNG", pnginfo=info)
-    os.replace(temporary, path)
-    return path
 
 
 def va_grid(pictures, levels, size):
@@ -214,25 +105,25 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """Refuse senseless wishes before anything is loaded; fills in the preset's defaults. Raises UsageError."""
+    """Refuse senseless wishes before anything is loaded; fills in the preset's defaults. Raises UserError."""
     if args.grid is None:
         if args.v is None or args.a is None:
-            raise UsageError("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
+            raise UserError("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
         try:
             args.v, args.a = data.check_va(args.v, args.a)
         except ValueError as error:
-            raise UsageError(f"--v, --a: {error}") from error
+            raise UserError(f"--v, --a: {error}") from error
     elif not 2 <= args.grid <= 9:
-        raise UsageError(f"--grid {args.grid}: expected 2..9 rows and columns")
+        raise UserError(f"--grid {args.grid}: expected 2..9 rows and columns")
     if not args.prompt.strip() or len(args.prompt) > feedback.LONGEST_PROMPT:
-        raise UsageError(f"--prompt has {len(args.prompt):,} characters; give 1 to {feedback.LONGEST_PROMPT:,} "
+        raise UserError(f"--prompt has {len(args.prompt):,} characters; give 1 to {feedback.LONGEST_PROMPT:,} "
                          f"(the text encoders read about 250 words)")
     try:
         args.prompt.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"--prompt: {error.reason}; give it in UTF-8") from error
+        raise UserError(f"--prompt: {error.reason}; give it in UTF-8") from error
     if args.adapter and args.no_adapter:
-        raise UsageError("--adapter and --no-adapter: give one of them")
+        raise UserError("--adapter and --no-adapter: give one of them")
     model, adapter, size, judge = PRESETS[args.preset]
     args.adapter = None if args.no_adapter else args.adapter or (adapter if args.model is None else None)
     args.model, args.size, args.judge = args.model or model, args.size or size, args.judge or judge
@@ -242,19 +133,19 @@ def check(args):
             ("batch", args.batch, 1, 1000), ("readings", args.readings, 1, 100), ("tolerance", args.tolerance, 0, 16),
             ("guidance", args.guidance, 0, 100), ("seed", args.seed, 0, 2**62)):
         if not low <= value <= high:
-            raise UsageError(f"--{name} {value}: expected {low}..{high}"
+            raise UserError(f"--{name} {value}: expected {low}..{high}"
                              + (" (best and worst are compared)" if name == "n" and args.rounds > 1 else ""))
     if args.judge == "none" and (args.rounds > 1 or args.rewrite):
-        raise UsageError("--judge none: --rounds and --rewrite need a judge")
+        raise UserError("--judge none: --rounds and --rewrite need a judge")
     if args.judge == "none" or (args.grid and args.rounds == 1 and not args.rewrite):
         args.judge = None
     if args.prompts is not None:
         feedback.load_prompts(args.prompts)
     if args.size % 16 or not 16 <= args.size <= 4096:
-        raise UsageError(f"--size {args.size}: expected a multiple of 16, 16..4096")
+        raise UserError(f"--size {args.size}: expected a multiple of 16, 16..4096")
     args.device = device_of(args.device)
     if args.cuda_graphs and not args.device.startswith("cuda"):
-        raise UsageError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
+        raise UserError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.out is None:
         args.out = Path("out") / (f"grid{args.grid}_seed{args.seed}" if args.grid else
                                   f"v{args.v:g}_a{args.a:g}_seed{args.seed}")
@@ -264,26 +155,7 @@ def check(args):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from error
-
-
-def device_of(wish):
-    """The device that --device names; without one a GPU, if there is one. Raises UsageError."""
-    if (wish or "cpu").startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {wish}: this torch sees no GPU; use --device cpu")
-    return wish or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def say(text):
-    print(text, file=sys.stderr)
-
-
-def load_judge(source, device, size):
-    """The judge, its pictures limited to the size they are drawn at. Its headers are checked first."""
-    judge = qwen_vl.QwenVL.from_pretrained(source, device)
-    image = judge.processor.image
-    judge.processor.image = replace(image, max_pixels=max(image.min_pixels, min(image.max_pixels, size**2)))
-    return judge
+        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); choose another folder") from error
 
 
 def run(args):
@@ -297,7 +169,7 @@ def run(args):
         model.graphs = args.cuda_graphs
     limit = generator.mmdit.config.positions * generator.mmdit.config.patch * generator.vae.factor
     if args.size > limit:
-        raise UsageError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
+        raise UserError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
     millions = weights.count_parameters(generator.mmdit) / 1e6
     say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} "
         f"({str(generator.mmdit.pos_embed.dtype).removeprefix('torch.')}), {args.size} px, {args.steps} steps"
@@ -445,7 +317,7 @@ def main(argv=None):
     try:
         check(args)
         run(args)
-    except (UsageError, feedback.PromptsError, weights.CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         say(f"error: {error}")
         return 2
     except torch.OutOfMemoryError:

@@ -28,22 +28,22 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import clip
 import data
 import feedback
 import flow_grpo
 import grpo
-import plan
 import qwen_vl
-import sample
-import tables
-import training
-import weights
+from bench import plan
+from evaluation import tables
+from parts import cli, clip, lora, weights
+from parts import run as training
+from parts.cli import UserError
+from parts.pipeline import PAPER, TINY, Generator, load_generator, name_of, to_images
 
 SETTINGS = {  # flag: (paper's value, the miniature's, help)
-    "model": (sample.PAPER, str(sample.TINY), "folder or hub id of the generator"),
-    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(sample.TINY / "judge"), "folder or hub id of the judge, or none"),
-    "pickscore": ("yuvalkirstain/PickScore_v1", str(sample.TINY / "clip"), "folder or hub id of PickScore, or none"),
+    "model": (PAPER, str(TINY), "folder or hub id of the generator"),
+    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), "folder or hub id of the judge, or none"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), "folder or hub id of PickScore, or none"),
     "reward_weights": ("emotion=1,pickscore=1", "emotion=1,pickscore=1", "of the two rewards"),
     "prompts": (("numbers",), ("numbers", "numbers", "words"), "how the target enters the prompt: numbers, words, emotional "
                 "(the row's own words) or neutral; several with commas are drawn from, one given twice twice as often, and "
@@ -93,7 +93,7 @@ STRIP = 6  # pictures of fixed prompts and seeds that every evaluation draws
 
 @dataclass
 class Models:
-    generator: sample.Generator
+    generator: Generator
     judge: qwen_vl.QwenVL | None
     scorer: object | None  # PickScore
     meter: object | None  # the miniature world's, or None
@@ -206,7 +206,7 @@ def roll_out(models, contexts, wishes, args, step, overlap):
             part = [wishes[i] for i in places]
             trajectory, context, pooled = draw(generator, contexts, part, args, step, window)
             chunks.append(Chunk(trajectory, context, pooled, places))
-            images = sample.to_images(generator.decode(trajectory.latents))
+            images = to_images(generator.decode(trajectory.latents))
             scored.append(pool.submit(score_beside, generator.device, images, [w.row for w in part], models, args.rewards))
             if not overlap:
                 scored[-1].result()
@@ -239,7 +239,7 @@ def draw(generator, contexts, wishes, args, step, window):
     context, pooled = contexts([w.prompt for w in wishes], args.guidance)
     if not wishes[0].guided:
         return of((context, pooled)), context, pooled
-    with weights.lora_disabled(generator.mmdit):
+    with lora.lora_disabled(generator.mmdit):
         trajectory = of(contexts([w.drawn for w in wishes], args.guidance))
     for k, kept in enumerate(trajectory.steps):
         kept.log_prob = flow_grpo.evaluate_step(generator.mmdit, trajectory, k, context, pooled).log_prob
@@ -294,7 +294,7 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
         for k, kept in enumerate(chunk.trajectory.steps):
             of, reference = (model, chunk.trajectory, k, chunk.context, chunk.pooled), None
             if args.beta:
-                with torch.no_grad(), weights.lora_disabled(model):
+                with torch.no_grad(), lora.lora_disabled(model):
                     reference = flow_grpo.kept_velocity(*of)
             step = flow_grpo.evaluate_step(*of, reference)
             loss, metrics = flow_grpo.step_loss(step.log_prob, kept.log_prob, advantages[chunk.places], step.kl, args.clip,
@@ -307,7 +307,7 @@ def update(models, chunks, advantages, trained, optimizer, args, processes, chec
             worst.append(metrics["ratio_max_deviation"])
     sums, worst = {key: float(value) for key, value in sums.items()}, float(torch.stack(worst).max())
     if check and not worst <= (0 if models.generator.device.type == "cpu" else args.clip / 10):
-        raise training.RunError(f"before the first update the ratio is off by {worst:.2g}; drawing and evaluating a step no "
+        raise UserError(f"before the first update the ratio is off by {worst:.2g}; drawing and evaluating a step no "
                                 f"longer agree: is the adapter on in one only, or the batch another?")
     processes.average_gradients(trained)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
@@ -367,7 +367,7 @@ def evaluate(models, contexts, rows, args, processes, strip=None):
         own = [rows[i] for i in places]
         context, pooled = contexts([prompt_of(row, args.prompts[0]) for row in own], args.eval_guidance)
         noise = noise_for(generator, args.size, [torch.Generator().manual_seed(10_000 + i) for i in places])
-        images = sample.to_images(generator.decode(flow_grpo.sample_ode(
+        images = to_images(generator.decode(flow_grpo.sample_ode(
             generator.mmdit, noise, context, pooled, args.eval_steps, args.eval_guidance, generator.shift)))
         parts = rewards_of(images, own, models, args.rewards)
         measured = [models.meter(image) if models.meter else (math.nan, math.nan) for image in images]
@@ -411,11 +411,11 @@ def load_models(args, processes):
     if args.pickscore != "none":
         own = (Path(args.pickscore) / "preprocessor_config.json").exists()
         scorer = clip.CLIP.from_pretrained(args.pickscore, device, processor=None if own else clip.PICKSCORE_PROCESSOR)
-    generator = sample.load_generator(args.model, device, use_t5=not args.no_t5,
+    generator = load_generator(args.model, device, use_t5=not args.no_t5,
                                       encoders_device="cpu" if args.encoders == "cpu" else None)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
-    weights.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.rank, args.alpha)
+    lora.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.rank, args.alpha)
     trained = [p for p in generator.mmdit.parameters() if p.requires_grad]
     meter = None
     if args.preset == "tiny":
@@ -441,7 +441,7 @@ def train(args, processes):
         start = state["step"]
         run.read_log(start)
     if processes.first:
-        training.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f} M trained of "
+        cli.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f} M trained of "
                      f"{weights.count_parameters(models.generator.mmdit) / 1e6:,.1f} M, on {processes.world} × "
                      f"{processes.device.type}; {len(rows):,} prompts, {args.steps:,} steps of {args.batch} × {args.group} "
                      f"pictures" + (f"; goes on after step {start:,}" if start else ""))
@@ -475,8 +475,8 @@ def train(args, processes):
     if processes.first:
         mmdit = models.generator.mmdit
         with average:
-            weights.save_lora(args.out / "adapter", mmdit, mmdit.lora_targets(), args.rank, args.alpha,
-                              sample.name_of(args.model))
+            lora.save_lora(args.out / "adapter", mmdit, mmdit.lora_targets(), args.rank, args.alpha,
+                              name_of(args.model))
         print(table(run.records))
         print(args.out / "adapter")
     processes.wait()
@@ -523,7 +523,7 @@ def summary(rewards, sums, greatest, processes):
 
 
 def parse_args(argv=None):
-    parser = training.make_parser(__doc__, SETTINGS, "runs/gen", {"prompts": lambda text: tuple(text.split(","))})
+    parser = cli.make_parser(__doc__, SETTINGS, "runs/gen", {"prompts": lambda text: tuple(text.split(","))})
     parser.add_argument("--pickscore-only", action="store_true", help="the same as --reward-weights pickscore=1")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
@@ -531,26 +531,26 @@ def parse_args(argv=None):
                         "the models' configurations alone")
     parser.add_argument("--gpus", type=plan.counts, default=(1, 8, 64), help="with --plan: numbers of GPUs "
                         "(default: 1,8,64)")
-    args = training.parse(parser, SETTINGS, argv)
+    args = cli.parse(parser, SETTINGS, argv)
     if args.pickscore_only:
         args.reward_weights = "pickscore=1"
     return args
 
 
 def check(args):
-    """Refuse senseless settings before anything is loaded; reads the reward weights. Raises training.RunError."""
+    """Refuse senseless settings before anything is loaded; reads the reward weights. Raises UserError."""
     bounds = {"group": (2, 1024), "guided": (0, args.group), "batch": (1, 4096), "steps": (1, 10**7),
               "sample_steps": (1, 1000), "eval_steps": (1, 1000), "window": (0, args.window_within or args.sample_steps),
               "window_within": (0, args.sample_steps), "size": (16, 4096), "guidance": (0, 100), "eval_guidance": (0, 100),
               "noise_level": (1e-6, 100), "lr": (0, 1), "lr_end": (0, 1), "beta": (0, 1000), "clip": (0, 1),
               "rank": (1, 4096), "ema": (0, 1), "micro": (1, 4096), "max_grad_norm": (0, 1e9),
               "eval_every": (0, 10**9), "eval_rows": (2, 10**9), "save_every": (1, 10**9), "seed": (0, 2**31)}
-    training.check_bounds(args, bounds)
+    cli.check_bounds(args, bounds)
     if args.size % 16:
-        raise training.RunError(f"--size {args.size}: expected a multiple of 16")
+        raise UserError(f"--size {args.size}: expected a multiple of 16")
     if not args.prompts or set(args.prompts) - set(FORMS):
-        raise training.RunError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
-    training.check_choices(args, {"group_noise": ("own", "shared"), "step_weights": ("equal", "noise"),
+        raise UserError(f"--prompts {','.join(args.prompts)}: expected some of {', '.join(FORMS)}")
+    cli.check_choices(args, {"group_noise": ("own", "shared"), "step_weights": ("equal", "noise"),
                                   "encoders": ("gpu", "cpu", "leave")})
     try:
         args.rewards = {name.strip(): float(weight) for name, weight in
@@ -559,11 +559,11 @@ def check(args):
         if unknown or not args.rewards:
             raise ValueError(f"unknown {', '.join(unknown)}")
     except ValueError as error:
-        raise training.RunError(f"--reward-weights {args.reward_weights}: expected e.g. emotion=1,pickscore=1 "
+        raise UserError(f"--reward-weights {args.reward_weights}: expected e.g. emotion=1,pickscore=1 "
                                 f"({error})") from error
     for name, flag in (("emotion", "judge"), ("pickscore", "pickscore")):
         if name in args.rewards and getattr(args, flag) == "none":
-            raise training.RunError(f"--{flag} none, but --reward-weights asks for {name}; give its weight no place there")
+            raise UserError(f"--{flag} none, but --reward-weights asks for {name}; give its weight no place there")
 
 
 def main(argv=None):

@@ -32,8 +32,9 @@ import data
 import feedback
 import grpo
 import qwen_vl
-import training
-import weights
+from parts import cli, lora
+from parts import run as training
+from parts.cli import UserError
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 SETTINGS = {  # flag: (paper's value, the miniature's, help)
@@ -167,14 +168,14 @@ def log_probs_of(model, rollout, part, temperature):
 @torch.no_grad()
 def reference_log_probs(model, reference, rollout, parts, args):
     """As `log_probs_of`, for each part, under the frozen copy or, if there is none, the model without its adapter."""
-    with weights.lora_disabled(model) if reference is None else nullcontext():
+    with lora.lora_disabled(model) if reference is None else nullcontext():
         return [log_probs_of(reference or model, rollout, part, args.temperature) for part in parts]
 
 
 def check_on_policy(sampled, computed, mask, limit):
     """Stop the run unless training sees the probabilities that sampling saw: before an update the two are the same.
 
-    sampled, computed, mask [B,C]. limit: of |ratio − 1|, whose greatest value is returned. Raises training.RunError with the
+    sampled, computed, mask [B,C]. limit: of |ratio − 1|, whose greatest value is returned. Raises UserError with the
     likely cause.
     """
     off = torch.where(mask, (computed - sampled).exp() - 1, 0.0).abs()
@@ -188,7 +189,7 @@ def check_on_policy(sampled, computed, mask, limit):
         cause = "most tokens differ after the first, so positions or the key-value cache are not the same in the two"
     else:
         cause = "few tokens differ, so padding or mask of the answers is likely wrong, or one of the two rounds more"
-    raise training.RunError(f"before the first update, the ratio of training to sampling is off by {worst:.2g} at token "
+    raise UserError(f"before the first update, the ratio of training to sampling is off by {worst:.2g} at token "
                             f"{place} (allowed: {limit:.0e}); {cause}")
 
 
@@ -271,7 +272,7 @@ def table(figures):
 def load_judge(args, processes):
     """(model, frozen copy or None, trained parameters). With --lora the reference is the model without its adapter."""
     if args.cuda_graphs and (processes.device.type != "cuda" or (processes.world > 1 and not args.lora)):
-        raise training.RunError("--cuda-graphs: needs a GPU that holds the whole model; leave it out, or add --lora")
+        raise UserError("--cuda-graphs: needs a GPU that holds the whole model; leave it out, or add --lora")
 
     def load(dtype, place):
         model = qwen_vl.QwenVL.from_pretrained(args.model, place, dtype)
@@ -281,7 +282,7 @@ def load_judge(args, processes):
     if args.lora:
         model, reference = load(None, processes.device), None
         torch.manual_seed(args.seed)
-        weights.add_lora(model, model.lora_targets(), args.rank, args.lora_alpha)
+        lora.add_lora(model, model.lora_targets(), args.rank, args.lora_alpha)
     else:
         place = "cpu" if processes.world > 1 else processes.device  # FSDP moves one block after the other
         model = load(torch.float32, place).requires_grad_(True)
@@ -311,7 +312,7 @@ def export(model, folder, args, processes):
     """Write the trained judge: a whole folder in bfloat16, as published, or the adapter."""
     if args.lora:
         if processes.first:
-            weights.save_lora(folder, model, model.lora_targets(), args.rank, args.lora_alpha, args.model)
+            lora.save_lora(folder, model, model.lora_targets(), args.rank, args.lora_alpha, args.model)
     elif processes.world == 1:
         model.save_pretrained(folder, torch.bfloat16)
     else:
@@ -341,7 +342,7 @@ def train(args, processes):
         run.read_log(start)
     if processes.first:
         counts = (sum(p.numel() for p in which) / 1e6 for which in (model.parameters(), trained))
-        training.say("{}: {:,.1f} M parameters, {:,.1f} M trained, on {} × {}; ".format(
+        cli.say("{}: {:,.1f} M parameters, {:,.1f} M trained, on {} × {}; ".format(
             args.model, *counts, processes.world, processes.device.type)
             + f"{len(rows):,} pictures, {', '.join(args.tasks)}, {total:,} steps of {args.batch} × {args.group} answers"
             + (f"; goes on after step {start:,}" if start else ""))
@@ -403,30 +404,30 @@ def parse_args(argv=None):
     def words(text):
         return tuple(text.split(","))
 
-    parser = training.make_parser(__doc__, SETTINGS, "runs/judge", {"tasks": words, "alpha": numbers})
+    parser = cli.make_parser(__doc__, SETTINGS, "runs/judge", {"tasks": words, "alpha": numbers})
     parser.add_argument("--steps", type=int, help="stop after so many steps in place of --epochs")
     parser.add_argument("--lora", action="store_true", help="train an adapter of the language model, the rest frozen")
     parser.add_argument("--freeze-vision", action="store_true", help="train the language model only")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     parser.add_argument("--cuda-graphs", action="store_true", help="each step of the answers as one CUDA graph")
     parser.add_argument("--evaluate", action="store_true", help="no training: held-out figures of --model")
-    return training.parse(parser, SETTINGS, argv)
+    return cli.parse(parser, SETTINGS, argv)
 
 
 def check(args):
-    """Refuse senseless settings before anything is loaded. Raises training.RunError."""
+    """Refuse senseless settings before anything is loaded. Raises UserError."""
     bounds = {"group": (2, 1024), "batch": (1, 4096), "epochs": (0, 1e6), "lr": (0, 1), "lr_end": (0, 1), "beta": (0, 100),
               "clip": (0, 1), "epsilon": (0, 8), "temperature": (1e-3, 100), "max_new_tokens": (1, 100_000),
               "updates": (1, 100), "micro": (1, 4096), "max_grad_norm": (0, 1e9), "rank": (1, 4096), "eval_rows": (1, 10**9),
               "eval_every": (0, 10**9), "save_every": (1, 10**9), "seed": (0, 2**31), "max_pixels": (28 * 28, 10**9)}
-    training.check_bounds(args, bounds)
+    cli.check_bounds(args, bounds)
     if not args.tasks or any(task not in feedback.TASKS for task in args.tasks):
-        raise training.RunError(f"--tasks {','.join(args.tasks)}: expected {','.join(feedback.TASKS)} or one of them")
-    training.check_choices(args, {"reward": ("step", "continuous")})
+        raise UserError(f"--tasks {','.join(args.tasks)}: expected {','.join(feedback.TASKS)} or one of them")
+    cli.check_choices(args, {"reward": ("step", "continuous")})
     if len(args.alpha) != 2 or min(args.alpha) < 0:
-        raise training.RunError(f"--alpha {args.alpha}: expected two weights, e.g. 0.25,0.75")
+        raise UserError(f"--alpha {args.alpha}: expected two weights, e.g. 0.25,0.75")
     if args.steps is not None and args.steps < 1:
-        raise training.RunError(f"--steps {args.steps}: expected at least 1")
+        raise UserError(f"--steps {args.steps}: expected at least 1")
 
 
 def report(args, processes):

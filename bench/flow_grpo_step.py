@@ -25,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/flow_grpo_step.py` finds train_gen
 import flow_grpo
 import train_gen
-import training
-import weights
 from bench import memory, mmdit_forward, mmdit_lora_step, timing
+from parts import lora
+from parts import run as training
 
 GUIDANCE, NOISE_LEVEL, CLIP, BETA, LR, MAX_GRAD_NORM = (
     train_gen.SETTINGS[name][0] for name in ("guidance", "noise_level", "clip", "beta", "lr", "max_grad_norm"))
@@ -134,7 +134,7 @@ def steps_of(args):
 
 def adapter_gap(ours, theirs):
     """Distance of the two adapters, relative to theirs."""
-    views = weights.lora_views(ours, ours.lora_targets())
+    views = lora.lora_views(ours, ours.lora_targets())
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     if views.keys() != state.keys():
         raise ValueError(f"the adapters differ in {sorted(views.keys() ^ state.keys())[:4]}")

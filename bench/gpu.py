@@ -27,16 +27,15 @@ from unittest import mock
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from parts.pipeline import Generator
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/gpu.py` finds kernels
 import flow_grpo
 import grpo
-import kernels
 import mmdit
 import qwen_vl
-import sample
-import vae
-import weights
 from bench.measure import attempt, cell, measured, peak_rates, run_table, save
+from parts import lora, ops, vae
 
 MODEL = torch.bfloat16  # the type of all models
 
@@ -73,8 +72,8 @@ RANK, WORDS = 32, 170  # of the adapters; of the judge's question, in tokens
 
 
 def forms(fused):
-    """Within it kernels.py takes the fused forms, or the plain ones as with KERNELS=plain."""
-    return mock.patch.object(kernels, "FUSED", fused)
+    """Within it ops.py takes the fused forms, or the plain ones as with KERNELS=plain."""
+    return mock.patch.object(ops, "FUSED", fused)
 
 
 def backend(s):
@@ -174,7 +173,7 @@ def random_model(make, config, device):
 
 def add_adapter(model):
     """A LoRA that changes something, as a new one does not."""
-    weights.add_lora(model, model.lora_targets(), RANK, 2.0 * RANK)
+    lora.add_lora(model, model.lora_targets(), RANK, 2.0 * RANK)
     for p in trained(model):
         p.data.normal_(0, 0.02)
 
@@ -264,7 +263,7 @@ def mmdit_part(report, s, _, product_rate):
     run_table(report, f"MMDiT, adapter of rank {RANK}, forward and backward, batch {s.batch}", {
         "fused": lambda: step(True), "fused, checkpointing": lambda: step(True, checkpointing=True),
         "plain, checkpointing": lambda: step(False, checkpointing=True)})
-    weights.merge_lora(model)
+    lora.merge_lora(model)
     run_table(report, f"MMDiT, forward, batch {s.batch}", {
         "plain": lambda: forward(False), "fused": lambda: forward(True), "plain, blocks compiled": compiled})
 
@@ -315,14 +314,14 @@ def qwen_part(report, s, copy_rate, _):
         "adapter's gradients": lambda: model_errors(model, gradients)})
     run_table(report, f"Qwen2.5-VL, adapter of rank {RANK}, checkpointing, forward and backward, {work}", {
         "fused": lambda: step(True), "plain": lambda: step(False)})
-    weights.merge_lora(model)
+    lora.merge_lora(model)
     run_table(report, f"Qwen2.5-VL, generation, {work}", {
         "fused": lambda: generate(True), "plain": lambda: generate(False)})
 
 
 def sampling_part(report, s, *_):
     """Whole pictures: the sampler's steps, then the autoencoder, as sample.py has them."""
-    generator = sample.Generator(*(random_model(make, config, s.device) for make, config in (
+    generator = Generator(*(random_model(make, config, s.device) for make, config in (
         (mmdit.MMDiT, s.generator), (vae.VAE, s.autoencoder))), encoders=None, shift=3.0, name="random")
 
     def draw(batch, fused):

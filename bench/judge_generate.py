@@ -22,10 +22,12 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from parts.files import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/judge_generate.py` finds qwen_vl
 import qwen_vl
-import weights
 from bench import timing
+from parts import weights
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -48,7 +50,7 @@ def write_model(folder, width, layers, vocabulary):
         p.data.normal_(0, p[0].numel() ** -0.5) if p.dim() > 1 else p.data.normal_(0.8, 0.2)
     model.save_pretrained(folder)
     Tokenizer(models.WordLevel(ids, "<|endoftext|>")).save(str(folder / "tokenizer.json"))
-    weights.write_json(folder / "preprocessor_config.json", {"patch_size": 14})
+    write_json(folder / "preprocessor_config.json", {"patch_size": 14})
 
 
 def make_prompt(config, side, text_tokens):

@@ -13,7 +13,7 @@ import traceback
 import torch
 from tqdm import tqdm
 
-import weights
+from parts.files import write_json
 
 
 def measured(run, device, repeats, cold=None):
@@ -87,7 +87,7 @@ def run_table(report, title, jobs):
 def save(report):
     """Write the report to its file, under a temporary name that is then renamed."""
     if report["out"] is not None:
-        weights.write_json(report["out"], {key: value for key, value in report.items() if key not in ("deadline", "out")})
+        write_json(report["out"], {key: value for key, value in report.items() if key not in ("deadline", "out")})
 
 
 def cell(value):

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
-import kernels
 import mmdit
 from bench import timing
+from parts import ops
 
 
 def make_models(args):
@@ -100,13 +100,13 @@ def main(argv=None):
     inputs = latents, timestep, context, pooled = make_inputs(args, ours.config)
     laid_out = copy.deepcopy(ours)
     if args.profile:
-        with kernels.all_laid_out(laid_out):
+        with ops.all_laid_out(laid_out):
             return timing.profile(lambda: laid_out(*inputs))
     products = products_of(ours, inputs)
     flop, linear = timing.flop_of(lambda: ours(*inputs)), timing.flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
              "laid out": lambda: laid_out(*inputs), "as they lie": lambda: ours(*inputs), "products": products}
-    with kernels.all_laid_out(laid_out):
+    with ops.all_laid_out(laid_out):
         outputs = [paths[name]() for name in list(paths)[:3]]  # the first pass makes the copies
         seconds = timing.in_turn(paths, args.repeats)
     rows, rate = [], linear / statistics.median(seconds["products"])

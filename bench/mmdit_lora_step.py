@@ -20,8 +20,8 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_lora_step.py` finds weights
-import weights
 from bench import memory, mmdit_forward, timing
+from parts import lora
 
 
 def with_adapters(args):
@@ -29,11 +29,11 @@ def with_adapters(args):
     ours, theirs = mmdit_forward.make_models(args)
     ours.requires_grad_(False)
     targets = ours.lora_targets()
-    weights.add_lora(ours, targets, args.rank, 2.0 * args.rank)
+    lora.add_lora(ours, targets, args.rank, 2.0 * args.rank)
     for p in trained(ours):
         p.data.normal_(0, 0.02)
     with tempfile.TemporaryDirectory() as folder:
-        weights.save_lora(folder, ours, targets, args.rank, 2 * args.rank, "random")
+        lora.save_lora(folder, ours, targets, args.rank, 2 * args.rank, "random")
         theirs = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
     return ours, theirs
 

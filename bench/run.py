@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from parts.files import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/run.py` finds weights
-import weights
 from bench import timing
 
 STANDARD = {  # program: flags; a program's own sizes are those of which something is asked
@@ -155,7 +156,7 @@ def versions():
 def write(path, facts, works):
     """The record, as far as it has come, under a temporary name that is then renamed."""
     plain = [work | {"rows": [vars(row) | {"reached": timing.reached(row)} for row in work["rows"]]} for work in works]
-    weights.write_json(path, facts | {"works": plain})
+    write_json(path, facts | {"works": plain})
 
 
 def parse_args(argv=None):

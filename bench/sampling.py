@@ -14,6 +14,8 @@ from pathlib import Path
 import diffusers
 import torch
 
+from parts.pipeline import TINY, load_generator
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/sampling.py` finds sample
 import data
 import sample
@@ -22,9 +24,9 @@ from bench import timing
 
 def make_paths(args):
     """{name: draw() -> pictures [B,3,H,W] of 0..255} of the peer and ours."""
-    generator = sample.load_generator(sample.TINY)
+    generator = load_generator(TINY)
     pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(
-        str(sample.TINY), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+        str(TINY), text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [data.with_words(sample.DEFAULT_PROMPT, 1 + 8 * i / args.pictures, 5) for i in range(args.pictures)]
     noise = torch.randn(args.pictures, 16, args.size // 8, args.size // 8, generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-import kernels
+from parts import ops
 
 MODELS = {f"test_{name}.py" for name in ("mmdit", "vae", "clip", "text_encoders", "qwen_vl", "kernels")}
 
@@ -15,5 +15,5 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def forms(request, monkeypatch):
-    """The forms that kernels.py takes: as KERNELS=fused or KERNELS=plain would choose them."""
-    monkeypatch.setattr(kernels, "FUSED", request.param == "fused")
+    """The forms that ops.py takes: as KERNELS=fused or KERNELS=plain would choose them."""
+    monkeypatch.setattr(ops, "FUSED", request.param == "fused")

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-import build
 import data
 import feedback
-import training
+from parts import run as training
+from parts.cli import UserError
+from prepare import build, check
 from tests import launch
 
 TINY = launch.ROOT / "tiny" / "weights" / "judge"
@@ -174,7 +175,7 @@ def test_a_row_without_a_caption_is_named_and_left_out(emoset, tmp_path, capsys)
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert len(rows["train"]) == 7 and len(facts["without_caption"]) == 1
     assert f"{facts['without_caption'][0][0]}: an answer cannot be used" in capsys.readouterr().err
-    with pytest.raises(training.RunError, match="none of its captions of train rows"):
+    with pytest.raises(UserError, match="none of its captions of train rows"):
         run(flags(emoset, tmp_path / "none"), load=lambda *_: lambda conversations: [""] * len(conversations))
 
 
@@ -198,6 +199,8 @@ STOPPING = """
 import sys, time
 import build, data
 from tests.test_build import captioner
+from parts.cli import UserError
+from prepare import check
 
 def load(args, processes):
     answer, calls = captioner([])(args, processes), []
@@ -242,15 +245,15 @@ def test_a_stopped_run_goes_on_without_a_second_look_or_question(emoset, tmp_pat
 def test_a_run_goes_on_with_the_same_settings_only(emoset, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(flags(emoset, out))
-    with pytest.raises(training.RunError, match=r"built with other settings \(train\); repeat them"):
+    with pytest.raises(UserError, match=r"built with other settings \(train\); repeat them"):
         run(flags(emoset, out, train=9))
     monkeypatch.setattr(feedback, "PROMPTS", dict(feedback.PROMPTS))
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"caption": "What is it?", "emotional_caption": "What makes one feel $label, $mood, $v, $a?"}))
-    with pytest.raises(training.RunError, match=r"other settings \(questions\)"):
+    with pytest.raises(UserError, match=r"other settings \(questions\)"):
         run(flags(emoset, out, "--prompts", str(own)))
     (out / "selection.json").unlink()
-    with pytest.raises(training.RunError, match="there is another dataset; choose another --out"):
+    with pytest.raises(UserError, match="there is another dataset; choose another --out"):
         run(flags(emoset, out))
 
 
@@ -286,8 +289,8 @@ def test_all_that_differs_from_the_lexicon_is_listed(emoset, tmp_path, capsys):
         assert text in said
     assert said.count("\n") == 1 and "sadness" not in said
     path.write_text("Word,V.Mean.Sum\nawe,1\n")
-    with pytest.raises(data.DatasetError, match=r"no column V.SD.Sum; no column A.Mean.Sum; no column A.SD.Sum"):
-        data.check_lexicon(path)
+    with pytest.raises(UserError, match=r"no column V.SD.Sum; no column A.Mean.Sum; no column A.SD.Sum"):
+        check.check_lexicon(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-import clip
-import sample
-import weights
+from evaluation import metrics
+from parts import clip, weights
+from parts.cli import UserError
+from parts.files import write_json
+from parts.pipeline import TINY
 from tests.checkpoint import WORDS
 from tiny import scenes
 from tiny.pretrain import learn_bpe
@@ -112,9 +114,9 @@ def test_full_size_names_shapes_and_counts_equal_the_published_models(config, co
 
 def test_an_unknown_activation_and_a_text_only_folder_are_refused(tmp_path):
     CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_act="relu")).save_pretrained(tmp_path)
-    with pytest.raises(weights.CheckpointError, match="relu"):
+    with pytest.raises(UserError, match="relu"):
         clip.TextTower.from_pretrained(tmp_path)
-    with pytest.raises(weights.CheckpointError, match="two towers"):
+    with pytest.raises(UserError, match="two towers"):
         clip.CLIP.from_pretrained(tmp_path)
 
 
@@ -219,9 +221,9 @@ def test_scores_of_pairs_equal_transformers_and_long_prompts_are_cut(reference):
     backwards = PROMPTS[::-1]
     assert error(quietly(clip.pick_score, model, images, backwards), their_scores(reference, images, backwards)) < 1e-4
     cosine = expected / reference[1].logit_scale.detach().exp()
-    assert error(quietly(clip.clip_score, model, images, PROMPTS), 100 * cosine.clamp(min=0)) < 1e-4
+    assert error(quietly(metrics.clip_score, model, images, PROMPTS), 100 * cosine.clamp(min=0)) < 1e-4
     model.vision.projection.weight.data.neg_()  # and every cosine changes its sign
-    assert torch.allclose(quietly(clip.clip_score, model, images, PROMPTS), 100 * (-cosine).clamp(min=0), atol=1e-3)
+    assert torch.allclose(quietly(metrics.clip_score, model, images, PROMPTS), 100 * (-cosine).clamp(min=0), atol=1e-3)
 
 
 def test_a_pair_scores_the_same_alone_and_among_others(reference):
@@ -244,11 +246,11 @@ def test_older_layouts_of_the_processor_give_the_same_scores(reference, tmp_path
         shutil.copy(folder / "tokenizer.json", tmp_path)
     else:
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
-        weights.write_json(tmp_path / "vocab.json", model["vocab"])
+        write_json(tmp_path / "vocab.json", model["vocab"])
         (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"])]))
     sizes = {"size": 32, "crop_size": 32} if files == "int sizes" else {
         "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    weights.write_json(tmp_path / "preprocessor_config.json", {
+    write_json(tmp_path / "preprocessor_config.json", {
         "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.4, 0.5, 0.6], "do_resize": True, **sizes})
     model = clip.CLIP.from_pretrained(tmp_path)
     expected = their_scores(reference, some_pictures(), PROMPTS)
@@ -259,8 +261,8 @@ def test_sizes_with_height_and_width_squeeze_and_an_endless_tokenizer_is_cut_to_
     folder, theirs, processor = reference
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     settings = {**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": 10**30}
-    weights.write_json(tmp_path / "tokenizer_config.json", settings)
-    weights.write_json(tmp_path / "preprocessor_config.json", {"size": {"height": 32, "width": 32}, "crop_size": 32})
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    write_json(tmp_path / "preprocessor_config.json", {"size": {"height": 32, "width": 32}, "crop_size": 32})
     model = clip.CLIP.from_pretrained(tmp_path)
     squeezing = CLIPProcessor(CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size=32), processor.tokenizer)
     expected = their_scores((tmp_path, theirs, squeezing), some_pictures(), PROMPTS)
@@ -273,7 +275,7 @@ def test_a_model_without_a_tokenizer_takes_that_of_another_folder(reference, tmp
     folder, theirs, _ = reference
     theirs.save_pretrained(tmp_path)
     alone = clip.CLIP.from_pretrained(tmp_path)
-    with pytest.raises(weights.CheckpointError, match=r"processor=.*laion/CLIP-ViT-H-14"):
+    with pytest.raises(UserError, match=r"processor=.*laion/CLIP-ViT-H-14"):
         clip.pick_score(alone, some_pictures(), PROMPTS)
     ours = clip.CLIP.from_pretrained(tmp_path, processor=folder)
     expected = their_scores(reference, some_pictures(), PROMPTS)
@@ -319,7 +321,7 @@ def test_full_size_pickscore_has_the_published_names_shapes_and_count():
 
 @pytest.fixture(scope="module")
 def miniature():
-    return clip.CLIP.from_pretrained(sample.TINY / "clip")
+    return clip.CLIP.from_pretrained(TINY / "clip")
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +339,7 @@ def test_a_scene_scores_higher_with_its_own_caption_than_with_anothers(miniature
     scale = float(miniature.logit_scale.exp())
     assert float((own - other).mean()) > 0.5 * scale  # measured: 0.92
     assert float((own > other).float().mean()) > 0.95
-    assert torch.allclose(clip.clip_score(miniature, pictures, captions), own * 100 / scale, atol=1e-3)
+    assert torch.allclose(metrics.clip_score(miniature, pictures, captions), own * 100 / scale, atol=1e-3)
 
 
 def test_the_published_preprocessing_finds_captions_as_well_as_the_pooling_it_was_trained_with(miniature, held_out):
@@ -352,7 +354,7 @@ def test_the_published_preprocessing_finds_captions_as_well_as_the_pooling_it_wa
 
 
 def test_transformers_reads_the_miniature_and_scores_alike(miniature, held_out):
-    folder = sample.TINY / "clip"
+    folder = TINY / "clip"
     theirs = (folder, CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
               CLIPProcessor.from_pretrained(folder, backend="pil"))
     _, pictures, captions = held_out
@@ -399,16 +401,16 @@ def test_clip_score_equals_torchmetrics(reference, torchmetrics):
     model, images, prompts = clip.CLIP.from_pretrained(reference[0]), some_pictures(), [p for p in PROMPTS if len(p) < 99]
     pairs = [(image, prompt) for image in images for prompt in prompts]
     theirs = torch.stack([torchmetrics.clip_score([image], [prompt]) for image, prompt in pairs])
-    assert error(clip.clip_score(model, *zip(*pairs)), theirs) < 1e-4 and float(theirs.std()) > 1
+    assert error(metrics.clip_score(model, *zip(*pairs)), theirs) < 1e-4 and float(theirs.std()) > 1
     mean = torchmetrics.clip_score([image for image, _ in pairs], [prompt for _, prompt in pairs])
     assert error(100 * clip.cosines(model, *zip(*pairs)).mean().clamp(min=0), mean) < 1e-4
 
 
 @pytest.mark.parametrize("name, prompts", [
-    ("quality", clip.IQA_PROMPTS), (("a lake at night", "a lake"),) * 2])
+    ("quality", metrics.IQA_PROMPTS), (("a lake at night", "a lake"),) * 2])
 def test_clip_iqa_equals_torchmetrics(reference, torchmetrics, name, prompts):
     model, images = clip.CLIP.from_pretrained(reference[0]), [image.resize((50, 40)) for image in some_pictures()]
-    ours, theirs = clip.clip_iqa(model, images, prompts), torchmetrics.clip_iqa(images, (name,))
+    ours, theirs = metrics.clip_iqa(model, images, prompts), torchmetrics.clip_iqa(images, (name,))
     assert ours.shape == (6,) and torch.allclose(ours, theirs, atol=1e-4) and torch.allclose(ours, theirs, rtol=1e-3, atol=0)
     assert len(set(theirs.tolist())) == 6 and 0 <= float(ours.min()) <= float(ours.max()) <= 1
 
@@ -441,17 +443,17 @@ def test_an_aesthetic_head_of_the_published_layout_scores_the_unit_embeddings(re
         reference[2](images=images, return_tensors="pt")["pixel_values"]).pooler_output
     features = features / features.norm(dim=-1, keepdim=True)
     expected = (module(features) if len(sides) == 2 else module.layers(features))[:, 0]
-    scores = clip.aesthetic_score(model, clip.aesthetic_head(file), images)
+    scores = metrics.aesthetic_score(model, metrics.aesthetic_head(file), images)
     assert scores.shape == (6,) and float((scores - expected).abs().max()) < 1e-4 and float(expected.std()) > 1e-3
 
 
 def test_embeddings_stand_for_their_pictures_in_every_score(reference, tmp_path):
     model, images = clip.CLIP.from_pretrained(reference[0]), some_pictures()
-    embedded, head = clip.embed_pictures(model, images), clip.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
+    embedded, head = clip.embed_pictures(model, images), metrics.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
     prompts = PROMPTS[:3] * 2
-    assert embedded.shape == (6, 24) and torch.equal(clip.clip_iqa(model, embedded), clip.clip_iqa(model, images))
-    assert torch.equal(clip.clip_score(model, embedded, prompts), clip.clip_score(model, images, prompts))
-    assert torch.equal(clip.aesthetic_score(model, head, embedded), clip.aesthetic_score(model, head, images))
+    assert embedded.shape == (6, 24) and torch.equal(metrics.clip_iqa(model, embedded), metrics.clip_iqa(model, images))
+    assert torch.equal(metrics.clip_score(model, embedded, prompts), metrics.clip_score(model, images, prompts))
+    assert torch.equal(metrics.aesthetic_score(model, head, embedded), metrics.aesthetic_score(model, head, images))
 
 
 class Malice:
@@ -471,15 +473,15 @@ def test_a_file_that_is_no_aesthetic_head_is_refused_and_no_code_in_it_runs(tmp_
         Path("head.pth").write_bytes(content)
     elif content is not None:
         torch.save(content, "head.pth")
-    with pytest.raises(weights.CheckpointError, match=message) as caught:
-        clip.aesthetic_head("head.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        metrics.aesthetic_head("head.pth")
     assert "\n" not in str(caught.value) and not Path("malice").exists()
 
 
 def test_a_head_of_another_width_is_refused(miniature, tmp_path):
-    head = clip.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
+    head = metrics.aesthetic_head(aesthetic_file(tmp_path, (24, 1))[0])
     with pytest.raises(ValueError, match="reads 24 numbers and this CLIP makes .*clip-vit-large-patch14"):
-        clip.aesthetic_score(miniature, head, some_pictures())
+        metrics.aesthetic_score(miniature, head, some_pictures())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +497,7 @@ def test_a_head_of_another_width_is_refused(miniature, tmp_path):
     ([Image.new("RGB", (8, 8))] * 2, ["a lake"], "2 pictures, 1 as prompts"),
     ([Image.new("RGB", (8, 8))] * 6, "a lake", "6 pictures, one string"),
 ], ids=["one picture", "none", "arrays", "float", "channels last", "prompts missing", "one string"])
-@pytest.mark.parametrize("score", [clip.pick_score, clip.clip_score])
+@pytest.mark.parametrize("score", [clip.pick_score, metrics.clip_score])
 def test_what_is_no_list_of_pairs_is_refused_in_one_line(miniature, score, images, prompts, message):
     with pytest.raises(ValueError, match=message) as caught:
         score(miniature, images, prompts)
@@ -515,17 +517,17 @@ def test_what_is_no_list_of_pairs_is_refused_in_one_line(miniature, score, image
     ("tokenizer.json", {}, "cannot be read"),
 ])
 def test_a_processor_that_does_not_fit_is_refused_in_one_line(tmp_path, name, content, message):
-    folder = shutil.copytree(sample.TINY / "clip", tmp_path / "clip")
+    folder = shutil.copytree(TINY / "clip", tmp_path / "clip")
     (folder / name).write_text("{" if content is None else json.dumps(content))
-    with pytest.raises(weights.CheckpointError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         clip.CLIP.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_processor_of_another_model_or_without_files_is_refused(reference, tmp_path):
-    with pytest.raises(weights.CheckpointError, match=r"<\|endoftext\|>"):
-        clip.CLIP.from_pretrained(sample.TINY / "clip", processor=reference[0])
-    with pytest.raises(weights.CheckpointError, match="tokenizer_config.json"):
-        clip.CLIP.from_pretrained(sample.TINY / "clip", processor=tmp_path)
-    with pytest.raises(weights.CheckpointError, match="no such file or folder"):
-        clip.CLIP.from_pretrained(sample.TINY / "clip", processor=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"<\|endoftext\|>"):
+        clip.CLIP.from_pretrained(TINY / "clip", processor=reference[0])
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        clip.CLIP.from_pretrained(TINY / "clip", processor=tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        clip.CLIP.from_pretrained(TINY / "clip", processor=tmp_path / "nowhere")

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from evaluation.cases import Case, load_cases, picture_of
+from parts.cli import UserError
+from prepare import check
 from tiny import scenes
 
 scale = st.floats(1, 9)
@@ -139,16 +142,16 @@ def test_an_unusable_row_is_named(dataset, tmp_path, change, message):
     rows[2] = {k: v for k, v in (rows[2] | change).items() if v is not None}
     (tmp_path / "images").symlink_to(dataset / "images")
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(data.DatasetError, match=r"test.jsonl, line 3: .*mend or remove") as caught:
+    with pytest.raises(UserError, match=r"test.jsonl, line 3: .*mend or remove") as caught:
         data.load_rows(tmp_path, "test")
     assert message in str(caught.value)
 
 
 def test_a_missing_or_empty_dataset_says_what_to_do(tmp_path):
-    with pytest.raises(data.DatasetError, match=r"data.py tiny --out"):
+    with pytest.raises(UserError, match=r"data.py tiny --out"):
         data.load_rows(tmp_path, "train")
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(data.DatasetError, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         data.load_rows(tmp_path, "train")
 
 
@@ -158,7 +161,7 @@ def write_lines(path, rows):
 
 
 def test_cases_are_read_from_a_datasets_test_rows(dataset):
-    rows, cases = data.load_rows(dataset, "test"), data.load_cases(dataset / "test.jsonl")
+    rows, cases = data.load_rows(dataset, "test"), load_cases(dataset / "test.jsonl")
     assert [(c.id, c.neutral, c.v, c.a) for c in cases] == [(r.id, r.neutral, r.v, r.a) for r in rows]
 
 
@@ -168,24 +171,24 @@ def test_cases_are_read_from_a_datasets_test_rows(dataset):
     ({"id": "../b", "neutral": "x", "v": 5, "a": 5}, "cannot name a file"), ([1], "mend or remove")])
 def test_an_unusable_case_is_named(tmp_path, row, message):
     path = write_lines(tmp_path / "cases.jsonl", [{"id": "a", "neutral": "a lake", "v": 1, "a": 9}, row])
-    with pytest.raises(data.DatasetError, match=r"cases.jsonl, line 2: .*mend or remove") as caught:
-        data.load_cases(path)
+    with pytest.raises(UserError, match=r"cases.jsonl, line 2: .*mend or remove") as caught:
+        load_cases(path)
     assert message in str(caught.value)
 
 
 def test_missing_or_empty_cases_say_what_is_expected(tmp_path):
-    with pytest.raises(data.DatasetError, match="JSON lines with id, neutral, v and a"):
-        data.load_cases(tmp_path / "none.jsonl")
-    with pytest.raises(data.DatasetError, match="no rows"):
-        data.load_cases(write_lines(tmp_path / "cases.jsonl", []))
+    with pytest.raises(UserError, match="JSON lines with id, neutral, v and a"):
+        load_cases(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="no rows"):
+        load_cases(write_lines(tmp_path / "cases.jsonl", []))
 
 
 def test_a_cases_picture_is_found_by_its_id(tmp_path):
-    case = data.Case("lake_1", "a lake", 5, 5)
-    with pytest.raises(data.DatasetError, match="1 of 1 pictures are missing: lake_1; expected <id>.png"):
-        data.picture_of(tmp_path, case)
+    case = Case("lake_1", "a lake", 5, 5)
+    with pytest.raises(UserError, match="1 of 1 pictures are missing: lake_1; expected <id>.png"):
+        picture_of(tmp_path, case)
     Image.new("RGB", (4, 4)).save(tmp_path / "lake_1.webp")
-    assert data.picture_of(tmp_path, case) == tmp_path / "lake_1.webp"
+    assert picture_of(tmp_path, case) == tmp_path / "lake_1.webp"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ def test_a_sound_dataset_is_one_line(spoilt, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "no problems; 12 train rows, 5 test rows" in said and "classes: " in said
     spoilt("train", 2, {"emotional": "absent"})  # may be absent
-    assert data.check_dataset(spoilt.folder)[0] == []
+    assert check.check_dataset(spoilt.folder)[0] == []
     (spoilt.folder / "train.jsonl").unlink()
     assert data.main(["check", str(spoilt.folder)]) == 0 and "no problems; 5 test rows" in capsys.readouterr().out
 

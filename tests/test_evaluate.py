@@ -14,16 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-import clip
 import data
-import evaluate
-import sample
-import tables
+from evaluation import evaluate, metrics, tables
+from evaluation.cases import Case, for_others, grid_of, held_out_cases, load_cases, seeds_of
+from parts import clip
+from parts.files import write_rows
+from parts.pipeline import TINY, load_generator
 from tiny import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--steps", "2", "--size", "64"]
-JUDGE = sample.TINY / "judge"
+JUDGE = TINY / "judge"
 
 
 def lines(path):
@@ -37,7 +38,7 @@ def render(case, rng=None):
 def figures_of(cases, draw, folder, **kwargs):
     path = folder / "form.jsonl"
     kwargs = {"readers": evaluate.readers_of({}, True, 8)} | kwargs
-    evaluate.measure(draw, cases, evaluate.seeds_of(cases, 0), path, 7, **kwargs)
+    evaluate.measure(draw, cases, seeds_of(cases, 0), path, 7, **kwargs)
     return tables.figures(tables.Method("method", "form", sorted(lines(path), key=lambda r: r["id"]), {}))
 
 
@@ -46,8 +47,8 @@ def figures_of(cases, draw, folder, **kwargs):
 
 
 def test_cases_repeat_with_the_seed_and_spread_over_the_plane():
-    cases = evaluate.held_out_cases(200)
-    assert cases == evaluate.held_out_cases(200) != evaluate.held_out_cases(200, seed=1)
+    cases = held_out_cases(200)
+    assert cases == held_out_cases(200) != held_out_cases(200, seed=1)
     va = np.array([(case.v, case.a) for case in cases])
     assert va.min() >= 1 and va.max() <= 9 and (va.std(0) > 2).all()
     assert len({case.neutral for case in cases}) > 100 and len({case.id for case in cases}) == 200
@@ -56,13 +57,13 @@ def test_cases_repeat_with_the_seed_and_spread_over_the_plane():
 def test_a_file_of_cases_says_the_target_in_every_methods_own_terms(tmp_path, capsys):
     assert evaluate.main(["cases", "--count", "3", "--out", str(tmp_path / "cases.jsonl")]) == 0
     assert "3 cases" in capsys.readouterr().out
-    cases = data.load_cases(tmp_path / "cases.jsonl")
-    assert cases == evaluate.held_out_cases(3)
+    cases = load_cases(tmp_path / "cases.jsonl")
+    assert cases == held_out_cases(3)
     for case, row in zip(cases, lines(tmp_path / "cases.jsonl"), strict=True):
         assert row["emoedit"] == data.nearest_emotion(case.v, case.a)
         assert row["emoticrafter"] == pytest.approx([(case.v - 5) * 0.75, (case.a - 5) * 0.75], abs=1e-4)
         assert row["words"] == data.with_words(case.neutral, case.v, case.a) and f"valence {case.v:.1f}" in row["numbers"]
-    ends = [evaluate.for_others(data.Case("x", "a lake", v, a))["emoticrafter"] for v, a in ((1, 9), (9, 1))]
+    ends = [for_others(Case("x", "a lake", v, a))["emoticrafter"] for v, a in ((1, 9), (9, 1))]
     assert ends == [[-3, 3], [3, -3]]
 
 
@@ -73,11 +74,11 @@ def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(tmp
     rows = data.load_rows(dataset, "test")[:3]
     assert [line["emoedit"] for line in lines(tmp_path / "a.jsonl")] == [row.label for row in rows]
     evaluate.main(["cases", "--count", "2", "--grid", "3", "--out", str(tmp_path / "grid.jsonl")])
-    cases = data.load_cases(tmp_path / "grid.jsonl")
+    cases = load_cases(tmp_path / "grid.jsonl")
     assert len(cases) == 18 and len({case.group for case in cases}) == 2
     assert {(case.v, case.a) for case in cases[:9]} == {(v, a) for v in (1, 5, 9) for a in (1, 5, 9)}
-    assert evaluate.seeds_of(cases, 5) == [5] * 9 + [14] * 9
-    assert evaluate.seeds_of(evaluate.held_out_cases(3), 5) == [5, 6, 7]
+    assert seeds_of(cases, 5) == [5] * 9 + [14] * 9
+    assert seeds_of(held_out_cases(3), 5) == [5, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,14 +86,14 @@ def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(tmp
 
 
 def test_a_generator_that_draws_the_scenes_themselves_is_measured_as_nearly_perfect(tmp_path):
-    cases, rng = evaluate.held_out_cases(30), np.random.default_rng(0)
+    cases, rng = held_out_cases(30), np.random.default_rng(0)
     result = figures_of(cases, lambda part, seeds: [render(case, rng) for case in part], tmp_path)
     assert result["meter_v_error"] < 0.5 and result["meter_a_error"] < 0.5
     assert min(result["meter_v_spearman"], result["meter_a_spearman"]) > 0.9 and result["meter_unreadable"] == 0
 
 
 def test_a_grid_of_scenes_is_in_order_and_one_turned_round_is_not(tmp_path):
-    cases = evaluate.grid_of(evaluate.held_out_cases(2), 3)
+    cases = grid_of(held_out_cases(2), 3)
     scene = scenes.random_scene(np.random.default_rng(3))
     result = figures_of(cases, lambda part, seeds: [scenes.render(scene, c.v, c.a, 64) for c in part], tmp_path)
     assert min(result["meter_v_order"], result["meter_a_order"]) > 0.9
@@ -102,7 +103,7 @@ def test_a_grid_of_scenes_is_in_order_and_one_turned_round_is_not(tmp_path):
 
 
 def test_measuring_goes_on_where_it_was_and_repeats_no_case(tmp_path):
-    cases, drawn = evaluate.held_out_cases(20), []
+    cases, drawn = held_out_cases(20), []
 
     def draw(part, seeds):
         drawn.extend(seeds)
@@ -126,7 +127,7 @@ def test_memory_does_not_grow_with_the_cases(tmp_path):
     def peak(count, folder):
         folder.mkdir()
         tracemalloc.start()
-        evaluate.measure(lambda part, seeds: [Image.fromarray(blank.copy()) for _ in part], evaluate.held_out_cases(count),
+        evaluate.measure(lambda part, seeds: [Image.fromarray(blank.copy()) for _ in part], held_out_cases(count),
                          range(count), folder / "form.jsonl", 4, {})
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -139,27 +140,27 @@ def test_memory_does_not_grow_with_the_cases(tmp_path):
 def test_a_judge_that_says_nothing_readable_is_counted_and_left_out(tmp_path):
     answers = iter(['<think>t</think><answer>{"valence": 5, "arousal": 4}</answer>', "no idea"] * 2)
     readers = evaluate.readers_of({"judge": lambda conversations: [next(answers) for _ in conversations]}, False, 8)
-    result = figures_of([data.Case(str(i), "a lake", 6, 6) for i in range(4)], lambda part, seeds: [render(c) for c in part],
+    result = figures_of([Case(str(i), "a lake", 6, 6) for i in range(4)], lambda part, seeds: [render(c) for c in part],
                         tmp_path, readers=readers)
     assert result["judge_v_error"] == 1 and result["judge_a_error"] == 2 and result["judge_unreadable"] == 0.5
 
 
 def test_scores_of_clip_are_those_of_its_functions(tmp_path):
-    scorer, cases = clip.CLIP.from_pretrained(sample.TINY / "clip"), evaluate.held_out_cases(9)
+    scorer, cases = clip.CLIP.from_pretrained(TINY / "clip"), held_out_cases(9)
     width = scorer.vision.config.projection
     head = [(torch.randn(1, width, generator=torch.Generator().manual_seed(0)), torch.zeros(1))]
     figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, scorer=scorer, head=head)
     pictures, found = [render(case) for case in cases], lines(tmp_path / "form.jsonl")
     for key, expected in (("clip_score", 100 * clip.cosines(scorer, pictures, [case.neutral for case in cases])),
-                          ("clip_iqa", clip.clip_iqa(scorer, pictures)),
-                          ("aesthetic", clip.aesthetic_score(scorer, head, pictures))):
+                          ("clip_iqa", metrics.clip_iqa(scorer, pictures)),
+                          ("aesthetic", metrics.aesthetic_score(scorer, head, pictures))):
         assert torch.allclose(torch.tensor([r[key] for r in found]), expected, atol=1e-3)
 
 
 def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well(tmp_path):
     args = evaluate.parse_args(["--steps", "10"])
     args.size = 128
-    generator, cases, result = sample.load_generator(sample.TINY), evaluate.held_out_cases(40, seed=9), {}
+    generator, cases, result = load_generator(TINY), held_out_cases(40, seed=9), {}
     for form in ("numbers", "words"):
         (tmp_path / form).mkdir()
         result[form] = figures_of(cases, evaluate.drawer(generator, form, args, None), tmp_path / form)
@@ -209,15 +210,15 @@ def save_pictures(folder, cases, draw=render):
 
 
 def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
-    cases = evaluate.held_out_cases(5)
+    cases = held_out_cases(5)
     save_pictures(tmp_path / "FLUX", cases)
     evaluate.main(["cases", "--count", "5", "--out", str(tmp_path / "cases.jsonl")])
     flags = ["--cases", str(tmp_path / "cases.jsonl"), "--images", str(tmp_path / "FLUX"), "--out", str(tmp_path / "run"),
              "--seconds", "17", "--parameters", "12"]
     assert evaluate.main(flags) == 0
     assert "| FLUX |" in capsys.readouterr().out and len(lines(tmp_path / "run" / "images.jsonl")) == 5
-    turned = [evaluate.for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
-    data.write_rows(tmp_path / "cases.jsonl", turned)
+    turned = [for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
+    write_rows(tmp_path / "cases.jsonl", turned)
     assert evaluate.main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err
     (tmp_path / "FLUX" / f"{cases[3].id}.png").write_bytes(b"broken")
     flags[5] = str(tmp_path / "run2")

@@ -13,6 +13,7 @@ from PIL import Image
 import data
 import feedback
 import qwen_vl
+from parts.cli import UserError
 
 PICTURE = Image.new("RGB", (64, 64))
 REQUEST = "a swan on the lake at noon"
@@ -72,7 +73,7 @@ def test_a_bad_file_of_prompts_is_refused_and_changes_nothing(text, message, tmp
     path, before = tmp_path / "prompts.json", dict(feedback.PROMPTS)
     if text is not None:
         path.write_text(text)
-    with pytest.raises(feedback.PromptsError, match="prompts.json") as refused:
+    with pytest.raises(UserError, match="prompts.json") as refused:
         feedback.load_prompts(path)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert before == feedback.PROMPTS

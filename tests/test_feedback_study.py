@@ -5,7 +5,7 @@ import json
 import pytest
 
 import data
-import evaluate
+from evaluation.cases import held_out_cases
 from tiny import feedback_study as study
 
 
@@ -26,7 +26,7 @@ def records(folder, generator, seed):
 
 def test_every_case_is_drawn_once_by_feedback_and_by_a_control_that_shares_round_0(finished):
     for generator in study.GENERATORS:
-        for record, case in zip(records(finished, generator, 0), evaluate.held_out_cases(2, 5), strict=True):
+        for record, case in zip(records(finished, generator, 0), held_out_cases(2, 5), strict=True):
             assert record["case"] == [case.neutral, case.v, case.a]
             assert record["prompts"][0] == data.with_numbers(case.neutral, case.v, case.a)
             assert record["words"][0]["v"] == record["control"][0]["v"]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-import data
-import sample
 import train_judge
+from parts.pipeline import TINY, load_generator
 from tiny import generator_study
+from tiny.dataset import write_tiny
 
 SMALL = ("--cases 4 --steps 1 --group 2 --guided 1 --batch 2 --micro 4 --sample-steps 2 --eval-steps 2 --eval-rows 4 "
          "--size 64 --window 1 --window-within 2").split()
@@ -20,7 +20,7 @@ def folders(tmp_path, monkeypatch):
         monkeypatch.setattr(generator_study, name, path)
     rows = generator_study.ROWS
     monkeypatch.setattr(generator_study, "ROWS", {name: rows[name] for name in list(rows)[:2]})
-    data.write_tiny(tmp_path / "dataset", 4, 4)
+    write_tiny(tmp_path / "dataset", 4, 4)
     return tmp_path
 
 
@@ -29,7 +29,7 @@ def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
     first = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in first.splitlines()]
     assert rows == ["rewards", "---", "base", "judge and PickScore"] and first.count("±") == 2 * len(generator_study.FIGURES)
-    assert sample.load_generator(sample.TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
+    assert load_generator(TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
     files = [folders / f"study/{name}_seed1" / generator_study.RESULT for name in ("base", "both")]
     facts = [json.loads(file.read_text())["settings"] for file in files]
     assert facts[0]["adapter"] is None and facts[1]["adapter"][0].endswith("both_seed1/adapter")

@@ -2,10 +2,10 @@
 
 import pytest
 
-import data
 import qwen_vl
 import train_judge
 from tiny import judge_study
+from tiny.dataset import write_tiny
 
 SMALL = "--steps 1 --group 2 --batch 2 --eval-rows 4 --device cpu".split()
 
@@ -17,7 +17,7 @@ def folders(tmp_path, monkeypatch):
         monkeypatch.setattr(judge_study, name, path)
     monkeypatch.setattr(judge_study, "ABLATIONS", {"class only": ("class", ["--tasks", "class"], "dataset")})
     for name in ("dataset", "dataset_drawn"):
-        data.write_tiny(tmp_path / name, 4, 4)
+        write_tiny(tmp_path / name, 4, 4)
     return tmp_path
 
 

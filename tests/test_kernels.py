@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import kernels
+from parts import ops
 
 
 @pytest.mark.parametrize("length, width", [(5, 7), (5, 64), (2**11, 64)])
@@ -12,19 +12,19 @@ def test_modulate_is_layer_norm_with_a_shift_and_scale_for_each_picture(length, 
     x, shift, scale = torch.randn(3, length, width), torch.randn(3, width), torch.randn(3, width)
     normed = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)(x)
     expected = torch.stack([normed[i] * (1 + scale[i]) + shift[i] for i in range(3)])
-    assert torch.allclose(kernels.modulate(x, shift, scale), expected, atol=1e-5)
+    assert torch.allclose(ops.modulate(x, shift, scale), expected, atol=1e-5)
 
 
 def test_gate_residual_gates_each_picture():
     x, branch, gate = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4)
     expected = torch.stack([x[i] + gate[i] * branch[i] for i in range(2)])
-    assert torch.allclose(kernels.gate_residual(x, branch, gate), expected)
+    assert torch.allclose(ops.gate_residual(x, branch, gate), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_equals_torchs_and_takes_the_mean_in_float32(dtype):
     x, weight = (torch.randn(2, 3, 48) * 10).to(dtype), torch.randn(48).to(dtype)
-    module = kernels.RMSNorm(48, eps=1e-5)
+    module = ops.RMSNorm(48, eps=1e-5)
     module.weight.data = weight
     reference = nn.functional.rms_norm(x.double(), (48,), weight.double(), 1e-5)
     ours = module(x)
@@ -36,20 +36,20 @@ def test_split_qkv_unpacks_heads_and_normalises_queries_and_keys_only():
     B, L, H, E = 2, 5, 3, 4
     qkv, wq, wk = torch.randn(B, L, 3 * H * E), torch.randn(E), torch.randn(E)
     for weights in ((None, None), (wq, wk)):
-        parts = kernels.split_qkv(qkv, H, *weights)
+        parts = ops.split_qkv(qkv, H, *weights)
         for j, (part, weight) in enumerate(zip(parts, (*weights, None))):
             for h in range(H):
                 expected = qkv[:, :, (j * H + h) * E:(j * H + h + 1) * E]
                 if weight is not None:
-                    expected = kernels.rms_norm(expected, weight)
+                    expected = ops.rms_norm(expected, weight)
                 assert torch.equal(part[:, h], expected)
 
 
 def test_joint_qkv_is_both_streams_one_behind_the_other():
     H, streams, norms = 3, [torch.randn(2, n, 36) for n in (5, 7)], [torch.randn(4) for _ in range(4)]
     for first, second in (((None, None), (None, None)), (norms[:2], norms[2:])):
-        whole = kernels.joint_qkv(*streams, H, first, second)
-        parts = kernels.split_qkv(streams[0], H, *first), kernels.split_qkv(streams[1], H, *second)
+        whole = ops.joint_qkv(*streams, H, first, second)
+        parts = ops.split_qkv(streams[0], H, *first), ops.split_qkv(streams[1], H, *second)
         for joint, a, b in zip(whole, *parts, strict=True):
             assert torch.equal(joint[:, :, :5], a) and torch.equal(joint[:, :, 5:], b)
 
@@ -65,7 +65,7 @@ def test_attention_is_softmax_of_scores_times_values_heads_joined(causal, biased
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
     out = scores.softmax(-1) @ v.double()  # [B,H,L,E]
     expected = torch.cat(list(out.unbind(1)), dim=-1)
-    assert torch.allclose(kernels.attention(q, k, v, bias, causal, scale).double(), expected, atol=1e-5)
+    assert torch.allclose(ops.attention(q, k, v, bias, causal, scale).double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 8), (2, 4, 3, 6)])
@@ -73,7 +73,7 @@ def test_rotate_turns_the_two_halves_of_a_head_as_complex_numbers(shape):
     x, angle = torch.randn(shape), torch.randn(*shape[:-2], 1, shape[-1] // 2)
     first, second = x.chunk(2, dim=-1)
     expected = torch.complex(first, second) * torch.polar(torch.ones_like(angle), angle)
-    turned = kernels.rotate(x, *(torch.cat([t, t], dim=-1) for t in (angle.cos(), angle.sin())))
+    turned = ops.rotate(x, *(torch.cat([t, t], dim=-1) for t in (angle.cos(), angle.sin())))
     torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], dim=-1))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
@@ -81,7 +81,7 @@ def test_rotate_turns_the_two_halves_of_a_head_as_complex_numbers(shape):
 def test_swiglu_gates_the_second_half_by_the_first():
     packed = torch.randn(3, 10)
     gate, up = packed[:, :5], packed[:, 5:]
-    torch.testing.assert_close(kernels.swiglu(packed), gate * torch.sigmoid(gate) * up)
+    torch.testing.assert_close(ops.swiglu(packed), gate * torch.sigmoid(gate) * up)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
@@ -89,7 +89,7 @@ def test_swiglu_gates_the_second_half_by_the_first():
 @torch.no_grad()
 def test_a_layer_laid_out_in_blocks_gives_the_same_product(rows, biased):
     layer, x = nn.Linear(33, 70, bias=biased), torch.randn(rows, 33)
-    product = kernels.laid_out(layer.weight, layer.bias)
+    product = ops.laid_out(layer.weight, layer.bias)
     for own in (x, torch.randn(2, 1, 33), x[:1]):  # also for other numbers of rows than it was laid out for
         torch.testing.assert_close(product(own), layer(own), rtol=1e-5, atol=1e-5)
         expected = nn.functional.gelu(layer(own), approximate="tanh")
@@ -100,8 +100,8 @@ def test_a_layer_laid_out_in_blocks_gives_the_same_product(rows, biased):
 def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(monkeypatch):
     model, x, used = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])), torch.randn(2, 8), []
     plain = model[0](x)
-    monkeypatch.setattr(kernels, "laid_out", lambda weight, *_: used.append(weight) or (lambda x: x + 1))
-    with pytest.raises(KeyboardInterrupt), kernels.all_laid_out(model):
+    monkeypatch.setattr(ops, "laid_out", lambda weight, *_: used.append(weight) or (lambda x: x + 1))
+    with pytest.raises(KeyboardInterrupt), ops.all_laid_out(model):
         assert torch.equal(model[0](x), x + 1) and torch.equal(model[1][0](x), x + 1)
         raise KeyboardInterrupt
     assert len(used) == 2 and torch.equal(model[0](x), plain) and "forward" not in vars(model[1][0])
@@ -113,7 +113,7 @@ def test_changed_weights_are_seen_by_the_next_context():
     for _ in range(2):
         layer.weight.normal_()
         expected = nn.functional.linear(x, layer.weight, layer.bias)
-        with kernels.all_laid_out(layer):
+        with ops.all_laid_out(layer):
             torch.testing.assert_close(layer(x), expected)
 
 
@@ -128,7 +128,7 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(P, n, K, G, L, t
     mask = None if hidden is None else ~hidden.repeat_interleave(n, 0)[:, None, None]
     expected = nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *whole, attn_mask=mask)
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        out = kernels.attend_shared(*(x.to(dtype) for x in (q, *prompt, *own)), hidden)
+        out = ops.attend_shared(*(x.to(dtype) for x in (q, *prompt, *own)), hidden)
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected.flatten(1), rtol=error, atol=error)
 
@@ -136,11 +136,11 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(P, n, K, G, L, t
 def test_a_sharded_module_is_left_as_it_is():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].reshard = lambda: None  # as FSDP2 gives it
-    with kernels.all_laid_out(model):
+    with ops.all_laid_out(model):
         assert "forward" not in vars(model[0])
 
 
 def test_for_convolutions_changes_the_layout_and_nothing_else():
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(kernels.for_convolutions(x), x)
-    assert kernels.for_convolutions(x).is_contiguous(memory_format=torch.channels_last) == kernels.FUSED
+    assert torch.equal(ops.for_convolutions(x), x)
+    assert ops.for_convolutions(x).is_contiguous(memory_format=torch.channels_last) == ops.FUSED

@@ -9,9 +9,8 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 
-import kernels
 import mmdit
-import weights
+from parts import ops, weights
 
 SMALL = mmdit.MMDiTConfig(depth=3, heads=4, head_dim=16, dual_blocks=(0, 1), context_dim=40, pooled_dim=24,
                           positions=12, sample_size=16)
@@ -133,7 +132,7 @@ def test_checkpointing_changes_neither_output_nor_gradients(lora):
     model = mmdit.MMDiT(SMALL)
     model.pos_embed.normal_()
     if lora:
-        weights.add_lora(model, model.lora_targets(), 4, 8)
+        lora.add_lora(model, model.lora_targets(), 4, 8)
     shake(model)
     outputs, gradients, recomputed = [], [], []
     for block in model.joint_blocks:
@@ -166,7 +165,7 @@ def test_compiled_blocks_are_whole_graphs_and_give_the_same(monkeypatch):
                                                                             fullgraph=True))
     torch._dynamo.reset()
     model.compile_blocks()
-    with kernels.all_laid_out(model):  # which leaves compiled modules alone
+    with ops.all_laid_out(model):  # which leaves compiled modules alone
         out = model(*inputs(SMALL))
     torch._dynamo.reset()
     assert relative_error(out, expected) < 1e-6

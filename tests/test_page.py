@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import page
+from parts import page
 
 BLUE, GREY = (0, 120, 255), (90, 90, 90)
 PROMPTS = ["a swan on the lake, calm", "a swan on the lake, soft light, calm", "a swan on the still lake, soft light"]

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import data
-import evaluate
-import rate
-import sample
+from evaluation import evaluate, rate
+from evaluation.cases import load_cases
+from parts.pipeline import TINY, load_generator
 
-JUDGE = sample.TINY / "judge"
+JUDGE = TINY / "judge"
 
 
 def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
@@ -17,7 +17,7 @@ def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
     assert evaluate.main(["cases", "--data", str(dataset), "--out", str(cases)]) == 0
 
     # another method's pictures, a folder of <id>.png
-    generator, wished = sample.load_generator(sample.TINY), data.load_cases(cases)
+    generator, wished = load_generator(TINY), load_cases(cases)
     other.mkdir()
     draw = evaluate.drawer(generator, "words", SimpleNamespace(size=64, steps=4, guidance=4.5), None)
     for case, image in zip(wished, draw(wished, range(4)), strict=True):
@@ -26,7 +26,7 @@ def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
     judges = ["--judge", f"trained={JUDGE}", "--judge", f"independent={JUDGE}", "--cases", str(cases), "--steps", "4"]
     runs = [str(tmp_path / name) for name in ("run_other", "run_ours")]
     assert evaluate.main([*judges, "--images", str(other), "--seconds", "2", "--out", runs[0]]) == 0
-    assert evaluate.main([*judges, "--name", "ours", "--adapter", str(sample.TINY / "adapter"), "--forms", "words",
+    assert evaluate.main([*judges, "--name", "ours", "--adapter", str(TINY / "adapter"), "--forms", "words",
                           "--out", runs[1]]) == 0
 
     ratings = tmp_path / "ratings.csv"

@@ -13,16 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-import clip
 import feedback
 import flow_grpo
-import kernels
 import mmdit
-import plan
 import qwen_vl
-import sample
 import train_gen
-import weights
+from bench import plan
+from parts import clip, lora, ops
+from parts.pipeline import PAPER
 from tests.launch import ROOT
 from tests.test_mmdit import reference
 
@@ -39,7 +37,7 @@ def parse(*flags):
 @pytest.fixture
 def small(monkeypatch):
     """Function that gives the Plan of flags, with small models under the published names."""
-    monkeypatch.setitem(plan.GENERATORS, sample.PAPER, SMALL)
+    monkeypatch.setitem(plan.GENERATORS, PAPER, SMALL)
     monkeypatch.setitem(plan.JUDGES, "Qwen/Qwen2.5-VL-7B-Instruct", JUDGE)
     monkeypatch.setitem(plan.SCORERS, "yuvalkirstain/PickScore_v1", (
         clip.TextConfig(64, 2, 2, 128), clip.VisionConfig(64, 2, 2, 128)))
@@ -72,7 +70,7 @@ def test_flops_of_the_full_size_generator_are_those_of_its_matrices(full):
     args, latents = parse(), torch.empty(1, 16, 64, 64, device="meta")
 
     def forward(_):
-        with torch.no_grad(), weights.lora_disabled(full.mmdit):
+        with torch.no_grad(), lora.lora_disabled(full.mmdit):
             flow_grpo.guided_velocity(full.mmdit, latents, 0.5, *plan.texts_of(full, parse("--guidance", 1), 1), 1.0)
     meter = plan.measure(forward)
     both, last = c.depth - 1, 1  # blocks; the last one has no text MLP and no text output
@@ -99,14 +97,14 @@ def test_activations_on_meta_are_what_autograd_keeps_in_a_real_run(small, dtype,
 
     The tolerance is for what a CPU keeps otherwise: no seed of attention and, in bfloat16, statistics of half the size.
     """
-    monkeypatch.setattr(kernels, "FUSED", False)
+    monkeypatch.setattr(ops, "FUSED", False)
     planned, n = small("--rank", 4), 2
     if dtype == torch.float32:  # else as planned: bfloat16 around a float32 adapter
         planned.models.mmdit.float()
         planned.models.encoding = [t.float() for t in planned.models.encoding]
     meant = planned.update(n, checkpointing)[MATRICES][1]
     model = mmdit.MMDiT(SMALL).to(dtype)
-    weights.add_lora(model, model.lora_targets(), 4, 64.0)
+    lora.add_lora(model, model.lora_targets(), 4, 64.0)
     model.checkpointing = checkpointing
     for p in [*model.parameters(), *model.buffers()]:
         p.data.normal_(std=0.1)

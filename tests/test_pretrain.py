@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-import clip
 import data
 import feedback
 import grpo
 import qwen_vl
-import sample
+from parts import clip
+from parts.pipeline import TINY, load_generator
 from tiny import lessons, pretrain, scenes
 
 WEIGHT_FILES = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model", "clip/model",
@@ -34,7 +34,7 @@ def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypa
         assert (tmp_path / "weights" / f"{name}.safetensors").exists()
     judge = qwen_vl.QwenVL.from_pretrained(tmp_path / "cache" / "judge")
     assert judge.config.tied and len(judge.processor(feedback.ask("class", Image.new("RGB", (128, 128)))).ids) < 200
-    generator = sample.load_generator(tmp_path / "weights")
+    generator = load_generator(tmp_path / "weights")
     pictures = generator.draw(["a swan on the lake at noon"], [0], 64, steps=2)
     assert pictures.shape == (1, 3, 64, 64)
     # the data: drawn scenes with their V and A over the whole square, captions mostly of words
@@ -97,7 +97,7 @@ def test_a_killed_stage_goes_on_and_ends_where_it_would_have(tmp_path, monkeypat
 
 
 def test_the_shipped_weights_fit_the_repository():
-    files = [p for p in sample.TINY.rglob("*") if p.is_file()]
+    files = [p for p in TINY.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 24 * 2**20
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
 
@@ -122,7 +122,7 @@ def levels(prompt):
 
 
 def test_lessons_of_feedback_keep_the_subject_and_move_the_words_by_what_the_better_picture_missed():
-    rng, tokenize = np.random.default_rng(1), clip.PromptTokenizer(sample.TINY / "tokenizer")
+    rng, tokenize = np.random.default_rng(1), clip.PromptTokenizer(TINY / "tokenizer")
     kinds, moved, told = set(), [], []
     for _ in range(300):
         scene = scenes.random_scene(rng)

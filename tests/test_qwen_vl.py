@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import kernels
 import qwen_vl
-import weights
+from parts import lora, ops, weights
+from parts.cli import UserError
+from parts.files import read_json, write_json
 
 SYSTEM = {"role": "system", "content": "You look at pictures."}
 
@@ -340,7 +341,7 @@ def test_generation_by_a_graph_gives_the_same_answers(pair, names, recorded, mon
 
     expected, recordings = answers(), []
     if recorded:
-        monkeypatch.setattr(kernels, "has_graphs", lambda x: True)
+        monkeypatch.setattr(ops, "has_graphs", lambda x: True)
         stream = SimpleNamespace(wait_stream=lambda other: None)
         stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Recording,
                      "stream": lambda stream: contextlib.nullcontext(), "graph": lambda recording: recording}
@@ -754,7 +755,7 @@ BROKEN = {
 def test_a_broken_folder_is_refused_in_one_line_that_says_why(pair, tmp_path, message):
     pair[1].save_pretrained(tmp_path)
     BROKEN[message](tmp_path)
-    with pytest.raises(weights.CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         qwen_vl.QwenVL.from_pretrained(tmp_path)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
@@ -763,12 +764,12 @@ def test_a_broken_folder_is_refused_in_one_line_that_says_why(pair, tmp_path, me
 def test_our_adapter_is_read_by_peft_and_peft_s_by_us(pair, tmp_path):
     theirs, ours = pair[0], copy.deepcopy(pair[1])
     pair[1].save_pretrained(tmp_path / "base")
-    weights.add_lora(ours, ours.lora_targets(), 4, 8)
+    lora.add_lora(ours, ours.lora_targets(), 4, 8)
     torch.manual_seed(1)
     for p in ours.parameters():
         if p.requires_grad:
             p.normal_(0, 0.1)
-    weights.save_lora(tmp_path / "ours", ours, ours.lora_targets(), 4, 8, tmp_path / "base")
+    lora.save_lora(tmp_path / "ours", ours, ours.lora_targets(), 4, 8, tmp_path / "base")
     inputs = reference_inputs(theirs, [ours.processor(CONVERSATIONS["odd"])])
     ids, pixels, grids = inputs["input_ids"], inputs["pixel_values"], inputs["image_grid_thw"]
     expected = ours(ids, pixels, grids)
@@ -778,7 +779,7 @@ def test_our_adapter_is_read_by_peft_and_peft_s_by_us(pair, tmp_path):
     torch.testing.assert_close(with_peft(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
     assert float((expected - pair[1](ids, pixels, grids)).abs().max()) > 0.1
     with_peft.save_pretrained(tmp_path / "theirs")
-    weights.write_json(tmp_path / "theirs" / "adapter_config.json", {
-        **weights.read_json(tmp_path / "theirs" / "adapter_config.json"), "base_model_name_or_path": str(tmp_path / "base")})
+    write_json(tmp_path / "theirs" / "adapter_config.json", {
+        **read_json(tmp_path / "theirs" / "adapter_config.json"), "base_model_name_or_path": str(tmp_path / "base")})
     back = qwen_vl.QwenVL.from_pretrained(tmp_path / "theirs")
     torch.testing.assert_close(back(ids, pixels, grids), expected, atol=1e-4, rtol=1e-4)

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import data
-import rate
+from evaluation import rate
+from evaluation.cases import Case
+from parts.cli import UserError
 from tests.launch import ROOT
 from tests.test_page import MEASURE, Parsed, chromium
 
@@ -163,7 +164,7 @@ def test_two_raters_rate_everything_in_orders_of_their_own(folder, capfd):
 
 def test_orders_repeat_for_a_rater_and_change_with_the_seed(folder):
     study = {seed: rate.prepare(wishes(folder, seed=seed)) for seed in (0, 1)}
-    case = data.Case("c0", "", 5, 5)
+    case = Case("c0", "", 5, 5)
     raters = [f"rater {i}" for i in range(600)]
     orders = {seed: [tuple(rate.methods_of(study[seed], rater, case)) for rater in raters] for seed in study}
     assert orders[0] == [tuple(rate.methods_of(study[0], rater, case)) for rater in raters] != orders[1]
@@ -329,7 +330,7 @@ def test_a_session_goes_on_after_a_restart_and_after_a_sudden_end_at_any_byte(fo
     for end in range(case[0], case[2] + 1):
         path.write_bytes(whole[:end])
         if whole[end - 1:end] != b"\n":
-            with pytest.raises(data.DatasetError, match=rf"line {whole[:end].count(10) + 1}: broken off; start rate\.py"):
+            with pytest.raises(UserError, match=rf"line {whole[:end].count(10) + 1}: broken off; start rate\.py"):
                 rows(folder)
         study = rate.prepare(wishes(folder)) if end % 40 == 0 else None
         done = study.done if study else rate.resume(path, {(f"c{i}", m): 0 for i in range(3) for m in METHODS})
@@ -348,20 +349,20 @@ def test_a_file_of_other_pictures_is_refused_and_left_as_it_is(folder):
             rate_one(address, rater)
     path = folder / "ratings.csv"
     before = path.read_bytes()
-    with pytest.raises(data.DatasetError, match="Anna has rated case 'c.' of method '(heron|magpie)' among other"):
+    with pytest.raises(UserError, match="Anna has rated case 'c.' of method '(heron|magpie)' among other"):
         rate.prepare(wishes(folder, ["sparrow"]))
     cases = folder / "cases.jsonl"
     cases.write_text(cases.read_text().replace('"c', '"d'))
     for picture in folder.glob("nest_*/c*"):
         picture.rename(picture.with_name(picture.name.replace("c", "d")))
-    with pytest.raises(data.DatasetError, match="has rated case 'c"):
+    with pytest.raises(UserError, match="has rated case 'c"):
         rate.prepare(wishes(folder))
     rate.resume(path, {(f"c{i}", m): 0 for i in range(3) for m in METHODS})
-    with pytest.raises(data.DatasetError, match="Anna has rated case 'c"):  # a method has come to them
+    with pytest.raises(UserError, match="Anna has rated case 'c"):  # a method has come to them
         rate.resume(path, {(f"c{i}", m): 0 for i in range(3) for m in (*METHODS, "wren")})
     assert path.read_bytes() == before
     path.write_text("time,rater\n")
-    with pytest.raises(data.DatasetError, match=r"line 1: expected the columns time,rater,case"):
+    with pytest.raises(UserError, match=r"line 1: expected the columns time,rater,case"):
         rate.resume(path, {})
 
 
@@ -408,16 +409,16 @@ GOOD = {"time": "2026-01-02T03:04:05+00:00", "rater": "Anna", "case": "c0", "met
 def test_bad_rows_are_named_with_file_and_line(line, said, tmp_path):
     path = tmp_path / "r.csv"
     path.write_text(",".join(rate.COLUMNS) + "\n" + rate.lines([GOOD]) + line + "\n")
-    with pytest.raises(data.DatasetError, match=rf"r\.csv, line [23]: .*{said}.*; mend or remove the line"):
+    with pytest.raises(UserError, match=rf"r\.csv, line [23]: .*{said}.*; mend or remove the line"):
         rate.read_ratings(path)
 
 
 def test_files_that_hold_no_ratings(tmp_path):
-    with pytest.raises(data.DatasetError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         rate.read_ratings(tmp_path / "none.csv")
     for content in (b"", b"a,b\n", b"\xff\n", b"time,rat"):
         (tmp_path / "r.csv").write_bytes(content)
-        with pytest.raises(data.DatasetError, match=r"r\.csv, line 1: "):
+        with pytest.raises(UserError, match=r"r\.csv, line 1: "):
             rate.read_ratings(tmp_path / "r.csv")
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import data
 import feedback
 import sample
+from parts.pipeline import TINY, Generator, load_generator
 from tests.checkpoint import make_pipeline
 from tiny import scenes
 
@@ -44,7 +45,7 @@ def test_a_folder_written_by_diffusers_gives_the_same_picture(folder, use_t5):
     parts = {} if use_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    generator = sample.load_generator(folder, use_t5=use_t5)
+    generator = load_generator(folder, use_t5=use_t5)
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(3))
     prompt = "a lone tree over the lake at night"
     for guidance in (4.5, 1.0):
@@ -56,10 +57,10 @@ def test_a_folder_written_by_diffusers_gives_the_same_picture(folder, use_t5):
 
 
 def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
-    pipeline = StableDiffusion3Pipeline.from_pretrained(sample.TINY, text_encoder_3=None, tokenizer_3=None,
+    pipeline = StableDiffusion3Pipeline.from_pretrained(TINY, text_encoder_3=None, tokenizer_3=None,
                                                        dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    generator = sample.load_generator(sample.TINY)
+    generator = load_generator(TINY)
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     prompt = data.with_words("a castle in the hills at noon", 8, 7)
     theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=8, guidance_scale=4.5, height=128, width=128,
@@ -68,27 +69,27 @@ def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
 
 
 def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
-    whole = sample.load_generator(folder)
+    whole = load_generator(folder)
     tensors = {f"model.diffusion_model.{n}": part for n, (part,) in whole.mmdit.stability_views().items()}
     tensors |= {f"first_stage_model.{n}": t for n, t in whole.vae.state_dict().items()}
     file = tmp_path / "sd3.5.safetensors"
     save_file({name: t.clone().contiguous() for name, t in tensors.items()}, file)
-    with pytest.raises(sample.weights.CheckpointError, match="--text-encoders"):
-        sample.load_generator(file)
-    single = sample.load_generator(file, encoders_from=folder)
+    with pytest.raises(sample.UserError, match="--text-encoders"):
+        load_generator(file)
+    single = load_generator(file, encoders_from=folder)
     pictures = [g.draw(["a lake"], [1], 64, steps=2) for g in (whole, single)]
     assert torch.equal(*pictures)
 
 
 def test_half_precision_weights_draw_nearly_the_same_picture(folder):
-    full, half = (sample.load_generator(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    full, half = (load_generator(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert {p.dtype for m in (half.mmdit, half.vae) for p in m.parameters()} == {torch.bfloat16}
     pictures = [g.draw(["a lake"], [1], 64, steps=3, guidance=2.0) for g in (full, half)]
     assert (pictures[0].float() - pictures[1].float()).abs().mean() < 6
 
 
 def test_a_picture_depends_on_its_own_seed_only():
-    generator = sample.load_generator(sample.TINY)
+    generator = load_generator(TINY)
     prompts = ["a swan on the lake at noon", "a tent in the hills at night"]
     together = generator.draw(prompts, [5, 6], 64, steps=3)
     alone = torch.cat([generator.draw([p], [s], 64, steps=3) for p, s in zip(prompts, (5, 6))])
@@ -257,21 +258,21 @@ def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
 
 
 def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, capsys):
-    draw = sample.Generator.draw
+    draw = Generator.draw
 
     def interrupted(self, prompts, seeds, **options):
         if seeds == [1]:
             raise KeyboardInterrupt
         return draw(self, prompts, seeds, **options)
 
-    monkeypatch.setattr(sample.Generator, "draw", interrupted)
+    monkeypatch.setattr(Generator, "draw", interrupted)
     assert run(*QUICK, "--n", 3, "--batch", 1, "--out", tmp_path) == 130
     assert [p.name for p in tmp_path.iterdir()] == ["round0_seed0.png"]
     assert "kept" in capsys.readouterr().err
 
 
 def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
-    model = sample.load_generator(sample.TINY).mmdit
+    model = load_generator(TINY).mmdit
     torch.manual_seed(0)
     sample.weights.add_lora(model, model.lora_targets(), 4, 8.0)
     for p in model.parameters():
@@ -307,9 +308,9 @@ BAD = {
     "tolerance": (("--v", 5, "--a", 5, "--tolerance", -1), "--tolerance"),
     "one-cell grid": (("--grid", 1), "2..9"),
     "missing judge": (("--v", 5, "--a", 5, "--judge", "./nobody"), "no such file or folder"),
-    "a generator as judge": (("--v", 5, "--a", 5, "--judge", sample.TINY / "vae"), "not a Qwen2.5-VL"),
+    "a generator as judge": (("--v", 5, "--a", 5, "--judge", TINY / "vae"), "not a Qwen2.5-VL"),
     "missing adapter": (("--v", 5, "--a", 5, "--adapter", "./nothing"), "no such file or folder"),
-    "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", sample.TINY / "judge"), "adapter_config.json"),
+    "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", TINY / "judge"), "adapter_config.json"),
     "adapter and none": (("--v", 5, "--a", 5, "--adapter", "a", "--no-adapter"), "give one of them"),
     "graphs without a GPU": (("--v", 5, "--a", 5, "--device", "cpu", "--cuda-graphs"), "needs a GPU, the device is cpu"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
@@ -334,7 +335,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
 def test_damaged_checkpoints_are_refused_before_anything_is_loaded(tmp_path, capsys):
     def refused(change, message):
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        change(Path(shutil.copytree(sample.TINY, tmp_path / "model")))
+        change(Path(shutil.copytree(TINY, tmp_path / "model")))
         assert run("--v", 5, "--a", 5, "--model", tmp_path / "model", "--out", tmp_path / "out") == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and message in err and err.count("\n") == 1
@@ -348,7 +349,7 @@ def test_damaged_checkpoints_are_refused_before_anything_is_loaded(tmp_path, cap
         refused(lambda f, part=part: shutil.rmtree(f / part), part)
     refused(lambda f: (f / "model_index.json").unlink(), "model_index.json")
     refused(lambda f: (f / "text_encoder/config.json").write_text("{"), "config.json")
-    index = json.loads((sample.TINY / "vae/config.json").read_text())
+    index = json.loads((TINY / "vae/config.json").read_text())
     refused(lambda f: (f / "vae/config.json").write_text(json.dumps(index | {"layers_per_block": 2})), "missing")
 
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-import rate
-import tables
+from evaluation import rate, tables
+from parts.cli import UserError
 
 
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=30))
@@ -149,13 +148,13 @@ def test_every_reader_has_its_own_columns_and_unreadable_answers_are_told(tmp_pa
 
 def test_runs_that_are_not_whole_or_have_nothing_in_common_are_refused(runs, tmp_path):
     (runs[0] / "images.jsonl").write_text((runs[0] / "images.jsonl").read_text()[:-20])
-    with pytest.raises(data.DatasetError, match="9 of 10 cases; run `evaluate.py --name FLUX` to its end"):
+    with pytest.raises(UserError, match="9 of 10 cases; run `evaluate.py --name FLUX` to its end"):
         tables.main([str(runs[0])])
     rows = [{k: v for k, v in r.items() if k not in tables.SCORES} for r in records([(1, 1)] * 3, readers=("other",))]
     other = write_run(tmp_path / "c", "other", rows)
-    with pytest.raises(data.DatasetError, match="no figure in common"):
+    with pytest.raises(UserError, match="no figure in common"):
         tables.main([str(other), str(runs[1]), "--form", "1"])
-    with pytest.raises(data.DatasetError, match="several methods are called ours"):
+    with pytest.raises(UserError, match="several methods are called ours"):
         tables.main([str(runs[1]), str(runs[1])])
 
 
@@ -178,9 +177,9 @@ def test_form_6_compares_the_readings_with_the_label_and_with_people(runs, tmp_p
     assert head == "| annotator | Lexicon-based annotation | Human annotation |"
     assert v.startswith("| V-Error ↓ | **0.500") and "*1.000 [1.000" in v and a.count("1.000 [1.000, 1.000]") == 2
     assert "2 raters, 10 pictures rated by all" in printed
-    with pytest.raises(data.DatasetError, match="no ratings of 'FLUX'"):
+    with pytest.raises(UserError, match="no ratings of 'FLUX'"):
         tables.main([str(runs[1]), "--form", "6", "--human", f"{path}:FLUX"])
-    with pytest.raises(data.DatasetError, match="none of its cases was rated"):
+    with pytest.raises(UserError, match="none of its cases was rated"):
         tables.main([str(runs[1]), "--form", "6", "--human", str(write_ratings(path, [("ann", "z", "test", 5, 5, 3, "")]))])
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 import data
 import feedback
-import sample
 import train_gen
-import training
-import weights
+from parts import run as training
+from parts.files import read_json, read_records
+from parts.pipeline import TINY, load_generator
 from tests import launch
 from tests.launch import finish, log_of, without_times
+from tiny.dataset import write_tiny
 
 SMALL = ("--group 2 --guided 1 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 "
          "--eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
@@ -28,7 +29,7 @@ SMALL = ("--group 2 --guided 1 --batch 2 --micro 2 --size 64 --sample-steps 4 --
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
-    data.write_tiny(folder, train=8, test=4, seed=8)
+    write_tiny(folder, train=8, test=4, seed=8)
     return folder
 
 
@@ -52,7 +53,7 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     assert Image.open(out / "curves.png").size[0] == 900
     assert Image.open(out / "strip.png").size == (3 * 128, 2 * 128)  # three rows of the test split, before and after
     assert "| before |" in output and "| after |" in output
-    config = weights.read_json(out / "adapter" / "adapter_config.json")
+    config = read_json(out / "adapter" / "adapter_config.json")
     assert config["base_model_name_or_path"] == "tiny/weights"  # not where it lies on this machine
     assert config["r"] == 32 and "transformer_blocks.0.attn.to_q" in config["target_modules"]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -80,7 +81,7 @@ def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, un
 def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
     process, deadline = start(dataset, out, *SMALL, "--steps", 5, "--save-every", 1000), time.time() + 120
-    while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 2:
+    while time.time() < deadline and len(read_records(out / "log.jsonl")) < 2:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on from there" in finish(process, 143)
@@ -202,7 +203,7 @@ def test_the_average_stands_in_and_goes_away_again():
 
 
 def test_each_prompt_is_encoded_once(monkeypatch):
-    generator = sample.load_generator(sample.TINY)
+    generator = load_generator(TINY)
     contexts, asked, encode = train_gen.Contexts(generator), [], generator.encoders.encode
     monkeypatch.setattr(generator.encoders, "encode", lambda texts: asked.extend(texts) or encode(texts))
     context, pooled = contexts(["a lake", "a hill", "a lake"], 4.5)
@@ -233,8 +234,8 @@ def test_encoders_that_leave_encode_the_prompts_of_this_process_once_and_are_gon
     drawn = {p for step in range(3) for w in train_gen.wishes_of(step, train, args) for p in (w.prompt, w.drawn)}
     assert set().union(*shares) == {"", *drawn, *(train_gen.prompt_of(row, "words") for row in test)}
     assert all(len(own) == len(set(own)) <= 1 + 3 * 2 * 2 + 2 for own in shares)
-    generator = sample.load_generator(sample.TINY)
-    contexts, expected = train_gen.Contexts(generator), train_gen.Contexts(sample.load_generator(sample.TINY))
+    generator = load_generator(TINY)
+    contexts, expected = train_gen.Contexts(generator), train_gen.Contexts(load_generator(TINY))
     contexts.encode_all(shares[0], progress=False)
     assert generator.encoders is None
     for ours, theirs in zip(contexts(shares[0][1:], 4.5), expected(shares[0][1:], 4.5), strict=True):

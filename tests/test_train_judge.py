@@ -16,9 +16,12 @@ import feedback
 import grpo
 import qwen_vl
 import train_judge
-import training
+from parts import run as training
+from parts.cli import UserError
+from parts.files import read_records
 from tests import launch
 from tests.launch import finish, log_of, without_times
+from tiny.dataset import write_tiny
 
 SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-tokens 80 --device cpu".split()
 
@@ -26,7 +29,7 @@ SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-to
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
-    data.write_tiny(folder, train=12, test=6, seed=9)
+    write_tiny(folder, train=12, test=6, seed=9)
     return folder
 
 
@@ -80,7 +83,7 @@ def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, un
 def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(dataset, unbroken, tmp_path, number, code):
     out = tmp_path / "run"
     process, deadline = start(dataset, out, *SMALL, "--steps", 5, "--save-every", 1000), time.time() + 120
-    while time.time() < deadline and len(training.read_records(out / "log.jsonl")) < 3:
+    while time.time() < deadline and len(read_records(out / "log.jsonl")) < 3:
         time.sleep(0.05)
     process.send_signal(number)
     assert "the same command goes on from there" in finish(process, code)
@@ -148,7 +151,7 @@ def test_the_likely_cause_of_a_mismatch_is_named(spoil, cause):
     x = torch.randn(3, 8)
     mask = torch.ones_like(x, dtype=torch.bool)
     train_judge.check_on_policy(x, x + 1e-6, mask, 1e-4)
-    with pytest.raises(training.RunError, match=cause):
+    with pytest.raises(UserError, match=cause):
         train_judge.check_on_policy(x, spoil(x), mask, 1e-4)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import training
+from parts import run as training
+from parts.cli import UserError
+from parts.files import read_records, whole_records
 
 ALONE = training.Processes(0, 1, torch.device("cpu"))
 
@@ -48,7 +50,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     run.save(2, {"x": torch.zeros(1000)})
     path = tmp_path / "checkpoint-00000002" / "rank0of1.pt"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(training.RunError, match="rank0of1.pt: damaged .*delete"):
+    with pytest.raises(UserError, match="rank0of1.pt: damaged .*delete"):
         run.load()
 
 
@@ -56,14 +58,14 @@ def test_another_number_of_processes_is_refused(tmp_path):
     make(tmp_path).save(2, {})
     two = training.Run(tmp_path, {}, training.Processes(0, 1, torch.device("cpu")))
     two.processes = training.Processes(1, 1, torch.device("cpu"))
-    with pytest.raises(training.RunError, match="written by 1 processes"):
+    with pytest.raises(UserError, match="written by 1 processes"):
         two.load()
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     make(tmp_path)
     make(tmp_path, save_every=7)
-    with pytest.raises(training.RunError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
+    with pytest.raises(UserError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
         make(tmp_path, lr=0.2)
 
 
@@ -129,13 +131,13 @@ def test_curves_show_every_key_that_has_numbers():
 def test_shares_are_equal_and_cover_everything():
     parts = [training.Processes(r, 3, torch.device("cpu")).share(list(range(12))) for r in range(3)]
     assert [x for part in parts for x in part] == list(range(12)) and {len(p) for p in parts} == {4}
-    with pytest.raises(training.RunError, match="cannot be shared by 3"):
+    with pytest.raises(UserError, match="cannot be shared by 3"):
         training.Processes(0, 3, torch.device("cpu")).share([1, 2])
 
 
 def test_a_gpu_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
-        with pytest.raises(training.RunError, match="sees no GPU"):
+        with pytest.raises(UserError, match="sees no GPU"):
             training.start_processes("cuda")
 
 
@@ -143,10 +145,10 @@ def test_a_gpu_that_is_not_there_is_refused():
 @pytest.mark.parametrize("lines", [b"", b'{"id": 1}\n{"id": 2}\n'], ids=["none before", "two before"])
 def test_what_is_appended_after_a_half_written_line_can_be_read(tmp_path, lines, half):
     path = tmp_path / "records.jsonl"
-    assert training.whole_records(path) == []
+    assert whole_records(path) == []
     path.write_bytes(lines + half)
-    kept = training.whole_records(path)
+    kept = whole_records(path)
     assert path.read_bytes() == lines and len(kept) == lines.count(b"\n")
     with open(path, "a") as f:
         f.write('{"id": 9}\n')
-    assert training.read_records(path) == [*kept, {"id": 9}]
+    assert read_records(path) == [*kept, {"id": 9}]

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 import flow_grpo
 import grpo
-import kernels
 import mmdit
 import qwen_vl
 from flow_grpo import kl_of, sde_step
+from parts import ops
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def interpreted():
     before = remove()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module("triton_kernels")
+        module = importlib.import_module("kernels.triton_forms")
     remove()
     sys.modules.update(before)
     return module
@@ -51,13 +51,13 @@ def interpreted():
 if DEVICE == "cpu":
     fused = interpreted()
 else:
-    import triton_kernels as fused
+    from kernels import triton_forms as fused
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """New memory is NaN, so that a value that is read before it is written shows. kernels.py stands for the plain forms."""
-    monkeypatch.setattr(kernels, "FUSED", False)
+    """New memory is NaN, so that a value that is read before it is written shows. ops.py stands for the plain forms."""
+    monkeypatch.setattr(ops, "FUSED", False)
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter asks for it now and then while it runs
     torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS, here in the references, would ask for a variable
@@ -95,7 +95,7 @@ def hold_together(function, reference, tensors):
 
 
 def rms(x, weight, eps):
-    """kernels.rms_norm without its own float32."""
+    """ops.rms_norm without its own float32."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
@@ -111,14 +111,14 @@ def test_modulate(B, L, D, dtype):
     x = tensor(B, L, D, dtype=dtype) + 3
     # one value has no deviation: the gradient in float64 is 0, and what rounding leaves must not be blown up by 1/√eps
     eps = 0.1 if D == 1 else 1e-6
-    hold_together(lambda *t: fused.modulate(*t, eps), lambda *t: kernels.modulate(*t, eps), (x, shift, scale))
+    hold_together(lambda *t: fused.modulate(*t, eps), lambda *t: ops.modulate(*t, eps), (x, shift, scale))
 
 
 @pytest.mark.parametrize("B, L, D", [(2, 3, 7), (1, 1, 1), (2, 33, 130), (1, 2, 1536)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gate_residual(B, L, D, dtype):
     x, branch, gate = tensor(B, L, D, dtype=dtype), tensor(B, L, D, dtype=dtype, seed=1), chunks_of(B, D, 6, dtype)[2]
-    hold_together(fused.gate_residual, kernels.gate_residual, (x, branch, gate))
+    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, gate))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1,), (17, 40), (2, 1536), (2, 3584)])
@@ -132,12 +132,12 @@ def test_rms_norm(shape, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_split_qkv(B, L, H, E, dtype):
     def reference(qkv, wq, wk):
-        q, k, v = kernels.split_qkv(qkv, H)
+        q, k, v = ops.split_qkv(qkv, H)
         return rms(q, wq, 0.1), rms(k, wk, 0.1), v
 
     qkv, wq, wk = tensor(B, L, 3 * H * E, dtype=dtype), tensor(E, dtype=dtype), tensor(E, dtype=dtype, seed=1)
     hold_together(lambda *t: fused.split_qkv(t[0], H, *t[1:], 0.1), reference, (qkv, wq, wk))
-    hold_together(lambda t: fused.split_qkv(t, H), lambda t: kernels.split_qkv(t, H), (qkv,))
+    hold_together(lambda t: fused.split_qkv(t, H), lambda t: ops.split_qkv(t, H), (qkv,))
     assert fused.split_qkv(qkv, H, wq, wk)[2].data_ptr() == qkv[..., 2 * H * E:].data_ptr()
 
 
@@ -146,7 +146,7 @@ def test_split_qkv(B, L, H, E, dtype):
 def test_joint_qkv(B, L, N, H, E, dtype):
     def reference(context, x, *norms):
         streams = zip((context, x), (norms[:2], norms[2:]))
-        split = [(kernels.split_qkv(t, H), own) for t, own in streams]
+        split = [(ops.split_qkv(t, H), own) for t, own in streams]
         return tuple(torch.cat(pair, 2) for pair in zip(*(
             (rms(q, wq, 0.1), rms(k, wk, 0.1), v) for (q, k, v), (wq, wk) in split)))
 
@@ -154,7 +154,7 @@ def test_joint_qkv(B, L, N, H, E, dtype):
     norms = [tensor(E, dtype=dtype, seed=10 + i) for i in range(4)]
     hold_together(lambda c, x, *w: fused.joint_qkv(c, x, H, w[:2], w[2:], 0.1), reference, (*streams, *norms))
     values = fused.joint_qkv(*streams, H, norms[:2], norms[2:])[2]
-    assert torch.equal(values, torch.cat([kernels.split_qkv(t, H)[2] for t in streams], dim=2))
+    assert torch.equal(values, torch.cat([ops.split_qkv(t, H)[2] for t in streams], dim=2))
 
 
 @pytest.mark.parametrize("N, H, K, E", [(3, 4, 2, 6), (1, 1, 1, 2), (9, 7, 1, 128), (5, 2, 2, 80)])
@@ -165,7 +165,7 @@ def test_split_rotate(N, H, K, E, dtype, wide_angles):
     cos, sin = (torch.cat([t, t], -1).to(torch.float32 if wide_angles else dtype) for t in (angle.cos(), angle.sin()))
 
     def plain(qkv):
-        return kernels.split_rotate(qkv, H, K, cos, sin)
+        return ops.split_rotate(qkv, H, K, cos, sin)
 
     qkv = tensor(N, (H + 2 * K) * E, dtype=dtype)
     hold_together(lambda t: fused.split_rotate(t, H, K, cos, sin), plain, (qkv,))
@@ -176,7 +176,7 @@ def test_split_rotate(N, H, K, E, dtype, wide_angles):
 @pytest.mark.parametrize("shape", [(2, 3, 14), (2,), (3, 2 * 1030), (1, 2 * 3420)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_swiglu(shape, dtype):
-    hold_together(fused.swiglu, kernels.swiglu, (tensor(*shape, dtype=dtype, scale=3),))
+    hold_together(fused.swiglu, ops.swiglu, (tensor(*shape, dtype=dtype, scale=3),))
 
 
 @settings(max_examples=6, deadline=None)
@@ -184,8 +184,8 @@ def test_swiglu(shape, dtype):
 def test_all_row_kernels_at_any_shape(B, L, D, dtype):
     shift, scale, gate = chunks_of(B, D, 3, dtype)
     x, branch = tensor(B, L, D, dtype=dtype), tensor(B, L, D, dtype=dtype, seed=1)
-    hold_together(lambda *t: fused.modulate(*t, 0.1), lambda *t: kernels.modulate(*t, 0.1), (x, shift, scale))
-    hold_together(fused.gate_residual, kernels.gate_residual, (x, branch, gate))
+    hold_together(lambda *t: fused.modulate(*t, 0.1), lambda *t: ops.modulate(*t, 0.1), (x, shift, scale))
+    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, gate))
     hold_together(lambda *t: fused.rms_norm(*t, 0.1), lambda *t: rms(*t, 0.1), (x[:1], gate[0]))
 
 
@@ -258,16 +258,16 @@ def test_scan_tile_makes_the_log_softmax_as_the_tiles_pass(N, V, tile, dtype, sc
 def test_inputs_of_any_layout_and_tensors_that_need_no_gradient():
     x, branch = tensor(5, 2, 6).transpose(0, 1), tensor(2, 6, 5).transpose(1, 2)  # [2,5,6]
     shift, scale, weight = tensor(6, 2).t(), tensor(1, 6).expand(2, 6), tensor(6)
-    hold_together(fused.modulate, kernels.modulate, (x, shift, scale))
-    hold_together(lambda t: fused.modulate(t, shift, scale), lambda t: kernels.modulate(t, shift.to(t), scale.to(t)), (x,))
-    hold_together(lambda t: fused.modulate(x, t, scale), lambda t: kernels.modulate(x.to(t), t, scale.to(t)), (shift,))
-    hold_together(fused.gate_residual, kernels.gate_residual, (x, branch, scale))
+    hold_together(fused.modulate, ops.modulate, (x, shift, scale))
+    hold_together(lambda t: fused.modulate(t, shift, scale), lambda t: ops.modulate(t, shift.to(t), scale.to(t)), (x,))
+    hold_together(lambda t: fused.modulate(x, t, scale), lambda t: ops.modulate(x.to(t), t, scale.to(t)), (shift,))
+    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, scale))
     hold_together(lambda t: fused.gate_residual(t, branch, shift),
-                  lambda t: kernels.gate_residual(t, branch.to(t), shift.to(t)), (x,))
+                  lambda t: ops.gate_residual(t, branch.to(t), shift.to(t)), (x,))
     hold_together(lambda t: fused.gate_residual(x, t, shift),
-                  lambda t: kernels.gate_residual(x.to(t), t, shift.to(t)), (branch,))
+                  lambda t: ops.gate_residual(x.to(t), t, shift.to(t)), (branch,))
     hold_together(lambda t: fused.gate_residual(x, branch, t),
-                  lambda t: kernels.gate_residual(x.to(t), branch.to(t), t), (shift,))
+                  lambda t: ops.gate_residual(x.to(t), branch.to(t), t), (shift,))
     hold_together(lambda t: fused.rms_norm(t, weight), lambda t: rms(t, weight.to(t), 1e-6), (x,))
 
 
@@ -275,10 +275,10 @@ def test_heads_through_attention():
     """Its gradients come in a layout of their own, and only the image's queries are asked, as in the last block."""
     weight, mine = tensor(4), tensor(2, 2, 3, 4)
     gradients = []
-    for split in (fused.split_qkv, kernels.split_qkv):
+    for split in (fused.split_qkv, ops.split_qkv):
         qkv = tensor(2, 5, 24).transpose(0, 1).requires_grad_()  # [5,2,24]
         q, k, v = split(qkv.transpose(0, 1), 2, weight, weight)
-        out = kernels.attention(torch.cat([q, mine], 2)[:, :, 2:], torch.cat([k, mine], 2), torch.cat([v, mine], 2))
+        out = ops.attention(torch.cat([q, mine], 2)[:, :, 2:], torch.cat([k, mine], 2), torch.cat([v, mine], 2))
         gradients.append(torch.autograd.grad(out, qkv, tensor(*out.shape))[0])
     torch.testing.assert_close(*gradients)
 
@@ -286,11 +286,11 @@ def test_heads_through_attention():
 def test_a_type_for_each_tensor():
     """A float32 norm in a bfloat16 model: the result has the wider type, each gradient that of its tensor."""
     x, weight = tensor(3, 8, dtype=torch.bfloat16), tensor(8)
-    assert fused.rms_norm(x, weight).dtype == kernels.rms_norm(x, weight).dtype == torch.float32
+    assert fused.rms_norm(x, weight).dtype == ops.rms_norm(x, weight).dtype == torch.float32
     hold_together(fused.rms_norm, lambda *t: rms(*t, 1e-6), (x, weight))
     shift, scale = tensor(1, 8), tensor(1, 8, seed=1)
-    hold_together(fused.modulate, kernels.modulate, (x[None], shift, scale))
-    hold_together(fused.gate_residual, kernels.gate_residual, (x[None], tensor(1, 3, 8), scale))
+    hold_together(fused.modulate, ops.modulate, (x[None], shift, scale))
+    hold_together(fused.gate_residual, ops.gate_residual, (x[None], tensor(1, 3, 8), scale))
 
 
 def test_no_rows_give_nothing_and_zero_sums():
@@ -326,7 +326,7 @@ def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if "|" in line]
     kernels_compiled = {row[0] for row in rows if len(row) == 6}
-    assert kernels_compiled > set(re.findall(r"^def (\w+)_kernel\(", (ROOT / "triton_kernels.py").read_text(), re.M))
+    assert kernels_compiled > set(re.findall(r"^def (\w+)_kernel\(", (ROOT / "kernels/triton_forms.py").read_text(), re.M))
     counts = {row[0]: [float(x) for x in row[3:]] for row in rows if len(row) == 8 and row[0] != "operation"}
     assert len(counts) > 10
     for least, ours, plain, to_least, to_plain in counts.values():
@@ -342,9 +342,9 @@ def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp
 
 def on_the_kernels(monkeypatch, run):
     """(results of run() on the plain forms, the same on the kernels)."""
-    monkeypatch.setattr(kernels, "FUSED", False)
+    monkeypatch.setattr(ops, "FUSED", False)
     plain = run()
-    monkeypatch.setattr(kernels, "on_gpu", lambda x: fused)
+    monkeypatch.setattr(ops, "on_gpu", lambda x: fused)
     return plain, run()
 
 

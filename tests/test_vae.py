@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
-import vae
-import weights
+from parts import vae, weights
+from parts.cli import UserError
 
 SMALL = {"block_out_channels": [32, 64, 64, 96], "norm_num_groups": 16, "layers_per_block": 2}
 
@@ -104,9 +104,9 @@ def test_bad_images_and_foreign_files_are_refused(pair, tmp_path):
         ours.encode(torch.zeros(1, 3, 30, 32))
     file = tmp_path / "other.safetensors"
     save_file({"model.weight": torch.zeros(2)}, file)
-    with pytest.raises(weights.CheckpointError, match="first_stage_model"):
+    with pytest.raises(UserError, match="first_stage_model"):
         vae.VAE.from_pretrained(file)
     for config in ("{}", "[]", '{"use_quant_conv": true}'):
         (tmp_path / "config.json").write_text(config)
-        with pytest.raises(weights.CheckpointError, match="config.json"):
+        with pytest.raises(UserError, match="config.json"):
             vae.VAE.from_pretrained(tmp_path)

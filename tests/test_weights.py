@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mmdit
-import weights
+from parts import lora, weights
+from parts.cli import UserError
+from parts.files import write_json
 
 
 def refused(match):
-    return pytest.raises(weights.CheckpointError, match=match)
+    return pytest.raises(UserError, match=match)
 
 
 def test_every_difference_is_named(tmp_path):
@@ -137,6 +139,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 LOAD = """
 import sys, torch, mmdit
+from parts import lora
+from parts.cli import UserError
 def kilobytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 before = kilobytes("VmRSS")
@@ -180,7 +184,7 @@ TARGETS = {"fused": {"at.first": 3, "at.second": 5}, "plain": {"at.last": 4}}
 def adapted(seed=0, rank=2, alpha=6):
     torch.manual_seed(seed)
     model = Pair()
-    weights.add_lora(model, TARGETS, rank, alpha)
+    lora.add_lora(model, TARGETS, rank, alpha)
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p)
@@ -191,7 +195,7 @@ def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
     torch.manual_seed(0)
     model, x = Pair(), torch.randn(7, 6)
     before = model(x)
-    weights.add_lora(model, TARGETS, 2, 4)
+    lora.add_lora(model, TARGETS, 2, 4)
     assert torch.equal(model(x), before)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         "fused.A", "fused.B.0", "fused.B.1", "plain.A", "plain.B.0"}
@@ -208,10 +212,10 @@ def test_each_fused_projection_has_an_adapter_of_its_own():
 def test_switched_off_the_model_is_what_it_was_and_merged_it_gives_the_same():
     model, x = adapted(), torch.randn(7, 6)
     on = model(x)
-    with weights.lora_disabled(model):
+    with lora.lora_disabled(model):
         torch.testing.assert_close(model(x), model.plain.linear(model.fused.linear(x)))
     assert torch.equal(model(x), on)
-    weights.merge_lora(model)
+    lora.merge_lora(model)
     assert type(model.fused) is torch.nn.Linear
     torch.testing.assert_close(model(x), on)
 
@@ -219,19 +223,19 @@ def test_switched_off_the_model_is_what_it_was_and_merged_it_gives_the_same():
 def test_an_adapter_is_on_again_after_an_error():
     model, x = adapted(), torch.randn(7, 6)
     on = model(x)
-    with pytest.raises(ZeroDivisionError), weights.lora_disabled(model):
+    with pytest.raises(ZeroDivisionError), lora.lora_disabled(model):
         1 / 0  # noqa: B018
     assert torch.equal(model(x), on)
 
 
 def test_a_saved_adapter_is_read_back(tmp_path):
     model, x = adapted(), torch.randn(7, 6)
-    weights.save_lora(tmp_path, model, TARGETS, 2, 6, "owner/name")
+    lora.save_lora(tmp_path, model, TARGETS, 2, 6, "owner/name")
     again = Pair()
     for path in ("fused", "plain"):
         again.get_submodule(path).load_state_dict(model.get_submodule(path).linear.state_dict())
-    weights.load_lora(tmp_path, again, TARGETS)
+    lora.load_lora(tmp_path, again, TARGETS)
     torch.testing.assert_close(again(x), model(x))
     with refused("no usable r"):
-        weights.write_json(tmp_path / "adapter_config.json", {"r": None})
-        weights.load_lora(tmp_path, Pair(), TARGETS)
+        write_json(tmp_path / "adapter_config.json", {"r": None})
+        lora.load_lora(tmp_path, Pair(), TARGETS)

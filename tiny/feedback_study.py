@@ -25,14 +25,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from evaluation.cases import held_out_cases
+from parts.files import read_records, whole_records
+from parts.pipeline import TINY, load_generator, to_images
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/feedback_study.py` finds data.py
-import clip
 import data
-import evaluate
 import feedback
 import qwen_vl
-import sample
-import training
+from evaluation import metrics
+from parts import clip
 from tiny import scenes
 from tiny.judge_study import run_all
 
@@ -51,7 +53,7 @@ def figures(picture, target, request, scorer, count):
     """What meter, judge and CLIP say of the picture chosen among `count`; NaN where the judge's answer could not be read."""
     said = {"": scenes.measure_va(picture.image), "judge_": picture.judgement.va}
     return {f"{who}{axis}": abs(x - wish) for who, va in said.items() for axis, x, wish in zip("va", va, target)} | {
-        "loss": picture.loss, "clip": float(clip.clip_score(scorer, [picture.image], [request])[0]), "pictures": count}
+        "loss": picture.loss, "clip": float(metrics.clip_score(scorer, [picture.image], [request])[0]), "pictures": count}
 
 
 def run_case(case, seed, draw, judge, scorer, n, readings):
@@ -60,7 +62,7 @@ def run_case(case, seed, draw, judge, scorer, n, readings):
     start = data.with_numbers(request, *target)
 
     def generate(prompt, seeds):
-        return sample.to_images(draw([prompt] * len(seeds), seeds))
+        return to_images(draw([prompt] * len(seeds), seeds))
 
     started = time.perf_counter()
     rounds = feedback.refine(request, *target, generate, judge, ROUNDS, n, seed=seed, start=start, readings=readings)
@@ -93,13 +95,13 @@ def run_cases(args):
     """One generator and seed: append the missing cases to its file."""
     judge = feedback.judge_of(qwen_vl.QwenVL.from_pretrained(args.judge), max_new_tokens=feedback.REWRITE_LIMIT,
                               progress=partial(tqdm, disable=True))
-    generator = sample.load_generator(sample.TINY, adapter=args.adapter if args.only == "RF" else None)
-    scorer = clip.CLIP.from_pretrained(sample.TINY / "clip")
+    generator = load_generator(TINY, adapter=args.adapter if args.only == "RF" else None)
+    scorer = clip.CLIP.from_pretrained(TINY / "clip")
     draw = partial(generator.draw, size=128, steps=args.steps)
     path = file_of(args, args.only, args.seeds[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    records = training.whole_records(path)
-    cases = evaluate.held_out_cases(args.cases, seed=5)
+    records = whole_records(path)
+    cases = held_out_cases(args.cases, seed=5)
     for i in tqdm(range(len(records), args.cases), f"{args.only} {args.seeds[0]}", args.cases, initial=len(records)):
         seed = (args.seeds[0] * args.cases + i) * 10_000
         record = run_case(cases[i], seed, draw, judge, scorer, args.n, args.readings)
@@ -149,8 +151,8 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=4, help="pictures a round (default: %(default)s)")
     parser.add_argument("--readings", type=int, default=8, help="answers of the judge a picture (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="steps of the sampler (default: %(default)s)")
-    parser.add_argument("--judge", type=Path, default=sample.TINY / "judge", help="folder of the judge")
-    parser.add_argument("--adapter", type=Path, default=sample.TINY / "adapter", help="folder of the adapter of RF")
+    parser.add_argument("--judge", type=Path, default=TINY / "judge", help="folder of the judge")
+    parser.add_argument("--adapter", type=Path, default=TINY / "adapter", help="folder of the adapter of RF")
     parser.add_argument("--out", type=Path, default=STUDY, help="folder of the study (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     parser.add_argument("--only", choices=GENERATORS, help="run the cases of one generator and the first seed, no table")
@@ -164,13 +166,13 @@ def main(argv=None):
             if not finished(folder := file_of(args, name, seed).parent, args.cases):
                 runs.append((folder, [[sys.executable, __file__, "--only", name, "--seeds", seed, *flags]]))
     run_all(runs, args.jobs, "feedback")
-    print(tables({name: [training.read_records(file_of(args, name, seed))[:args.cases] for seed in args.seeds]
+    print(tables({name: [read_records(file_of(args, name, seed))[:args.cases] for seed in args.seeds]
                   for name in GENERATORS}))
     return 0
 
 
 def finished(folder, cases):
-    return len(training.read_records(folder / "cases.jsonl")) >= cases
+    return len(read_records(folder / "cases.jsonl")) >= cases
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from parts.files import read_json
+from tiny.dataset import write_tiny
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/generator_study.py` finds data.py
-import data
-import training
-import weights
+from parts.cli import UserError
 from tiny.judge_study import run_missing
 
 HERE = Path(__file__).resolve().parent
@@ -64,17 +65,17 @@ def main(argv=None):
     if not (SUPERVISED / "model.safetensors").exists():
         sys.exit("tiny/cache/judge is missing; run `python tiny/pretrain.py judge` first")
     if not (DATASET / "train.jsonl").exists():
-        data.write_tiny(DATASET, 4000, 500)
+        write_tiny(DATASET, 4000, 500)
     runs = [run_of(folder, flags, seed, args.cases, extra) for seed in SEEDS for folder, flags in ROWS.values()]
     try:
         run_missing(runs, args.jobs, "generators")
-    except training.RunError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True)
     print("| rewards | " + " | ".join(FIGURES.values()) + " |\n" + "| --- " * (len(FIGURES) + 1) + "|")
     for name, (folder, _) in ROWS.items():
         files = [STUDY / f"{folder}_seed{seed}" / RESULT for seed in SEEDS]
-        print(line(name, [weights.read_json(file)["results"]["numbers"] for file in files]))
+        print(line(name, [read_json(file)["results"]["numbers"] for file in files]))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from parts.files import read_records
+from tiny.dataset import write_tiny
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/judge_study.py` finds data.py
-import data
-import training
+from parts.cli import UserError
 
 HERE = Path(__file__).resolve().parent
 SUPERVISED, STUDY, DATASETS = HERE / "cache" / "judge", HERE / "cache" / "study", HERE / "cache"
@@ -53,7 +55,7 @@ def run_all(runs, jobs, what):
                 done = subprocess.run(list(map(str, command)), stdout=output, stderr=output,
                                       env={**os.environ, "OMP_NUM_THREADS": str(threads)})
                 if done.returncode:
-                    raise training.RunError(f"the run {folder.name} ended with code {done.returncode}; see "
+                    raise UserError(f"the run {folder.name} ended with code {done.returncode}; see "
                                             f"{folder}/output.txt")
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -70,7 +72,7 @@ def run_of(folder, seed, flags, dataset, extra):
 
 def evaluations(folder):
     """The log's records of a run's first and last evaluation."""
-    evaluated = [r for r in training.read_records(STUDY / folder / "log.jsonl") if "eval_format" in r]
+    evaluated = [r for r in read_records(STUDY / folder / "log.jsonl") if "eval_format" in r]
     return evaluated[0], evaluated[-1]
 
 
@@ -96,10 +98,10 @@ def main(argv=None):
         runs += [(folder, 0, flags, dataset) for folder, flags, dataset in ABLATIONS.values()]
     for name in dict.fromkeys(dataset for *_, dataset in runs):
         if not (DATASETS / name / "train.jsonl").exists():
-            data.write_tiny(DATASETS / name, 4000, 500, "drawn" if name == "dataset_drawn" else "true")
+            write_tiny(DATASETS / name, 4000, 500, "drawn" if name == "dataset_drawn" else "true")
     try:
         run_missing([run_of(*run, extra) for run in runs], args.jobs, "judges")
-    except training.RunError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]
     rows = ["| judge | format ↑ | V-Error ↓ | A-Error ↓ | class accuracy ↑ |", "| --- | --- | --- | --- | --- |",

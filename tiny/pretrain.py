@@ -33,15 +33,15 @@ from PIL import Image, ImageFilter
 from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 
+from parts.files import write_json
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/pretrain.py` finds the models
-import clip
 import data
 import feedback
 import mmdit
 import qwen_vl
-import text_encoders
-import vae as vae_model
-import weights
+from parts import clip, text_encoders, weights
+from parts import vae as vae_model
 from tiny import lessons, scenes
 
 HERE = Path(__file__).resolve().parent
@@ -266,9 +266,9 @@ def learn_bpe(texts, size):
 def write_tokenizers(vocab, merges):
     """Write tokenizer/ (pads with the end token, as CLIP-L) and tokenizer_2/ (pads with !, as bigG)."""
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        weights.write_json(WEIGHTS / name / "vocab.json", vocab)
+        write_json(WEIGHTS / name / "vocab.json", vocab)
         (WEIGHTS / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
-        weights.write_json(WEIGHTS / name / "tokenizer_config.json", {
+        write_json(WEIGHTS / name / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad})
 
@@ -344,9 +344,9 @@ def encode_latents(pictures):
 
 def write_pipeline_files():
     """model_index.json and the scheduler's configuration: what makes the folder a pipeline in diffusers' layout."""
-    weights.write_json(WEIGHTS / "scheduler" / "scheduler_config.json", {
+    write_json(WEIGHTS / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
-    weights.write_json(WEIGHTS / "model_index.json", {
+    write_json(WEIGHTS / "model_index.json", {
         "_class_name": "StableDiffusion3Pipeline", "t5_tokens": 0,  # no T5, and no zeros in its place
         "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

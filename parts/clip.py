@@ -13,24 +13,20 @@ Left out: attention masks (CLIP is trained without them: padding follows the end
 """
 
 import functools
-import re
 import warnings
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-import kernels
-import weights
+from parts import ops, weights
+from parts.cli import UserError
+from parts.files import read_json, to_rgb, write_json
 
 OPTIONAL = ("*position_ids", "logit_scale")  # in some published files, used by no text tower
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -106,14 +102,6 @@ def to_pil(images):
     raise ValueError(f"pictures are a list of PIL images, or uint8 [B,3,H,W]; got {got}")
 
 
-def to_rgb(image):
-    """A PIL image in RGB; white shows through where it is transparent."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def cut_out(image, size, square=False):
     """The middle of a PIL image as size × size pixels."""
     shorter = min(image.size)
@@ -132,24 +120,24 @@ class PromptTokenizer:
     def __init__(self, folder, max_length=None):
         """folder: holds tokenizer.json, or CLIP's vocab.json and merges.txt. max_length: of T5; CLIP's is in its config."""
         folder = Path(folder)
-        config, self.name = weights.read_json(folder / "tokenizer_config.json"), "T5" if max_length else "CLIP"
+        config, self.name = read_json(folder / "tokenizer_config.json"), "T5" if max_length else "CLIP"
         try:
             if (folder / "tokenizer.json").exists():
                 self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             else:
-                self.tokenizer = clip_tokenizer(weights.read_json(folder / "vocab.json"),
+                self.tokenizer = clip_tokenizer(read_json(folder / "vocab.json"),
                                                 weights.read_merges(folder / "merges.txt"))
-        except weights.CheckpointError:
+        except UserError:
             raise
         except Exception as error:  # tokenizers raises plain Exception for a malformed file
-            raise weights.CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+            raise UserError(f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.max_length = max_length or config.get("model_max_length", 77)
         pad = config.get("pad_token") or "<|endoftext|>"
         self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
         if self.pad is None:
-            raise weights.CheckpointError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
+            raise UserError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
 
     def __call__(self, prompts, warn=True):
         """list of B strings -> ids [B, max_length]."""
@@ -198,30 +186,30 @@ class Processor:
     @classmethod
     def from_pretrained(cls, source, text, vision):
         """A folder or hub id with tokenizer files and, if pictures are not read as ImageConfig says, a
-        preprocessor_config.json. text, vision: configs of the model it is for. Raises weights.CheckpointError."""
+        preprocessor_config.json. text, vision: configs of the model it is for. Raises UserError."""
         for wanted in ("*.txt", "*.json"):  # of a hub id these files are downloaded, and no weights
             folder = weights.root(source, wanted)
         tokenizer = PromptTokenizer(folder)
         end = tokenizer.tokenizer.token_to_id("<|endoftext|>")
         if end != text.end_token:
-            raise weights.CheckpointError(f"{folder}: <|endoftext|> is token {end} of its tokenizer and {text.end_token} of "
+            raise UserError(f"{folder}: <|endoftext|> is token {end} of its tokenizer and {text.end_token} of "
                                           f"the model; give a processor that belongs to the model")
         tokenizer.max_length = min(tokenizer.max_length, text.positions)
         names = (name for name in ("preprocessor_config.json", "processor_config.json") if (folder / name).exists())
         file = folder / next(names, "preprocessor_config.json")
-        return cls(tokenizer, image_config(weights.read_json(file) if file.exists() else {}, vision.image, file))
+        return cls(tokenizer, image_config(read_json(file) if file.exists() else {}, vision.image, file))
 
     def save_pretrained(self, folder):
         """Write tokenizer.json, tokenizer_config.json and preprocessor_config.json, which transformers reads too."""
         folder, tokenizer, c = Path(folder), self.tokenizer, self.image
-        weights.write_json(folder / "tokenizer_config.json", {
+        write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.max_length, "bos_token": "<|startoftext|>",
             "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
             "pad_token": tokenizer.tokenizer.id_to_token(tokenizer.pad)})
         tokenizer.tokenizer.save(str(folder / "tokenizer.json.tmp"), pretty=False)
         (folder / "tokenizer.json.tmp").replace(folder / "tokenizer.json")
         both = {"height": c.size, "width": c.size}
-        weights.write_json(folder / "preprocessor_config.json", {
+        write_json(folder / "preprocessor_config.json", {
             "image_processor_type": "CLIPImageProcessor", "size": both if c.square else {"shortest_edge": c.size},
             "crop_size": both, "resample": 3, "image_mean": list(c.mean), "image_std": list(c.std)})
 
@@ -241,8 +229,8 @@ class Layer(nn.Module):
         self.heads, self.activation = c.heads, ACTIVATIONS[c.activation]
 
     def forward(self, x, causal):  # [B,L,D] -> [B,L,D]
-        q, k, v = kernels.split_qkv(self.qkv(self.norm1(x)), self.heads)
-        x = x + self.out(kernels.attention(q, k, v, causal=causal))
+        q, k, v = ops.split_qkv(self.qkv(self.norm1(x)), self.heads)
+        x = x + self.out(ops.attention(q, k, v, causal=causal))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
@@ -280,7 +268,7 @@ class TextTower(nn.Module):
         return weights.build(make, cls.views, weights.index(path), path, device, dtype, OPTIONAL)
 
     def save_pretrained(self, folder, dtype=None):
-        weights.write_json(Path(folder) / "config.json", {
+        write_json(Path(folder) / "config.json", {
             "architectures": ["CLIPTextModelWithProjection"], **text_config_json(self.config)})
         weights.save(Path(folder) / "model.safetensors", self.views(), dtype)
 
@@ -345,12 +333,12 @@ class CLIP(nn.Module):
 
         processor: folder or hub id with the tokenizer and preprocessor_config.json, if `source` has none of its own, as
         PICKSCORE_PROCESSOR for yuvalkirstain/PickScore_v1. Without one the model embeds but does not score.
-        Raises weights.CheckpointError.
+        Raises UserError.
         """
         path = weights.find(source)
         raw = weights.read_config(path)
         if "text_config" not in raw or "vision_config" not in raw:
-            raise weights.CheckpointError(f"{path}/config.json: not a CLIP model with two towers; give a folder that "
+            raise UserError(f"{path}/config.json: not a CLIP model with two towers; give a folder that "
                                           f"holds a CLIPModel")
         shared = {"projection_dim": raw.get("projection_dim", 512)}
         text, vision = text_config({**raw["text_config"], **shared}), vision_config({**raw["vision_config"], **shared})
@@ -366,7 +354,7 @@ class CLIP(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         c = self.vision.config
-        weights.write_json(Path(folder) / "config.json", {
+        write_json(Path(folder) / "config.json", {
             "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": c.projection,
             "text_config": text_config_json(self.text.config), "vision_config": {
                 "model_type": "clip_vision_model", "hidden_size": c.width, "num_hidden_layers": c.layers,
@@ -386,17 +374,9 @@ def pick_score(model, images, prompts):
 
     model: a CLIP with a processor. images: B PIL images, or uint8 [B,3,H,W], or their embeddings from `embed_pictures`.
     prompts: B strings, cut with a warning to the 77 tokens that the text tower reads. Raises ValueError, and
-    weights.CheckpointError if the model has no processor.
+    UserError if the model has no processor.
     """
     return model.logit_scale.detach().exp() * cosines(model, images, prompts)
-
-
-def clip_score(model, images, prompts):
-    """CLIP-Score (Hessel et al. 2021, with torchmetrics' factor) of pairs: 100·max(cosine, 0) -> [B] float32 in 0..100.
-
-    Arguments and errors as for `pick_score`.
-    """
-    return 100 * cosines(model, images, prompts).clamp(min=0)
 
 
 def cosines(model, images, prompts):
@@ -410,68 +390,11 @@ def cosines(model, images, prompts):
     return (pictures * texts).sum(dim=-1)
 
 
-IQA_PROMPTS = ("Good photo.", "Bad photo.")
-
-
-def clip_iqa(model, images, prompts=IQA_PROMPTS):
-    """CLIP-IQA (Wang et al. 2023): the probability of the first prompt against the second, at temperature 1/100
-    -> [B] float32 in 0..1.
-
-    As torchmetrics computes it with a CLIP of transformers. The paper's own variant, a ResNet without position embeddings
-    that keeps the picture's size, is another model; its figures differ. Arguments and errors as for `pick_score`.
-    """
-    logits = 100 * embed_pictures(model, images) @ embed_prompts(model, prompts).T  # [B,2]
-    return logits.softmax(dim=-1)[:, 0]
-
-
-def aesthetic_score(model, head, images):
-    """LAION's aesthetic score: a linear map of the image embedding, of unit length -> [B] float32, about 1..10.
-
-    model: CLIP-L/14 for the published heads. head: from `aesthetic_head`. images: as for `pick_score`. Raises ValueError if
-    they do not fit.
-    """
-    x = embed_pictures(model, images)
-    if head[0][0].shape[1] != x.shape[1]:
-        raise ValueError(f"the aesthetic head reads {head[0][0].shape[1]} numbers and this CLIP makes {x.shape[1]}; the "
-                         f"published heads belong to openai/clip-vit-large-patch14")
-    for weight, bias in head:  # the published MLP has no activations: dropout alone separates its layers
-        x = F.linear(x, weight.to(x.device), bias.to(x.device))
-    return x[:, 0]
-
-
-def aesthetic_head(path):
-    """[(weight, bias)] float32, first layer first, of an aesthetic predictor as LAION publishes it: the linear one
-    (`weight`, `bias`; sa_0_4_vit_l_14_linear.pth) or the MLP (`layers.0.weight`, …; sac+logos+ava1-l14-linearMSE.pth).
-
-    A .pth file is read as plain tensors: no code in it is run. A .safetensors file with the same names is read too. Raises
-    weights.CheckpointError.
-    """
-    path = Path(path).expanduser()
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise weights.CheckpointError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
-                                      f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise weights.CheckpointError(f"{path}: not a file of plain tensors ({reason}); download it again") from error
-    layers = {}  # {number: {"weight": tensor, "bias": tensor}}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
-            layers.setdefault(int(match[1] or 0), {})[match[2]] = value
-    head = [(layer.get("weight"), layer.get("bias")) for _, layer in sorted(layers.items())]
-    whole = head and sum(map(len, layers.values())) == len(state) and all(b is not None and w is not None for w, b in head)
-    if not whole or len(head[-1][0]) != 1 or any(len(a[0]) != b[0].shape[1] for a, b in pairwise(head)):
-        raise weights.CheckpointError(f"{path}: not the layers of an aesthetic predictor that ends in one number; expected "
-                                      f"weight and bias, or layers.0.weight, layers.0.bias, …")
-    return [(w.float(), b.float()) for w, b in head]
-
-
 @torch.no_grad()
 def embed_pictures(model, images):
     """B PIL images, or uint8 [B,3,H,W] -> unit vectors [B,P] float32, which every score takes in their place.
 
-    Raises ValueError, and weights.CheckpointError if the model has no processor.
+    Raises ValueError, and UserError if the model has no processor.
     """
     if isinstance(images, torch.Tensor) and images.dim() == 2 and images.is_floating_point():
         return images
@@ -488,7 +411,7 @@ def embed_prompts(model, prompts):
 
 def processor_of(model):
     if model.processor is None:
-        raise weights.CheckpointError(f"this CLIP has no tokenizer; load it with CLIP.from_pretrained(…, processor=…), for "
+        raise UserError(f"this CLIP has no tokenizer; load it with CLIP.from_pretrained(…, processor=…), for "
                                       f"PickScore with processor={PICKSCORE_PROCESSOR!r}")
     return model.processor
 
@@ -514,7 +437,7 @@ def tower_fields(raw, width, heads, mlp):
     """The fields both towers share; the defaults are those that transformers leaves out of a config.json."""
     activation = raw.get("hidden_act", "quick_gelu")
     if activation not in ACTIVATIONS:
-        raise weights.CheckpointError(f"CLIP with hidden_act {activation!r} is not supported; known are "
+        raise UserError(f"CLIP with hidden_act {activation!r} is not supported; known are "
                                       f"{', '.join(ACTIVATIONS)}")
     return {"width": raw.get("hidden_size", width), "layers": raw.get("num_hidden_layers", 12),
             "heads": raw.get("num_attention_heads", heads), "mlp": raw.get("intermediate_size", mlp),
@@ -536,7 +459,7 @@ def vision_config(raw):
 def image_config(raw, side, file):
     """ImageConfig of a preprocessor_config.json. side: of the pictures the model reads; file: named in errors.
 
-    Sizes are a number, {"shortest_edge": …} or {"height": …, "width": …}. Raises weights.CheckpointError for another side
+    Sizes are a number, {"shortest_edge": …} or {"height": …, "width": …}. Raises UserError for another side
     and for steps that `preprocess` does not take.
     """
     raw, default = raw.get("image_processor", raw), ImageConfig()
@@ -549,10 +472,10 @@ def image_config(raw, side, file):
     colours = [raw.get("image_mean", list(default.mean)), raw.get("image_std", list(default.std))]
     if odd:
         found = ", ".join(f"{name} {raw[name]}" for name in odd)
-        raise weights.CheckpointError(f"{file}: {found}; the model reads pictures of {side} px, resized by bicubic "
+        raise UserError(f"{file}: {found}; the model reads pictures of {side} px, resized by bicubic "
                                       f"interpolation, cropped and normalised; give the processor that belongs to it")
     if not all(isinstance(x, list) and len(x) == 3 for x in colours):
-        raise weights.CheckpointError(f"{file}: image_mean and image_std must be lists of 3 numbers, got {colours}")
+        raise UserError(f"{file}: image_mean and image_std must be lists of 3 numbers, got {colours}")
     size = raw.get("size")
     return ImageConfig(side, *map(tuple, colours), square=isinstance(size, dict) and "height" in size)
 

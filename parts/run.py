@@ -5,7 +5,6 @@ process. A checkpoint is written under a temporary name that is renamed when it 
 the last whole one. Nothing random is stored: every step derives its seeds from the run's seed and its own number.
 """
 
-import argparse
 import json
 import math
 import os
@@ -24,18 +23,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import data
-import weights
+from parts.cli import UserError, say
+from parts.files import read_json, read_records, write_json
 
 KEEP = 2  # checkpoints
-
-
-class RunError(Exception):
-    """A run cannot start or go on; the message is one line that says what to do."""
-
-
-def say(text):
-    print(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,9 +44,9 @@ class Processes:
         return self.rank == 0
 
     def share(self, items):
-        """This process's part of a list: a contiguous one, of equal length for all. RunError if it cannot be divided."""
+        """This process's part of a list: a contiguous one, of equal length for all. UserError if it cannot be divided."""
         if len(items) % self.world:
-            raise RunError(f"{len(items)} items cannot be shared by {self.world} processes; choose a multiple")
+            raise UserError(f"{len(items)} items cannot be shared by {self.world} processes; choose a multiple")
         each = len(items) // self.world
         return items[self.rank * each:(self.rank + 1) * each]
 
@@ -91,7 +82,7 @@ def start_processes(device=None):
     """Processes of this run: those `torchrun` started, or one. device: cpu or cuda; default cuda if there is one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError(f"--device {device}: this torch sees no GPU; use --device cpu")
+        raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
     if "RANK" not in os.environ:
         return Processes(0, 1, torch.device(device))
     if device == "cuda":
@@ -99,50 +90,6 @@ def start_processes(device=None):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return Processes(dist.get_rank(), dist.get_world_size(), torch.device(device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The program around a run
-
-
-def make_parser(doc, settings, out, kinds=()):
-    """Parser with --preset, --data, --out, --device and a flag for each of settings, {name: (paper's value, the miniature's,
-    help)}. kinds: {name: function that reads its text}, where that is not the type of the value."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(say(f"error: {message}; see --help") or 2)  # one line, no usage
-    parser.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
-    parser.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
-                        help="dataset folder (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    for name, (paper, tiny, text) in settings.items():
-        kind = dict(kinds).get(name, type(paper))
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (paper: {paper}, tiny: {tiny})")
-    return parser
-
-
-def parse(parser, settings, argv):
-    """The arguments; what was not given has its preset's value."""
-    args = parser.parse_args(argv)
-    for name, (paper, tiny, _) in settings.items():
-        if getattr(args, name) is None:
-            setattr(args, name, paper if args.preset == "paper" else tiny)
-    return args
-
-
-def check_bounds(args, bounds):
-    """RunError at the first argument outside its bounds, {name: (low, high)}."""
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(args, name) <= high:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
-
-
-def check_choices(args, choices):
-    """RunError at the first argument that is none of its choices, {name: (choice, …)}."""
-    for name, known in choices.items():
-        if getattr(args, name) not in known:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {', '.join(known[:-1])} or "
-                           f"{known[-1]}")
 
 
 def run_program(args, check, work):
@@ -155,7 +102,7 @@ def run_program(args, check, work):
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
-    except (RunError, data.DatasetError, weights.CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -218,14 +165,14 @@ class Run:
         self.folder, self.processes, self.stop, self.records = Path(folder), processes, None, []
         path = self.folder / "settings.json"
         if path.exists():
-            before = weights.read_json(path)
+            before = read_json(path)
             changed = [k for k in fixed if before.get(k) != json.loads(json.dumps(settings.get(k)))]
             if changed:
-                raise RunError(f"{folder} holds a run with " + ", ".join(f"{k} {before.get(k)!r}" for k in changed)
+                raise UserError(f"{folder} holds a run with " + ", ".join(f"{k} {before.get(k)!r}" for k in changed)
                                + f", not {', '.join(repr(settings.get(k)) for k in changed)}; choose another --out, or "
                                f"repeat its settings to go on")
         if processes.first:
-            weights.write_json(path, settings)
+            write_json(path, settings)
         processes.wait()
 
     def __enter__(self):
@@ -336,7 +283,7 @@ class Run:
         self.processes.wait()
 
     def load(self):
-        """This process's state of the last complete checkpoint, or None. RunError if it cannot be used."""
+        """This process's state of the last complete checkpoint, or None. UserError if it cannot be used."""
         if self.processes.first:
             for half in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(half)
@@ -348,35 +295,13 @@ class Run:
         path = folder / f"rank{p.rank}of{p.world}.pt"
         if not path.exists():
             written = next((q.stem.partition("of")[2] for q in folder.glob("rank0of*.pt")), "no")
-            raise RunError(f"{folder} was written by {written} processes and this run has {p.world}; start as many, or "
+            raise UserError(f"{folder} was written by {written} processes and this run has {p.world}; start as many, or "
                            f"choose another --out")
         try:
             return torch.load(path, map_location=p.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise RunError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on from the one "
+            raise UserError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on from the one "
                            f"before") from error
-
-
-def read_records(path, until=math.inf):
-    """The log's records of steps up to `until`; a half-written last line is left out."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if record.get("step", 0) <= until:
-                records.append(record)
-    return records
-
-
-def whole_records(path):
-    """The records of a file that is to be appended to, from which a half-written last line is removed."""
-    content = Path(path).read_bytes() if Path(path).exists() else b""
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
-    return read_records(path)
 
 
 def peak_memory(device):

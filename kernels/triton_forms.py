@@ -1,4 +1,4 @@
-"""The fused operations as Triton kernels for CUDA, each with its gradient; kernels.py defines them.
+"""The fused operations as Triton kernels for CUDA, each with its gradient; ops.py defines them.
 
 The functions take and return what their plain forms do. Two have no plain form there: the SDE step is that of flow_grpo.py,
 scan_tile the loop body of grpo.scan_vocabulary.
@@ -522,7 +522,7 @@ class SplitRotate(torch.autograd.Function):
 
 
 def split_rotate(qkv, heads, kv_heads, cos, sin):
-    """Packed projection [N,(H+2K)·E] -> q [N,H,E], k, v [N,K,E] in its type, q and k turned as by kernels.rotate.
+    """Packed projection [N,(H+2K)·E] -> q [N,H,E], k, v [N,K,E] in its type, q and k turned as by ops.rotate.
 
     cos, sin [N,1,E], each angle once per half of a head: only the first half is read. They are constants. Products are
     rounded as the plain form rounds them: not if cos is float32 (the vision tower), else to the model's type (the text).

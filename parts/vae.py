@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import kernels
-import weights
+from parts import ops, weights
+from parts.cli import UserError
+from parts.files import write_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         y = self.norm(x)
         q, k, v = (layer(y).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # [B,1,HW,C]
-        y = kernels.attention(q, k, v)  # [B,HW,C]
+        y = ops.attention(q, k, v)  # [B,HW,C]
         return x + self.proj_out(y.transpose(1, 2).reshape(B, C, H, W))
 
 
@@ -160,7 +161,7 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """Mean and log-variance [B,16,h,w] of the unscaled latent posterior."""
-        mean, logvar = self.encoder(kernels.for_convolutions(images)).chunk(2, dim=1)
+        mean, logvar = self.encoder(ops.for_convolutions(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, images, generator=None):
@@ -176,7 +177,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Scaled latents [B,16,h,w] -> images [B,3,8h,8w], nominally in -1..1."""
-        return self.decoder(kernels.for_convolutions(latents / self.config.scale + self.config.shift))
+        return self.decoder(ops.for_convolutions(latents / self.config.scale + self.config.shift))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ class VAE(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Write the diffusers layout: config.json and diffusion_pytorch_model.safetensors."""
         c = self.config
-        weights.write_json(Path(folder) / "config.json", {
+        write_json(Path(folder) / "config.json", {
             "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(c.channels), "in_channels": 3,
             "down_block_types": ["DownEncoderBlock2D"] * len(c.channels), "latent_channels": c.latent_channels,
             "up_block_types": ["UpDecoderBlock2D"] * len(c.channels), "layers_per_block": c.blocks, "out_channels": 3,
@@ -234,7 +235,7 @@ def read_config(folder):
         return VAEConfig(tuple(raw["block_out_channels"]), raw["layers_per_block"], raw["latent_channels"],
                          raw.get("norm_num_groups", 32), raw["scaling_factor"], raw.get("shift_factor") or 0.0)
     except (KeyError, TypeError, ValueError) as error:
-        raise weights.CheckpointError(f"{folder}/config.json: not a configuration of SD3's autoencoder ({error}); give the "
+        raise UserError(f"{folder}/config.json: not a configuration of SD3's autoencoder ({error}); give the "
                                       f"vae/ of an SD3 or SD3.5 checkpoint") from error
 
 
@@ -246,5 +247,5 @@ def infer_config(entries, path):
         blocks = 1 + max(int(name.split(".")[4]) for name in entries if name.startswith("encoder.down.0.block."))
         return VAEConfig(channels, blocks, entries["decoder.conv_in.weight"].shape[1])
     except (KeyError, ValueError, IndexError) as error:
-        raise weights.CheckpointError(f"{path}: no SD3 autoencoder under first_stage_model.* ({error}); give "
+        raise UserError(f"{path}: no SD3 autoencoder under first_stage_model.* ({error}); give "
                                       f"sd3.5_medium.safetensors or a diffusers folder") from error

@@ -15,21 +15,17 @@ import json
 import math
 import os
 import struct
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+
+from parts.cli import UserError
+from parts.files import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one line that names it and says what to do."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +36,7 @@ def find(source, component=None):
     """Local path of a checkpoint, or of one component of it (`transformer`, `vae`, `text_encoder`, …).
 
     source: a file, a folder (of the whole pipeline or of the component itself), or a hub id "owner/name".
-    Returns a file, or a folder that holds the component's files. Raises CheckpointError.
+    Returns a file, or a folder that holds the component's files. Raises UserError.
     """
     path = root(source, f"{component}/*" if component else "*")
     if path.is_file() or component is None:
@@ -49,15 +45,15 @@ def find(source, component=None):
         return path / component
     if any((path / name).exists() for name in ("config.json", "tokenizer.json", "vocab.json")):
         return path
-    raise CheckpointError(f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again "
+    raise UserError(f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again "
                           f"or point to a complete one")
 
 
 def find_file(source, name):
-    """Local path of one file (`model_index.json`, `scheduler/…`) of a folder or hub id. Raises CheckpointError."""
+    """Local path of one file (`model_index.json`, `scheduler/…`) of a folder or hub id. Raises UserError."""
     path = root(source, name)
     if path.is_file() or not (path / name).is_file():
-        raise CheckpointError(f"{path}: no {name} in it; give the folder of a whole pipeline in the diffusers layout")
+        raise UserError(f"{path}: no {name} in it; give the folder of a whole pipeline in the diffusers layout")
     return path / name
 
 
@@ -68,7 +64,7 @@ def root(source, wanted):
         return path
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".safetensors"):
-        raise CheckpointError(f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id "
+        raise UserError(f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id "
                               f"like stabilityai/stable-diffusion-3.5-medium")
     return download(name, wanted)
 
@@ -82,26 +78,15 @@ def download(hub_id, wanted):
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[wanted], ignore_patterns=unwanted))
     except GatedRepoError as error:
-        raise CheckpointError(f"{hub_id}: access is gated; accept its licence at https://huggingface.co/{hub_id} and "
+        raise UserError(f"{hub_id}: access is gated; accept its licence at https://huggingface.co/{hub_id} and "
                               f"run `hf auth login`") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{hub_id}: neither a local path nor a hub repository you can read; check the spelling, "
+        raise UserError(f"{hub_id}: neither a local path nor a hub repository you can read; check the spelling, "
                               f"or run `hf auth login`") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{hub_id}: not on this machine and the hub cannot be reached ({reason}); connect to the "
+        raise UserError(f"{hub_id}: not on this machine and the hub cannot be reached ({reason}); connect to the "
                               f"network, or download it elsewhere and give its folder") from error
-
-
-def read_json(path):
-    """The object in a JSON file, as a dict. Raises CheckpointError that names the file."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing or not a JSON object; download the checkpoint again") from error
-    return content
 
 
 def read_merges(path):
@@ -109,7 +94,7 @@ def read_merges(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise CheckpointError(f"{path}: missing; download the tokenizer again") from error
+        raise UserError(f"{path}: missing; download the tokenizer again") from error
     return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
 
 
@@ -136,7 +121,7 @@ def index(path, prefix=""):
     """All tensors of a checkpoint without reading their data: {name without prefix: Entry}.
 
     path: a .safetensors file, or a folder with one file or a sharded index. Only names that start with `prefix`
-    are kept. Raises CheckpointError for a missing, truncated or foreign file.
+    are kept. Raises UserError for a missing, truncated or foreign file.
     """
     entries = {}
     for file in files_of(Path(path)):
@@ -155,12 +140,12 @@ def files_of(path):
         shards = sorted(set(read_json(indexes[0])["weight_map"].values()))
         for shard in shards:
             if not (path / shard).exists():
-                raise CheckpointError(f"{path / shard}: missing, but {indexes[0].name} lists it; download it again")
+                raise UserError(f"{path / shard}: missing, but {indexes[0].name} lists it; download it again")
         return [path / shard for shard in shards]
     files = sorted(p for p in path.glob("*.safetensors") if not fnmatch.fnmatch(p.name, "*.fp16.safetensors"))
     if len(files) != 1:
         found = ", ".join(p.name for p in files) or "none"
-        raise CheckpointError(f"{path}: expected one .safetensors file or an index of shards, found {found}")
+        raise UserError(f"{path}: expected one .safetensors file or an index of shards, found {found}")
     return files
 
 
@@ -179,11 +164,11 @@ def read_header(file):
             start, end = info["data_offsets"]
             entries[name] = Entry(file, DTYPES[info["dtype"]], tuple(info["shape"]), 8 + length + start, end - start)
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file ({type(error).__name__}: {error}); "
+        raise UserError(f"{file}: not a readable safetensors file ({type(error).__name__}: {error}); "
                               f"download it again") from error
     expected = max((e.start + e.nbytes for e in entries.values()), default=0)
     if size < expected:
-        raise CheckpointError(f"{file}: truncated, {size:,} bytes of {expected:,}; download it again")
+        raise UserError(f"{file}: truncated, {size:,} bytes of {expected:,}; download it again")
     return entries
 
 
@@ -194,7 +179,7 @@ def shapes(views):
 
 
 def check(views, entries, what, optional=()):
-    """Compare what a model needs with what a checkpoint holds; every difference is named in one CheckpointError.
+    """Compare what a model needs with what a checkpoint holds; every difference is named in one UserError.
 
     optional: patterns of tensors that a published file may carry although no model uses them.
     """
@@ -209,7 +194,7 @@ def check(views, entries, what, optional=()):
             problems.append(f"unexpected {name} {list(entries[name].shape)}")
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise CheckpointError(f"{what}: {len(problems)} tensors do not fit this model: {shown}. "
+        raise UserError(f"{what}: {len(problems)} tensors do not fit this model: {shown}. "
                               f"Is it a checkpoint of another model?")
 
 
@@ -258,7 +243,7 @@ def read_into(f, target, dtype, name):
     while done < len(memory):
         count = f.readinto(memory[done:])
         if not count:
-            raise CheckpointError(f"{f.name}: ended inside {name}; download it again")
+            raise UserError(f"{f.name}: ended inside {name}; download it again")
         done += count
     if not direct:
         target.copy_(buffer)
@@ -280,15 +265,6 @@ def save(path, views, dtype=None, metadata=None):
     os.replace(temporary, path)
 
 
-def write_json(path, value):
-    """Write JSON under a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def affine_views(name, module):
     """Views of a linear layer or norm that the file calls `name`."""
     return {f"{name}.weight": [module.weight], f"{name}.bias": [module.bias]}
@@ -307,100 +283,3 @@ def split_rows(tensor, parts):
 def count_parameters(module):
     """Number of trainable values (buffers, such as position tables, are not counted)."""
     return sum(math.prod(p.shape) for p in module.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA: a frozen model with a small trained change (Hu et al. 2021), in peft's file layout
-
-
-class LoRA(nn.Module):
-    """A linear layer W and, for each of the projections fused in it, a trained change: y = W·x + alpha/rank · B·A·x.
-
-    rows: outputs of each projection, e.g. those of q, k and v. Each has its own A [rank, in] and B [rows, rank], as if the
-    projections were separate layers; B starts at 0. A and B are float32 whatever W is.
-    """
-
-    def __init__(self, linear, rows, rank, alpha):
-        super().__init__()
-        device = linear.weight.device
-        self.linear, self.rank, self.scale, self.enabled = linear, rank, alpha / rank, True
-        self.A = nn.Parameter(torch.empty(len(rows) * rank, linear.in_features, device=device))
-        self.B = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-    @property
-    def weight(self):
-        return self.linear.weight
-
-    @property
-    def bias(self):
-        return self.linear.bias
-
-    def forward(self, x):
-        y = self.linear(x)
-        if not self.enabled:
-            return y
-        low = F.linear(x.to(self.A.dtype), self.A).split(self.rank, dim=-1)
-        change = torch.cat([F.linear(z, B) for z, B in zip(low, self.B, strict=True)], dim=-1)
-        return y + (self.scale * change).to(y.dtype)
-
-
-def add_lora(model, targets, rank, alpha):
-    """Freeze a model and put a LoRA around the linear layers of `targets`, {module path: {peft's name: rows}}."""
-    model.requires_grad_(False)
-    for path, parts in targets.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, LoRA(model.get_submodule(path), parts.values(), rank, alpha))
-
-
-@contextmanager
-def lora_disabled(model):
-    """Within this context the model is the one it was before `add_lora`: the reference of the KL terms."""
-    layers = [m for m in model.modules() if isinstance(m, LoRA)]
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-def lora_views(model, targets):
-    """Views of the adapter alone, under peft's names."""
-    views = {}
-    for path, parts in targets.items():
-        layer = model.get_submodule(path)
-        for name, A, B in zip(parts, layer.A.split(layer.rank), layer.B, strict=True):
-            views |= {f"base_model.model.{name}.lora_A.weight": [A], f"base_model.model.{name}.lora_B.weight": [B]}
-    return views
-
-
-def save_lora(folder, model, targets, rank, alpha, base):
-    """Write an adapter as peft does. base: folder or hub id of the model it belongs to."""
-    save(Path(folder) / "adapter_model.safetensors", lora_views(model, targets))
-    write_json(Path(folder) / "adapter_config.json", {
-        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
-        "bias": "none", "target_modules": sorted({name for parts in targets.values() for name in parts})})
-
-
-def load_lora(folder, model, targets):
-    """Read an adapter that `save_lora` or peft wrote for these targets, and merge it into the weights of the model."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}/adapter_config.json: no usable r and lora_alpha ({error})") from error
-    add_lora(model, targets, rank, alpha)
-    load(lora_views(model, targets), index(Path(folder) / "adapter_model.safetensors"), folder)
-    merge_lora(model)
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add every LoRA's change to its weight and take the LoRA away."""
-    for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoRA)]:
-        change = torch.cat([B @ A for B, A in zip(layer.B, layer.A.split(layer.rank), strict=True)])
-        layer.weight.add_((layer.scale * change).to(layer.weight.dtype))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.linear)

@@ -21,7 +21,7 @@ def on_gpu(x):
     """triton_kernels if an operation on x is to run there, else None: Triton comes with CUDA builds of torch."""
     if not FUSED or not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return None
-    import triton_kernels
+    from kernels import triton_forms as triton_kernels
     return triton_kernels
 
 

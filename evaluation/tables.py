@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
-import training
-import weights
+from parts import cli
+from parts.cli import UserError
+from parts.files import read_json, read_records, write_json
 
 RESAMPLES = 2000
 SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
@@ -105,17 +105,17 @@ class Method:
 
 
 def read_run(folder, label=None):
-    """The methods of a run's folder: one, or one for each way in which its generator got the target. Raises DatasetError."""
+    """The methods of a run's folder: one, or one for each way in which its generator got the target. Raises UserError."""
     folder = Path(folder)
     files = sorted(folder.glob("*.jsonl"))
     if not files or not (folder / "settings.json").is_file():
-        raise data.DatasetError(f"{folder}: no run of evaluate.py; expected settings.json and a .jsonl of records in it")
-    facts = weights.read_json(folder / "settings.json")
+        raise UserError(f"{folder}: no run of evaluate.py; expected settings.json and a .jsonl of records in it")
+    facts = read_json(folder / "settings.json")
     methods = []
     for file in files:
-        records = sorted(training.read_records(file), key=lambda record: record["id"])
+        records = sorted(read_records(file), key=lambda record: record["id"])
         if len(records) != facts["count"]:
-            raise data.DatasetError(f"{file}: {len(records)} of {facts['count']} cases; run `{facts['command']}` to its end")
+            raise UserError(f"{file}: {len(records)} of {facts['count']} cases; run `{facts['command']}` to its end")
         name = (label or facts["name"]) + (f", {file.stem}" if len(files) > 1 else "")
         methods.append(Method(name, file.stem, records, facts))
     return methods
@@ -275,12 +275,12 @@ def latency_table(methods):
 
 
 def people(ratings, method=None):
-    """{case: (mean V, mean A)} of people's ratings of one method's pictures (default: the only one). Raises DatasetError."""
+    """{case: (mean V, mean A)} of people's ratings of one method's pictures (default: the only one). Raises UserError."""
     methods = sorted({r["method"] for r in ratings})
     if method is None and len(methods) > 1:
-        raise data.DatasetError(f"the ratings are of {', '.join(methods)}; name one, as in --human FILE:{methods[0]}")
+        raise UserError(f"the ratings are of {', '.join(methods)}; name one, as in --human FILE:{methods[0]}")
     if method is not None and method not in methods:
-        raise data.DatasetError(f"no ratings of {method!r}; there are some of {', '.join(methods)}")
+        raise UserError(f"no ratings of {method!r}; there are some of {', '.join(methods)}")
     by_case = {}
     for r in ratings:
         if r["method"] == (method or methods[0]):
@@ -313,7 +313,7 @@ def human_table(methods, human, seed):
     method = methods[-1]
     rated = [r for r in method.records if r["id"] in human]
     if not rated:
-        raise data.DatasetError(f"{method.label}: none of its cases was rated; the ratings must be of the run's cases")
+        raise UserError(f"{method.label}: none of its cases was rated; the ratings must be of the run's cases")
     relabelled = [{**r, "v": human[r["id"]][0], "a": human[r["id"]][1]} for r in rated]
     keys = [key for key in columns_of(method) if key.endswith("_error")]
     sides = [Method("Lexicon-based annotation", method.form, rated, method.facts),
@@ -344,7 +344,7 @@ HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward"
 
 
 def table(form, methods, ratings, human, seed):
-    """(Markdown, figures) of one of the paper's tables; "all" has every column. Raises DatasetError for what it lacks."""
+    """(Markdown, figures) of one of the paper's tables; "all" has every column. Raises UserError for what it lacks."""
     if form == "3":
         return preference_table(ratings, seed)
     if form == "6":
@@ -356,7 +356,7 @@ def table(form, methods, ratings, human, seed):
         scores = () if form in ("4", "5") else SCORES
         keys = [key for key in keys if key.endswith("_error") or key in scores]
     if not keys:
-        raise data.DatasetError(f"the runs {', '.join(m.label for m in methods)} have no figure in common; evaluate them "
+        raise UserError(f"the runs {', '.join(m.label for m in methods)} have no figure in common; evaluate them "
                                 f"with the same judges")
     text, found = figure_table(methods, keys, HEADS[form], seed, transposed=form in ("4", "5"))
     lost = [f"{m.label}, {reader} {share:.1%}" for m in methods for reader, share in unreadable(m).items() if share]
@@ -374,7 +374,7 @@ def about(label, facts):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py table", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.stop_parsing
+    parser.error = cli.stop_parsing
     parser.add_argument("runs", nargs="*", metavar="[LABEL=]RUN", help="folders of runs; the last is compared with")
     parser.add_argument("--form", choices=["all", "1", "2", "3", "4", "5", "6", "7", "10"], default="all",
                         help="which of the paper's tables (default: every column)")
@@ -383,16 +383,16 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="write OUT.md and OUT.json too")
     args = parser.parse_args(argv)
     if args.form in ("3", "6") and args.human is None:
-        raise data.DatasetError(f"--form {args.form}: needs people's ratings, --human ratings.csv")
+        raise UserError(f"--form {args.form}: needs people's ratings, --human ratings.csv")
     if args.form != "3" and not args.runs:
-        raise data.DatasetError("no run given; expected folders that evaluate.py wrote")
+        raise UserError("no run given; expected folders that evaluate.py wrote")
     methods = [m for text in args.runs for m in read_run(text.rpartition("=")[2], text.rpartition("=")[0] or None)]
     twice = {m.label for m in methods if sum(m.label == other.label for other in methods) > 1}
     if twice:
-        raise data.DatasetError(f"several methods are called {', '.join(sorted(twice))}; give labels, as in ours=FOLDER")
+        raise UserError(f"several methods are called {', '.join(sorted(twice))}; give labels, as in ours=FOLDER")
     ratings, human = [], {}
     if args.human is not None:
-        import rate
+        from evaluation import rate
         path, _, method = args.human.partition(":")
         ratings = rate.read_ratings(path)
         human = people(ratings, method or None) if args.form == "6" else {}
@@ -404,7 +404,7 @@ def main(argv=None):
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         runs = {m.label: m.facts for m in methods}
-        weights.write_json(args.out.with_name(args.out.name + ".json"), {
+        write_json(args.out.with_name(args.out.name + ".json"), {
             "command": "python " + shlex.join(sys.argv), "form": args.form, "seed": args.seed, "resamples": RESAMPLES,
             "runs": runs, "figures": json.loads(json.dumps(found, default=float))})
         temporary = args.out.with_name(args.out.name + ".md.tmp")

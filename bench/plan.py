@@ -23,16 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import clip
 import feedback
 import flow_grpo
 import mmdit
 import qwen_vl
-import sample
-import text_encoders
-import training
-import vae
-import weights
+from parts import clip, lora, text_encoders, vae
+from parts.cli import UserError
+from parts.pipeline import PAPER
 
 aten = torch.ops.aten
 
@@ -53,7 +50,7 @@ QUESTION = 149  # tokens of feedback.ask("regression", …) by Qwen's tokenizer,
 ANSWER = 150  # tokens of the judge's answer, assumed; the cache has room for feedback.ANSWER_LIMIT
 ROWS = 14_563  # training prompts of the paper
 
-GENERATORS = {sample.PAPER: mmdit.SD35_MEDIUM, "stabilityai/stable-diffusion-3.5-large": mmdit.SD35_LARGE}
+GENERATORS = {PAPER: mmdit.SD35_MEDIUM, "stabilityai/stable-diffusion-3.5-large": mmdit.SD35_LARGE}
 JUDGES = {"Qwen/Qwen2.5-VL-7B-Instruct": qwen_vl.QWEN25_VL_7B, "Qwen/Qwen2.5-VL-3B-Instruct": qwen_vl.QWEN25_VL_3B}
 SCORERS = {"yuvalkirstain/PickScore_v1": (clip.PICKSCORE_TEXT, clip.PICKSCORE_VISION)}
 
@@ -159,13 +156,13 @@ class Models:
 
 
 def build(args):
-    """The Models of train_gen's settings, in the types that they have on a GPU (weights.build, weights.add_lora)."""
+    """The Models of train_gen's settings, in the types that they have on a GPU (weights.build, lora.add_lora)."""
     for flag, known in (("model", [*GENERATORS]), ("judge", [*JUDGES, "none"]), ("pickscore", [*SCORERS, "none"])):
         if getattr(args, flag) not in known:
-            raise training.RunError(f"--{flag} with --plan: it reads no files and knows {', '.join(known)}; add "
+            raise UserError(f"--{flag} with --plan: it reads no files and knows {', '.join(known)}; add "
                                     f"--preset paper or give one of these")
     generator = on_meta(mmdit.MMDiT, GENERATORS[args.model])
-    weights.add_lora(generator, generator.lora_targets(), args.rank, args.alpha)
+    lora.add_lora(generator, generator.lora_targets(), args.rank, args.alpha)
     trained = [p for p in generator.parameters() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
@@ -258,7 +255,7 @@ def update_parts(models, args, n, checkpointing):
     models.mmdit.checkpointing = checkpointing
 
     def reference(_):
-        with torch.no_grad(), weights.lora_disabled(models.mmdit):
+        with torch.no_grad(), lora.lora_disabled(models.mmdit):
             flow_grpo.kept_velocity(models.mmdit, trajectory, 0, *texts)
 
     def gradients(meter):
@@ -374,11 +371,11 @@ def peak_name(gone, checkpointing):
 
 
 def show(args, processes):
-    """Print the plan as Markdown. Raises training.RunError if the pictures of a step cannot be shared evenly."""
+    """Print the plan as Markdown. Raises UserError if the pictures of a step cannot be shared evenly."""
     pictures = args.batch * args.group
     for gpus in args.gpus:
         if gpus < 1 or pictures % gpus:
-            raise training.RunError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch {args.batch} × --group "
+            raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch {args.batch} × --group "
                                     f"{args.group}) cannot be shared by {gpus}; choose a divisor")
     if not processes.first:
         return 0

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import clip
-import kernels
-import weights
+from parts import clip, ops, weights
+from parts.cli import UserError
+from parts.files import read_json
 
 T5_TOKENS = 256  # of SD3.5's pipeline
 
@@ -46,15 +46,15 @@ class T5Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         inner = c.heads * c.head_dim
-        self.norm1, self.norm2 = kernels.RMSNorm(c.width, c.eps), kernels.RMSNorm(c.width, c.eps)
+        self.norm1, self.norm2 = ops.RMSNorm(c.width, c.eps), ops.RMSNorm(c.width, c.eps)
         self.qkv, self.out = nn.Linear(c.width, 3 * inner, bias=False), nn.Linear(inner, c.width, bias=False)
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)  # wi_0 (through GELU) and wi_1
         self.down = nn.Linear(c.mlp, c.width, bias=False)
         self.heads = c.heads
 
     def forward(self, x, bias):  # x [B,T,D], bias [1,H,T,T]
-        q, k, v = kernels.split_qkv(self.qkv(self.norm1(x)), self.heads)
-        x = x + self.out(kernels.attention(q, k, v, mask=bias, scale=1.0))  # T5 does not scale its scores
+        q, k, v = ops.split_qkv(self.qkv(self.norm1(x)), self.heads)
+        x = x + self.out(ops.attention(q, k, v, mask=bias, scale=1.0))  # T5 does not scale its scores
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.gelu(gate, approximate="tanh") * up)
 
@@ -66,7 +66,7 @@ class T5Encoder(nn.Module):
         self.tokens = nn.Embedding(c.vocab, c.width)
         self.distance_bias = nn.Embedding(c.buckets, c.heads)
         self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.layers))
-        self.norm = kernels.RMSNorm(c.width, c.eps)
+        self.norm = ops.RMSNorm(c.width, c.eps)
 
     def forward(self, ids):
         """ids [B,T] -> hidden states [B,T,D]. No mask: SD3.5 lets tokens attend to the padding."""
@@ -105,7 +105,7 @@ class T5Encoder(nn.Module):
                               raw["vocab_size"], raw.get("relative_attention_num_buckets", 32),
                               raw.get("relative_attention_max_distance", 128), raw.get("layer_norm_epsilon", 1e-6))
         except (KeyError, ValueError) as error:
-            raise weights.CheckpointError(f"{path}/config.json: not T5 version 1.1 ({error}); give an SD3.5 "
+            raise UserError(f"{path}/config.json: not T5 version 1.1 ({error}); give an SD3.5 "
                                           f"text_encoder_3/ folder") from error
         entries = weights.index(path)
         if "shared.weight" not in entries and "encoder.embed_tokens.weight" in entries:  # the same table, tied
@@ -160,7 +160,7 @@ class TextEncoders:
 
         use_t5 False: T5 is not loaded and zeros stand in its place. `t5_tokens` in model_index.json overrides T = 256.
         """
-        index = weights.read_json(weights.find_file(source, "model_index.json"))
+        index = read_json(weights.find_file(source, "model_index.json"))
         use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
         tokenizers = [clip.PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
@@ -172,5 +172,5 @@ class TextEncoders:
         if t5 is not None:
             width = t5.config.width
         else:
-            width = weights.read_json(weights.find_file(source, "transformer/config.json"))["joint_attention_dim"]
+            width = read_json(weights.find_file(source, "transformer/config.json"))["joint_attention_dim"]
         return cls(clip_l, clip_g, t5, tokenizers, width, t5_tokens)

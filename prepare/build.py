@@ -1,8 +1,8 @@
 """Datasets of photographs: the paper's from EmoSet-118K, and EMOTIC's pictures for the test out of its domain (section 4.1).
 
-    python data.py build --emoset EMOSET --out DATASET                                  # 14,563 + 1,000 rows
-    torchrun --nproc-per-node 8 data.py build --emoset EMOSET --out DATASET             # captions on eight GPUs
-    python data.py emotic --annotations Annotations.mat --images EMOTIC --out DATASET   # test rows only
+    python -m prepare.emoset --emoset EMOSET --out DATASET                             # 14,563 + 1,000 rows
+    torchrun --nproc-per-node 8 -m prepare.emoset --emoset EMOSET --out DATASET             # captions on eight GPUs
+    python -m prepare.emotic --annotations Annotations.mat --images EMOTIC --out DATASET   # test rows only
 
 In order: pictures are chosen and looked at, linked into the dataset, captioned by a vision-language model (neutral captions
 for all; emotional ones for training rows only, as in the paper), and written as rows. EmoSet has labels and no valence and
@@ -38,8 +38,11 @@ from tqdm import tqdm
 import data
 import feedback
 import qwen_vl
-import training
-import weights
+from parts import cli, weights
+from parts import run as training
+from parts.cli import UserError
+from parts.files import read_json, read_records, whole_records, write_json, write_rows
+from prepare.check import check_lexicon, look_at
 
 VERSION = "build.py 1"  # this program and the number of its procedure: raised when the same command would give other rows
 CAPTIONER = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -55,12 +58,12 @@ FREE = {"out", "batch", "device", "dtype", "emoset", "lexicon", "annotations", "
 
 def read_emoset(folder):
     """[{"id", "source", "annotation", "label"}] of train.json, val.json and test.json together, in the order of source, the
-    picture's path; paths lie within the folder. RunError for anything that is not EmoSet-118K as published."""
+    picture's path; paths lie within the folder. UserError for anything that is not EmoSet-118K as published."""
     def read(name):
         try:
             return json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise training.RunError(f"{folder / name}: missing or no JSON ({error}); give EmoSet-118K's folder, which has "
+            raise UserError(f"{folder / name}: missing or no JSON ({error}); give EmoSet-118K's folder, which has "
                                     f"info.json, train.json, val.json, test.json, image/ and annotation/") from error
 
     try:
@@ -68,46 +71,46 @@ def read_emoset(folder):
     except (KeyError, TypeError):
         classes = set()
     if classes != set(data.EMOTIONS):
-        raise training.RunError(f"{folder}/info.json: expected {', '.join(sorted(data.EMOTIONS))} in emotion, label2idx; "
+        raise UserError(f"{folder}/info.json: expected {', '.join(sorted(data.EMOTIONS))} in emotion, label2idx; "
                                 f"found {', '.join(sorted(classes)) or 'none'}; download EmoSet-118K again")
     out = []
     for name in ("train.json", "val.json", "test.json"):
         for number, entry in enumerate(read(name)):
             if not isinstance(entry, list) or len(entry) < 3 or not all(isinstance(x, str) for x in (entry[0], *entry[-2:])):
-                raise training.RunError(f"{folder / name}, entry {number}: expected [emotion, id, picture, annotation], got "
+                raise UserError(f"{folder / name}, entry {number}: expected [emotion, id, picture, annotation], got "
                                         f"{str(entry)[:80]}; download EmoSet-118K again")
             out.append({"id": Path(entry[-2]).stem, "source": entry[-2], "annotation": entry[-1], "label": entry[0]})
     if not out:
-        raise training.RunError(f"{folder}: its three lists are empty; download EmoSet-118K again")
+        raise UserError(f"{folder}: its three lists are empty; download EmoSet-118K again")
     return sorted(out, key=lambda candidate: candidate["source"])
 
 
 def look_at_emoset(folder, candidate):
-    """As `data.look_at`; the class in the list, in the annotation and in the path must be one."""
+    """As `look_at`; the class in the list, in the annotation and in the path must be one."""
     try:
         said = json.loads((folder / candidate["annotation"]).read_text(encoding="utf-8"))["emotion"]
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"has no readable annotation {candidate['annotation']}"
     if not candidate["label"] == said == Path(candidate["source"]).parent.name or said not in data.EMOTIONS:
         return None, f"is of class {candidate['label']!r} in the list and {said!r} in its annotation"
-    return data.look_at(folder / candidate["source"])
+    return look_at(folder / candidate["source"])
 
 
 def emoset_rows(candidates, args):
     """(rows, broken, repeats), see `choose`: pictures in an order drawn by the seed, the first args.train for training.
 
     V and A of row i are drawn from its class's Gaussians by a generator of its own, [seed, i]. With too few pictures the two
-    splits keep their proportion; without any there are no rows. RunError for a single one.
+    splits keep their proportion; without any there are no rows. UserError for a single one.
     """
     order = np.random.default_rng([args.seed, len(candidates)]).permutation(len(candidates))
     wanted = args.train + args.test
     chosen, broken, repeats = choose([candidates[i] for i in order], wanted, partial(look_at_emoset, args.emoset))
     n = len(chosen)
     if n == 1:
-        raise training.RunError(f"{args.emoset}: one usable picture of {len(candidates):,}; two splits need at least two")
+        raise UserError(f"{args.emoset}: one usable picture of {len(candidates):,}; two splits need at least two")
     train = args.train if n == wanted else min(n - 1, max(1, round(n * args.train / wanted)))
     if 0 < n < wanted:
-        training.say(f"{n:,} usable pictures of {wanted:,} asked for: {train:,} for training, {n - train:,} for the test")
+        cli.say(f"{n:,} usable pictures of {wanted:,} asked for: {train:,} for training, {n - train:,} for the test")
     rows = []
     for number, picture in enumerate(chosen):
         v, a = data.draw_va(picture["label"], np.random.default_rng([args.seed, number]))
@@ -122,7 +125,7 @@ def emoset_rows(candidates, args):
 
 def persons_of_csv(path):
     """[("Folder/Filename", v, a)], a line a person, of a CSV of EMOTIC with columns Folder, Filename, Valence, Arousal or
-    Folder, Filename, Continuous_Labels ("[valence, arousal, dominance]"). NaN for what is no number. RunError."""
+    Folder, Filename, Continuous_Labels ("[valence, arousal, dominance]"). NaN for what is no number. UserError."""
     persons = []
     try:
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
@@ -130,7 +133,7 @@ def persons_of_csv(path):
             names = {str(name).strip().lower().replace(" ", "_"): name for name in reader.fieldnames or ()}
             apart = {"valence", "arousal"} <= set(names)
             if not {"folder", "filename"} <= set(names) or not (apart or "continuous_labels" in names):
-                raise training.RunError(f"{path}: expected columns Folder, Filename and either Valence, Arousal or "
+                raise UserError(f"{path}: expected columns Folder, Filename and either Valence, Arousal or "
                                         f"Continuous_Labels, found {', '.join(names) or 'none'}; give EMOTIC's CSV or .mat")
             for row in reader:
                 row = {name: row[column] or "" for name, column in names.items()}
@@ -138,25 +141,25 @@ def persons_of_csv(path):
                           else [*re.findall(r"[-+.\w]+", row["continuous_labels"]), "", ""][:2])
                 persons.append((f"{row['folder']}/{row['filename']}", *map(mean_of, values)))
     except csv.Error as error:
-        raise training.RunError(f"{path}: no CSV ({error}); give EMOTIC's CSV or .mat") from error
+        raise UserError(f"{path}: no CSV ({error}); give EMOTIC's CSV or .mat") from error
     return persons
 
 
 def persons_of_mat(path, split):
     """As `persons_of_csv`, of a split of EMOTIC's MAT file: the combined V and A of a person, or else the mean over its
-    annotators. RunError."""
+    annotators. UserError."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise training.RunError(f"{path}: reading a .mat file needs scipy; pip install scipy, or give the CSV") from error
-    training.say(f"reading {path}")  # tens of seconds, of which the library tells nothing
+        raise UserError(f"{path}: reading a .mat file needs scipy; pip install scipy, or give the CSV") from error
+    cli.say(f"reading {path}")  # tens of seconds, of which the library tells nothing
     try:
         content = loadmat(path, squeeze_me=True, struct_as_record=False)
     except Exception as error:  # scipy raises many kinds for a damaged file
-        raise training.RunError(f"{path}: no readable MAT file ({error}); download it again, or give the CSV") from error
+        raise UserError(f"{path}: no readable MAT file ({error}); download it again, or give the CSV") from error
     if split not in content:
         found = ", ".join(name for name in content if not name.startswith("_"))
-        raise training.RunError(f"{path}: no --split {split} in it; found {found or 'none'}")
+        raise UserError(f"{path}: no --split {split} in it; found {found or 'none'}")
     persons = []
     try:
         for image in np.atleast_1d(content[split]):
@@ -168,7 +171,7 @@ def persons_of_mat(path, split):
                         break
                 persons.append((f"{image.folder}/{image.filename}", v, a))
     except AttributeError as error:
-        raise training.RunError(f"{path}: {error}; expected EMOTIC's images with filename, folder and person") from error
+        raise UserError(f"{path}: {error}; expected EMOTIC's images with filename, folder and person") from error
     return persons
 
 
@@ -189,7 +192,7 @@ def read_emotic(path, split):
     for source, v, a in persons_of_mat(path, split) if path.suffix.lower() == ".mat" else persons_of_csv(path):
         pictures.setdefault(source, []).extend([(v, a)] if 1 <= v <= 10 and 1 <= a <= 10 else [])
     if not pictures:
-        raise training.RunError(f"{path}: no persons in it; download EMOTIC's annotations again")
+        raise UserError(f"{path}: no persons in it; download EMOTIC's annotations again")
     out = []
     for source, rated in pictures.items():
         v, a = (round(1 + (sum(x) / len(x) - 1) * 8 / 9, 4) for x in zip(*rated)) if rated else (None, None)
@@ -199,10 +202,10 @@ def read_emotic(path, split):
 
 
 def look_at_emotic(folder, candidate):
-    """As `data.look_at`, of a picture that must have V and A."""
+    """As `look_at`, of a picture that must have V and A."""
     if candidate["label"] is None:
         return None, "has no person with V and A in 1..10"
-    return data.look_at(folder / candidate["source"])
+    return look_at(folder / candidate["source"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,33 +249,33 @@ def leave_signals():
 
 def select(args):
     """Write selection.json, {"settings", "rows", "broken", "repeats"}, once the pictures lie in images/; or make sure that
-    the one there is of the same command, and cut off half-written lines of captions. RunError, CheckpointError."""
+    the one there is of the same command, and cut off half-written lines of captions. UserError."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"version": VERSION, "questions": {name: feedback.PROMPTS[name] for name in QUESTIONS}}
     path = args.out / "selection.json"
     if path.is_file():
-        before = weights.read_json(path)["settings"]
+        before = read_json(path)["settings"]
         if changed := [key for key in settings | before if settings.get(key) != before.get(key)]:
-            raise training.RunError(f"{args.out} holds a dataset built with other settings ({', '.join(changed)}); repeat "
+            raise UserError(f"{args.out} holds a dataset built with other settings ({', '.join(changed)}); repeat "
                                     f"them to go on, or choose another --out")
         for file in args.out.glob("captions-*.jsonl"):
-            training.whole_records(file)
+            whole_records(file)
         return
     if found := next(args.out.glob("*.jsonl"), None):
-        raise training.RunError(f"{found}: there is another dataset; choose another --out")
+        raise UserError(f"{found}: there is another dataset; choose another --out")
     folder = args.emoset if args.what == "build" else args.images
     candidates = read_emoset(folder) if args.what == "build" else read_emotic(args.annotations, args.split)
     weights.index(weights.find(args.captioner))  # an error now, not after all pictures
     rows, broken, repeats = (emoset_rows(candidates, args) if args.what == "build" else
                              choose(candidates, len(candidates), partial(look_at_emotic, folder)))
     if not rows:
-        raise training.RunError(f"{folder}: none of {len(candidates):,} pictures is usable; expected them at "
+        raise UserError(f"{folder}: none of {len(candidates):,} pictures is usable; expected them at "
                                 f"{candidates[0]['source']} and so on")
     (args.out / "images").mkdir(exist_ok=True)
     for row in tqdm(rows, "links"):
         row["image"] = f"images/{row['id']}{Path(row['source']).suffix.lower()}"
         link(folder / row["source"], args.out / row["image"])
-    weights.write_json(path, {"settings": settings, "rows": rows, "broken": broken, "repeats": repeats})
+    write_json(path, {"settings": settings, "rows": rows, "broken": broken, "repeats": repeats})
 
 
 def link(source, target):
@@ -298,7 +301,7 @@ def load_captioner(args, processes):
 
 def read_answers(out):
     """{(id, "neutral" | "emotional"): answer} of the files of all processes, whatever their number was."""
-    records = [record for path in sorted(out.glob("captions-*.jsonl")) for record in training.read_records(path)]
+    records = [record for path in sorted(out.glob("captions-*.jsonl")) for record in read_records(path)]
     return {(record["id"], record["kind"]): record["text"] for record in records}
 
 
@@ -333,7 +336,7 @@ def kinds_of(row):
 def finish(args, selection, answers):
     """Write train.jsonl, test.jsonl, dataset.json and va.png, and print the counts.
 
-    A row is left out, reported, and listed in dataset.json if an answer to one of its questions holds no caption. RunError
+    A row is left out, reported, and listed in dataset.json if an answer to one of its questions holds no caption. UserError
     if none of a split remains.
     """
     rows, without, counts = [], [], {}
@@ -342,16 +345,16 @@ def finish(args, selection, answers):
             rows.append(row | {kind: feedback.read_caption(answers[row["id"], kind]) for kind in kinds_of(row)})
         except feedback.Unusable as error:
             without.append((row["source"], str(error)))
-            training.say(f"{row['source']}: an answer cannot be used: {error}; its row is left out")
+            cli.say(f"{row['source']}: an answer cannot be used: {error}; its row is left out")
     for split in dict.fromkeys(row["split"] for row in selection["rows"]):
         own = [row for row in rows if row["split"] == split]
         if not own:
-            raise training.RunError(f"{args.captioner}: none of its captions of {split} rows can be used; choose another "
+            raise UserError(f"{args.captioner}: none of its captions of {split} rows can be used; choose another "
                                     f"--captioner or other --prompts, and another --out")
-        data.write_rows(args.out / f"{split}.jsonl", [{k: row[k] for k in KEYS if k in row} | {"version": VERSION}
+        write_rows(args.out / f"{split}.jsonl", [{k: row[k] for k in KEYS if k in row} | {"version": VERSION}
                                                       for row in own])
         counts[split] = {label: sum(row["label"] == label for row in own) for label in data.EMOTIONS}
-    weights.write_json(args.out / "dataset.json", {
+    write_json(args.out / "dataset.json", {
         "version": VERSION, "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "captioner": args.captioner, "questions": selection["settings"]["questions"], "counts": counts,
         "broken": selection["broken"], "repeats": selection["repeats"], "without_caption": without})
@@ -409,17 +412,17 @@ def run(args, processes, load=load_captioner):
             try:
                 barrier.wait()
             except RuntimeError as error:  # its connection is lost
-                raise training.RunError("another process has ended; its own message says why") from error
+                raise UserError("another process has ended; its own message says why") from error
 
     if processes.first:
         select(args)
     wait()
-    selection = weights.read_json(args.out / "selection.json")
+    selection = read_json(args.out / "selection.json")
     answers = read_answers(args.out)
     missing = [(row, kind) for row in selection["rows"] for kind in kinds_of(row) if (row["id"], kind) not in answers]
     wait()  # until all have read what is there
     if processes.first and answers:
-        training.say(f"{len(answers):,} captions are there, {len(missing):,} are missing")
+        cli.say(f"{len(answers):,} captions are there, {len(missing):,} are missing")
     mine = missing[processes.rank::processes.world]
     if mine:
         write_answers(mine, load(args, processes), args, processes)
@@ -435,9 +438,9 @@ def run(args, processes, load=load_captioner):
 
 def parse_args(argv):
     what = argv[0]
-    parser = argparse.ArgumentParser(prog=f"data.py {what}", description=__doc__,
+    parser = argparse.ArgumentParser(prog=f"python -m prepare.{'emoset' if what == 'build' else what}", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.stop_parsing
+    parser.error = cli.stop_parsing
     add = parser.add_argument
     if what == "build":
         add("--emoset", type=Path, required=True, help="folder of EmoSet-118K as published")
@@ -462,20 +465,20 @@ def parse_args(argv):
 
 
 def check(args):
-    """Refuse senseless settings before anything is read. Raises training.RunError."""
+    """Refuse senseless settings before anything is read. Raises UserError."""
     bounds = {"batch": (1, 4096), "max_new_tokens": (1, 100_000)}
     if args.what == "build":
         bounds |= {"train": (1, 10**6), "test": (1, 10**6), "seed": (0, 2**31)}
-    training.check_bounds(args, bounds)
+    cli.check_bounds(args, bounds)
     if args.prompts is not None:
         try:
             feedback.load_prompts(args.prompts)
-        except feedback.PromptsError as error:
-            raise training.RunError(str(error)) from error
+        except UserError as error:
+            raise UserError(str(error)) from error
     if args.what == "build" and args.lexicon is not None:
-        data.check_lexicon(args.lexicon)
+        check_lexicon(args.lexicon)
     if args.what == "emotic" and not (args.annotations.is_file() and args.images.is_dir()):
-        raise training.RunError(f"--annotations {args.annotations}, --images {args.images}: expected a file and a folder; "
+        raise UserError(f"--annotations {args.annotations}, --images {args.images}: expected a file and a folder; "
                                 f"give EMOTIC's .mat or CSV, and the folder of its pictures")
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -490,10 +493,10 @@ def run_until_stopped(args, processes):
         return run(args, processes)
     except KeyboardInterrupt as error:
         if processes.first:
-            training.say(f"stopped; the same command goes on from what is kept in {args.out}")
+            cli.say(f"stopped; the same command goes on from what is kept in {args.out}")
         return 128 + error.args[0]
     except torch.OutOfMemoryError as error:
-        raise training.RunError(f"--batch {args.batch}: the GPU has too little memory; choose a smaller one") from error
+        raise UserError(f"--batch {args.batch}: the GPU has too little memory; choose a smaller one") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import weights
+from parts.files import write_json
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are; no picture of the contact sheet is larger
 MEDIUM = 512  # pixels: side of a round's picture in the page; the best picture and a grid keep theirs
@@ -387,7 +387,7 @@ def write(run, folder):
     anything is written."""
     folder = Path(folder)
     text, sheet = html(run, folder), contact_sheet(run, folder)
-    weights.write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run)
     for name, save in (("contact.png", lambda path: sheet.save(path, "PNG")),
                        ("index.html", lambda path: path.write_text(text, encoding="utf-8"))):
         temporary = folder / (name + ".tmp")

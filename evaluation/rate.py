@@ -31,8 +31,10 @@ from urllib.parse import parse_qsl, urlencode
 from PIL import Image, ImageOps
 
 import data
-from page import STYLE, paragraph, plain
-from sample import UsageError, say
+from evaluation.cases import load_cases, picture_of
+from parts import cli
+from parts.cli import UserError, say
+from parts.page import STYLE, paragraph, plain
 
 COLUMNS = ["time", "rater", "case", "method", "v", "a", "quality", "best"]
 SCALES = {  # of each picture: the question's name, the highest value, and words for 1 and for the highest value
@@ -78,19 +80,19 @@ def parse(content, path):
             values = (v, a, float(cells[6]), cells[7] == "1" if cells[7] else None)
             rows.append(dict(zip(COLUMNS, (*cells[:4], *values))))
     except (ValueError, csv.Error) as error:
-        raise data.DatasetError(f"{path}, line {line}: {error}; mend or remove the line, or give another file") from error
+        raise UserError(f"{path}, line {line}: {error}; mend or remove the line, or give another file") from error
     return rows
 
 
 def read_ratings(path):
     """The rows of a ratings file as dicts with the keys COLUMNS: v and a 1..9 and quality 1..5 as float; best True, False
-    or, of a single method, None; time (ISO 8601), rater, case and method as text. Raises data.DatasetError, which names the
+    or, of a single method, None; time (ISO 8601), rater, case and method as text. Raises UserError, which names the
     line, for a file that is missing or cannot be used."""
     if not Path(path).is_file():
-        raise data.DatasetError(f"{path}: no such file; expected ratings that rate.py has written")
+        raise UserError(f"{path}: no such file; expected ratings that rate.py has written")
     content = Path(path).read_bytes()
     if content and not content.endswith(b"\n"):
-        raise data.DatasetError(f"{path}, line {len(content.splitlines())}: broken off; start rate.py with this file once "
+        raise UserError(f"{path}, line {len(content.splitlines())}: broken off; start rate.py with this file once "
                                 f"more, which removes what is incomplete")
     return parse(content, path)
 
@@ -99,7 +101,7 @@ def resume(path, pictures):
     """The {(rater, case)} in a ratings file, which is made if there is none; pictures: {(case, method): ...} to be rated.
 
     What a sudden end can leave, half a line or some rows of the last case, is removed, so that the case is asked again.
-    Raises data.DatasetError for a file that rates other pictures."""
+    Raises UserError for a file that rates other pictures."""
     content, count = path.read_bytes() if path.is_file() else b"", len({method for _, method in pictures})
     rows = parse(content[:content.rfind(b"\n") + 1], path) if content else []
     rated = Counter((row["rater"], row["case"]) for row in rows)
@@ -107,7 +109,7 @@ def resume(path, pictures):
     others = [row for row in rows if (row["case"], row["method"]) not in pictures]
     others += [row for row in rows if last != (key := (row["rater"], row["case"])) and rated[key] < count]
     if others:
-        raise data.DatasetError("{}: {rater} has rated case {case!r} of method {method!r} among other cases or methods than "
+        raise UserError("{}: {rater} has rated case {case!r} of method {method!r} among other cases or methods than "
                                 "are given now; give those, or another --out".format(path, **others[0]))
     if rows and rated[last] < count:
         say(f"{path}: the ratings of {last[0]} for case {last[1]!r} broke off; the case will be asked again")
@@ -141,7 +143,7 @@ def append(path, text):
 
 @dataclass(frozen=True)
 class Study:
-    cases: dict  # {token, by which browsers know a case: data.Case}
+    cases: dict  # {token, by which browsers know a case: Case}
     pictures: dict  # {(case id, method): path}
     methods: list
     seed: int
@@ -380,26 +382,26 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def prepare(args):
-    """The Study of the arguments, with every picture looked at. Raises UsageError, data.DatasetError or OSError."""
-    folders, cases, pictures, lost = {}, data.load_cases(args.cases), {}, []
+    """The Study of the arguments, with every picture looked at. Raises UserError or OSError."""
+    folders, cases, pictures, lost = {}, load_cases(args.cases), {}, []
     for text in args.images:
         name, _, folder = text.partition("=")
         if not name or not folder or name in folders or len(folders) == 26:
-            raise UsageError(f"--images {text}: expected NAME=FOLDER, each name once and at most 26")
+            raise UserError(f"--images {text}: expected NAME=FOLDER, each name once and at most 26")
         folders[name] = folder
     for name in (*folders, *(case.id for case in cases)):
         if not name or not name.isprintable():
-            raise UsageError(f"{name!r}: expected printable characters in names of methods and cases; rename it")
+            raise UserError(f"{name!r}: expected printable characters in names of methods and cases; rename it")
     for case in cases:
         for method, folder in folders.items():
             try:
-                pictures[case.id, method] = data.picture_of(folder, case)
+                pictures[case.id, method] = picture_of(folder, case)
                 with Image.open(pictures[case.id, method]) as image:
                     image.load()
-            except (data.DatasetError, OSError, SyntaxError):  # the last two from Pillow, for what is no whole picture
+            except (UserError, OSError, SyntaxError):  # the last two from Pillow, for what is no whole picture
                 lost.append(str(Path(folder) / case.id))
     if lost:
-        raise UsageError(f"{len(lost)} of {len(cases) * len(folders)} pictures are missing or cannot be read (.png, .jpg, "
+        raise UserError(f"{len(lost)} of {len(cases) * len(folders)} pictures are missing or cannot be read (.png, .jpg, "
                          f".jpeg or .webp); draw them first: {', '.join(lost)}")
     methods = sorted(folders)
     tokens = [hashlib.sha256(repr((args.seed, methods, case.id)).encode()).hexdigest()[:16] for case in cases]
@@ -412,7 +414,7 @@ def serve(study, port):
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"--port {port}: {error}; give a free one in 1..65535, or 0 for any") from error
+        raise UserError(f"--port {port}: {error}; give a free one in 1..65535, or 0 for any") from error
     server.study = study
     server.handle_error = lambda *_: say(f"error: a request broke off: {sys.exc_info()[1]}")
     return server
@@ -420,7 +422,7 @@ def serve(study, port):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.stop_parsing
+    parser.error = cli.stop_parsing
     parser.add_argument("--cases", required=True, help="JSON lines with id, neutral, v and a")
     parser.add_argument("--images", action="append", required=True, metavar="NAME=FOLDER",
                         help="a method and the folder of its pictures, each named by its case's id; once a method")
@@ -430,7 +432,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         server = serve(prepare(args), args.port)
-    except (UsageError, data.DatasetError, OSError) as error:
+    except (UserError, OSError) as error:
         say(f"error: {error}")
         return 2
     try:

@@ -32,70 +32,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import clip
 import data
 import feedback
-import sample
-import tables
-import training
-import weights
+from evaluation import metrics, tables
+from evaluation.cases import held_out_cases, load_cases, picture_of, pictures_of, seeds_of, write_cases
+from parts import cli, clip, files, weights
+from parts.cli import UserError
+from parts.files import read_json, whole_records, write_json
+from parts.pipeline import PAPER, TINY, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
 FORMS = {"numbers": data.with_numbers, "words": data.with_words, "feedback": None}  # how a generator gets the target
 PRESETS = {  # model, CLIP, aesthetic head, side in pixels, meter
-    "tiny": (sample.TINY, sample.TINY / "clip", sample.TINY / "aesthetic.safetensors", 128, True),
-    "paper": (sample.PAPER, "openai/clip-vit-large-patch14", None, 512, False),
+    "tiny": (TINY, TINY / "clip", TINY / "aesthetic.safetensors", 128, True),
+    "paper": (PAPER, "openai/clip-vit-large-patch14", None, 512, False),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cases
-
-
-def held_out_cases(count, seed=0):
-    """Cases of the miniature: scenes drawn apart from the training rows, V and A uniform on 1..9."""
-    rng = np.random.default_rng([seed, 4242])
-    return [data.Case(f"scene{seed}_{i}", scenes.neutral_caption(scenes.random_scene(rng)),
-                      *map(float, rng.uniform(data.VA_MIN, data.VA_MAX, 2))) for i in range(count)]
-
-
-def grid_of(cases, side):
-    """Each case's prompt over a side × side grid of V and A, as one group."""
-    levels = np.linspace(data.VA_MIN, data.VA_MAX, side).tolist()
-    return [data.Case(f"{case.id}_v{v:g}_a{a:g}", case.neutral, v, a, case.id)
-            for case in cases for a in levels for v in levels]
-
-
-def for_others(case, label=None):
-    """A case as a line of a file for other methods, which the paper compares with: prompts that say the target, EmoEdit's
-    class word (the picture's own label, else the nearest class), and EmotiCrafter's V and A, on -3..3."""
-    row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a} | ({"group": case.group} if case.group else {})
-    return row | {"numbers": data.with_numbers(case.neutral, case.v, case.a),
-                  "words": data.with_words(case.neutral, case.v, case.a),
-                  "emoedit": label or data.nearest_emotion(case.v, case.a),
-                  "emoticrafter": [round((x - 5) * 3 / 4, 4) for x in (case.v, case.a)]}
-
-
-def write_cases(argv):
-    """`evaluate.py cases`: a file of cases for any method."""
-    parser = argparse.ArgumentParser(prog="evaluate.py cases", description="Write the cases that methods are compared on.")
-    parser.error = data.stop_parsing
-    parser.add_argument("--data", type=Path, help="dataset whose test rows are the cases (default: scenes of the miniature)")
-    parser.add_argument("--count", type=int, default=1000, help="cases, or prompts with --grid (default: %(default)s)")
-    parser.add_argument("--grid", type=int, metavar="K", help="each prompt on a K × K grid of V and A, for continuity")
-    parser.add_argument("--seed", type=int, default=0, help="of the miniature's scenes")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    args = parser.parse_args(argv)
-    if args.count < 1 or (args.grid is not None and not 2 <= args.grid <= 9):
-        data.stop_parsing("--count: expected at least 1; --grid: expected 2..9")
-    rows = [] if args.data is None else data.load_rows(args.data, "test")[:args.count]
-    cases = [data.Case(r.id, r.neutral, r.v, r.a) for r in rows] if args.data else held_out_cases(args.count, args.seed)
-    labels = {row.id: row.label for row in rows} if args.grid is None else {}
-    cases = cases if args.grid is None else grid_of(cases, args.grid)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    data.write_rows(args.out, [for_others(case, labels.get(case.id)) for case in cases])
-    print(f"{args.out}: {len(cases)} cases")
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,10 +57,10 @@ def drawer(generator, form, args, ask):
     """draw(cases, seeds) -> PIL images, by a generator of ours that gets the target in one of FORMS."""
     draw = partial(generator.draw, size=args.size, steps=args.steps, guidance=args.guidance)
     if form != "feedback":
-        return lambda cases, seeds: sample.to_images(draw([FORMS[form](c.neutral, c.v, c.a) for c in cases], seeds))
+        return lambda cases, seeds: to_images(draw([FORMS[form](c.neutral, c.v, c.a) for c in cases], seeds))
 
     def best(case, seed):  # of all rounds, by the judge that rewrites
-        rounds = feedback.refine(case.neutral, case.v, case.a, lambda prompt, seeds: sample.to_images(
+        rounds = feedback.refine(case.neutral, case.v, case.a, lambda prompt, seeds: to_images(
             draw([prompt] * len(seeds), seeds)), ask, args.rounds, args.n, seed=seed * args.rounds * args.n)
         r, i = feedback.best_of(rounds)
         return rounds[r].pictures[i].image
@@ -118,14 +69,14 @@ def drawer(generator, form, args, ask):
 
 
 def opener(folder):
-    """draw(cases, seeds) -> PIL images, read from another method's folder. Raises data.DatasetError."""
+    """draw(cases, seeds) -> PIL images, read from another method's folder. Raises UserError."""
     def read(case):
-        path = data.picture_of(folder, case)
+        path = picture_of(folder, case)
         try:
             with Image.open(path) as image:
-                return clip.to_rgb(image)
+                return files.to_rgb(image)
         except (OSError, SyntaxError) as error:
-            raise data.DatasetError(f"{path}: cannot be read as a picture ({error}); make it again") from error
+            raise UserError(f"{path}: cannot be read as a picture ({error}); make it again") from error
 
     return lambda cases, seeds: [read(case) for case in cases]
 
@@ -143,9 +94,9 @@ def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, na
     """Append the records of the cases that the file `path` does not hold yet, a batch at a time; memory does not grow.
 
     A record: id, v, a, group, "read" {reader: [V, A] or None}, clip_score (100 · cosine), clip_iqa, aesthetic, seconds to
-    draw. draw(cases, seeds) -> PIL images. scorer: a clip.CLIP; head: of clip.aesthetic_head.
+    draw. draw(cases, seeds) -> PIL images. scorer: a clip.CLIP; head: of metrics.aesthetic_head.
     """
-    done = {record["id"] for record in training.whole_records(path)}
+    done = {record["id"] for record in whole_records(path)}
     left = [(case, seed) for case, seed in zip(cases, seeds, strict=True) if case.id not in done]
     with tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture") as bar:
         for start in range(0, len(left), batch):
@@ -157,9 +108,9 @@ def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, na
             if scorer is not None:
                 embedded = clip.embed_pictures(scorer, images)
                 figures["clip_score"] = 100 * clip.cosines(scorer, embedded, [case.neutral for case in part])
-                figures["clip_iqa"] = clip.clip_iqa(scorer, embedded)
+                figures["clip_iqa"] = metrics.clip_iqa(scorer, embedded)
             if head is not None:
-                figures["aesthetic"] = clip.aesthetic_score(scorer, head, embedded)
+                figures["aesthetic"] = metrics.aesthetic_score(scorer, head, embedded)
             said = {reader: read(images) for reader, read in readers.items()}
             records = [{"id": case.id, "v": case.v, "a": case.a, "group": case.group,
                         "read": {reader: None if np.isnan(va[i][0]) else list(va[i]) for reader, va in said.items()},
@@ -170,19 +121,13 @@ def measure(draw, cases, seeds, path, batch, readers, scorer=None, head=None, na
             bar.update(len(part))
 
 
-def seeds_of(cases, seed):
-    """The seed of each case's noise: its place, counted from `seed`; all cases of a group share that of their first."""
-    first = {}
-    return [seed + (first.setdefault(case.group, i) if case.group else i) for i, case in enumerate(cases)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = data.stop_parsing
+    parser.error = cli.stop_parsing
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="defaults for the miniature, or for photographs")
     parser.add_argument("--cases", default="200", help="a file of cases, or how many of the miniature's (default: 200)")
     parser.add_argument("--images", type=Path, help="folder of another method's pictures, <id>.png each")
@@ -210,8 +155,8 @@ def parse_args(argv=None):
 
 
 def check(args):
-    """Fill in the defaults and refuse what cannot work before anything is loaded -> the cases. Raises sample.UsageError,
-    data.DatasetError."""
+    """Fill in the defaults and refuse what cannot work before anything is loaded -> the cases. Raises UserError,
+    UserError."""
     model, scorer, head, size, meter = PRESETS[args.preset]
     args.model, args.size = args.model or model, args.size or size
     args.clip = {None: scorer, "none": None}.get(args.clip, args.clip)
@@ -221,42 +166,42 @@ def check(args):
     judges = [text.rpartition("=") for text in args.judge]
     args.judge = {name or f"judge{i or ''}": source for i, (name, _, source) in enumerate(judges)}
     if len(args.judge) < len(judges) or set(args.judge) & {"meter", ""}:
-        raise sample.UsageError("--judge: every judge needs a name of its own, as in --judge other=FOLDER_OR_ID")
+        raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER_OR_ID")
     if not args.images and set(args.forms) - set(FORMS):
-        raise sample.UsageError(f"--forms {','.join(args.forms)}: expected some of {', '.join(FORMS)}")
+        raise UserError(f"--forms {','.join(args.forms)}: expected some of {', '.join(FORMS)}")
     if "feedback" in args.forms and not args.judge:
-        raise sample.UsageError("--forms feedback: needs a --judge that rewrites the prompts")
+        raise UserError("--forms feedback: needs a --judge that rewrites the prompts")
     if args.aesthetic and not args.clip:
-        raise sample.UsageError("--aesthetic: needs the CLIP that its head belongs to, --clip")
+        raise UserError("--aesthetic: needs the CLIP that its head belongs to, --clip")
     for name, low in (("batch", 1), ("steps", 1), ("rounds", 1), ("n", 2), ("seed", 0)):
         if getattr(args, name) < low:
-            raise sample.UsageError(f"--{name} {getattr(args, name)}: expected at least {low}")
-    args.device = sample.device_of(args.device)
+            raise UserError(f"--{name} {getattr(args, name)}: expected at least {low}")
+    args.device = cli.device_of(args.device)
     if args.clip and not args.aesthetic:
-        sample.say("no --aesthetic: the Aes-Score is left out")
+        cli.say("no --aesthetic: the Aes-Score is left out")
     if args.cases.isdecimal():
         if int(args.cases) < 2:
-            raise sample.UsageError(f"--cases {args.cases}: expected at least 2, or a file of cases")
+            raise UserError(f"--cases {args.cases}: expected at least 2, or a file of cases")
         cases = held_out_cases(int(args.cases), args.seed)
     else:
-        cases = data.load_cases(args.cases)
+        cases = load_cases(args.cases)
     if args.images:
-        data.pictures_of(args.images, cases)
+        pictures_of(args.images, cases)
     return cases
 
 
 def open_run(args, facts):
-    """The folder of the run. Raises sample.UsageError if it holds another run, so that no two are mixed."""
+    """The folder of the run. Raises UserError if it holds another run, so that no two are mixed."""
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
     facts = json.loads(json.dumps(facts))
     if (out / "settings.json").exists():
-        before = weights.read_json(out / "settings.json")
+        before = read_json(out / "settings.json")
         changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
         if changed:
-            raise sample.UsageError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it or give "
+            raise UserError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it or give "
                                     f"another --out")
     out.mkdir(parents=True, exist_ok=True)
-    weights.write_json(out / "settings.json", facts)
+    write_json(out / "settings.json", facts)
     return out
 
 
@@ -266,18 +211,18 @@ def stamp(source):
         return None if source is None else str(source)
     path = Path(source)
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    return [sample.name_of(source), *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    return [name_of(source), *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
 
 def run(args):
     cases = check(args)
     device = args.device
     longest = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
-    judges = {name: feedback.judge_of(sample.load_judge(source, device, args.size), args.batch, longest,
+    judges = {name: feedback.judge_of(load_judge(source, device, args.size), args.batch, longest,
                                       partial(tqdm, disable=True)) for name, source in args.judge.items()}
     scorer = None if args.clip is None else clip.CLIP.from_pretrained(args.clip, device)
-    head = None if args.aesthetic is None else clip.aesthetic_head(args.aesthetic)
-    generator = None if args.images else sample.load_generator(args.model, device, adapter=args.adapter)
+    head = None if args.aesthetic is None else metrics.aesthetic_head(args.aesthetic)
+    generator = None if args.images else load_generator(args.model, device, adapter=args.adapter)
     name = args.name or (args.images.resolve().name if args.images else generator.name)
     billions = args.parameters if args.images else weights.count_parameters(generator.mmdit) / 1e9
     digest = hashlib.sha256(repr(cases).encode()).hexdigest()[:16]
@@ -296,24 +241,25 @@ def run(args):
         measure(draw, cases, seeds_of(cases, args.seed), out / f"{form}.jsonl", args.batch, readers, scorer, head, form)
     methods = tables.read_run(out)
     print(tables.overview(methods))
-    weights.write_json(out / "evaluate.json", {"settings": facts, "results": {m.form: tables.figures(m) for m in methods}})
+    write_json(out / "evaluate.json", {"settings": facts, "results": {m.form: tables.figures(m) for m in methods}})
     return 0
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = argv[1:] if argv[:1] == ["run"] else argv
     try:
         if argv[:1] == ["rate"]:
-            import rate
+            from evaluation import rate
             return rate.main(argv[1:])
         if argv[:1] in (["cases"], ["table"]):
             return {"cases": write_cases, "table": tables.main}[argv[0]](argv[1:])
         return run(parse_args(argv))
-    except (sample.UsageError, data.DatasetError, weights.CheckpointError, ValueError, OSError) as error:
-        sample.say(f"error: {error}")
+    except (UserError, ValueError, OSError) as error:
+        cli.say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        sample.say("stopped; the same command goes on where it was")
+        cli.say("stopped; the same command goes on where it was")
         return 130
 
 

@@ -1,0 +1,181 @@
+"""What every program shares towards the person who runs it: one error, one way to speak, flags.
+
+    parser = cli.parser(__doc__)
+    parser.add_argument("--n", type=cli.integer(1, 1000), default=1, help="pictures")
+    cli.run_program(main_function, args)
+
+Errors are one line on standard error that names the input, what was expected and what to do.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that says what and how."""
+
+
+def say(text):
+    """Print to standard error, where progress and remarks go; standard output is for results."""
+    print(text, file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+
+
+def parser(doc, **options):
+    """An ArgumentParser that shows `doc` as it is and answers a mistake by one line and exit 2."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    made.error = stop_parsing
+    return made
+
+
+def stop_parsing(message):
+    say(f"error: {message.removeprefix('argument ')}; see --help")
+    sys.exit(2)
+
+
+def number(low, high, kind=float):
+    """An argparse type: a finite number in low..high."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} in {low:,}..{high:,}, got {text}")
+        return value
+    return read
+
+
+def integer(low, high):
+    """An argparse type: a whole number in low..high."""
+    return number(low, high, int)
+
+
+def some_of(choices):
+    """An argparse type: one or more of the choices, with commas between, as a tuple."""
+    def read(text):
+        values = tuple(part.strip() for part in text.split(","))
+        if not set(values) <= set(choices):
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {text}")
+        return values
+    return read
+
+
+def picture_side(text):
+    """An argparse type: a side in pixels, which the models want as a multiple of 16."""
+    side = integer(16, 4096)(text)
+    if side % 16:
+        raise argparse.ArgumentTypeError(f"expected a multiple of 16 in 16..4,096, got {text}")
+    return side
+
+
+def add_settings(made, settings):
+    """Add a flag for each of {name: (paper's value, the miniature's, type, help)} to a parser.
+
+    A help that begins with "[--other-name] " gives the flag that second name, by which other
+    programs of the field know it.
+    """
+    for name, (paper, tiny, kind, text) in settings.items():
+        names = ["--" + name.replace("_", "-")]
+        if text.startswith("["):
+            other, text = text[1:].split("] ", 1)
+            names.append(other)
+        made.add_argument(*names, type=kind, help=f"{text} (paper: {shown(paper)}, tiny: {shown(tiny)})")
+
+
+def shown(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def parse_settings(made, settings, argv=None):
+    """The arguments; what was not given has its preset's value."""
+    args = made.parse_args(argv)
+    for name, (paper, tiny, *_) in settings.items():
+        if getattr(args, name) is None:
+            setattr(args, name, paper if args.preset == "paper" else tiny)
+    return args
+
+
+def device_of(wish):
+    """The device that --device names; without one a GPU, if there is one. Raises UserError."""
+    if wish is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {wish}: this torch sees no GPU; use --device cpu")
+    return wish
+
+
+# --------------------------------------------------------------------------------------------------
+# Programs and what they print
+
+
+def run_program(work, stopped="stopped; the same command goes on where it was"):
+    """The exit code of work(): 2 for what the user can mend, 130 for Ctrl-C, each with its line."""
+    try:
+        return work() or 0
+    except torch.OutOfMemoryError as error:
+        say(f"error: the GPU has too little memory ({str(error).splitlines()[0][:100]}); try smaller "
+            f"pictures or batches (--size, --micro), --checkpointing, or --device cpu")
+        return 2
+    except (UserError, OSError) as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say(stopped)
+        return 130
+
+
+def markdown(rows):
+    """A Markdown table of rows of texts, the first of them its head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "| --- " * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def program_name():
+    """The command that runs, as a person typed it: `python sample.py`, `python -m evaluation`."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is None:
+        return f"python {Path(sys.argv[0]).name}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+# LEGACY, goes when train_gen.py, train_judge.py and prepare/ use add_settings and argparse types
+
+
+def make_parser(doc, settings, out, kinds=()):
+    made = parser(doc)
+    made.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
+    made.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"), help="dataset folder (default: %(default)s)")
+    made.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default: %(default)s)")
+    made.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    for name, (paper, tiny, text) in settings.items():
+        kind = dict(kinds).get(name, type(paper))
+        made.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (paper: {paper}, tiny: {tiny})")
+    return made
+
+
+def parse(made, settings, argv):
+    return parse_settings(made, settings, argv)
+
+
+def check_bounds(args, bounds):
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
+
+
+def check_choices(args, choices):
+    for name, known in choices.items():
+        if getattr(args, name) not in known:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {', '.join(known[:-1])} or {known[-1]}")

@@ -1,0 +1,109 @@
+"""Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from parts.cli import UserError
+
+
+def write_whole(path, content):
+    """Write text, bytes, or what content(temporary path) writes, and only then give it its name.
+
+    Whoever reads `path`, also after a crash, finds the old content or the new, never a part.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    if callable(content):
+        content(temporary)
+    elif isinstance(content, bytes):
+        temporary.write_bytes(content)
+    else:
+        temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------
+# JSON
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises UserError that names the file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: missing or not a JSON object; download the checkpoint again") from error
+    return content
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path, rows):
+    """Write JSON lines."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_records(path, until=math.inf):
+    """The records of a file of JSON lines whose `step`, if they have one, is at most `until`.
+
+    Reading ends at a half-written line. A file that does not exist has no records.
+    """
+    records = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if record.get("step", 0) <= until:
+                records.append(record)
+    return records
+
+
+def whole_records(path):
+    """As `read_records`, and cut a half-written last line off the file, so that one can append."""
+    content = Path(path).read_bytes() if Path(path).exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    return read_records(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_rgb(image):
+    """A PIL image in RGB; white shows through where it is transparent."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_picture(path):
+    """The picture in a file as an RGB PIL image, decoded whole. Raises UserError that names it."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        reason = error if isinstance(error, OSError) else type(error).__name__
+        raise UserError(f"{path}: cannot be read as a picture ({reason}); make it again") from error
+
+
+def save_png(image, path, **facts):
+    """Write a PNG with its facts as text chunks."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, str(value))
+    return write_whole(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
