@@ -14,6 +14,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +266,49 @@ def save(path, views, dtype=None, metadata=None):
     os.replace(temporary, path)
 
 
+def projections(path, rows, fused):
+    """{published path: rows} of what one linear layer of a model holds: itself, or projections fused in it.
+
+    path, rows: of the layer, as in "layers.0.self_attn.qkv_proj", and its outputs.
+    fused: {last part of a path: names of the projections in it, from the first row on}; the names
+    are a tuple if all have as many rows, else {name: rows}, as for grouped-query attention:
+    {"qkv_proj": {"q_proj": 3584, "k_proj": 512, "v_proj": 512}, "gate_up_proj": ("gate_proj", "up_proj")}
+    """
+    parent, dot, last = path.rpartition(".")
+    names = fused.get(last, (last,))
+    if not isinstance(names, dict):
+        names = dict.fromkeys(names, rows // len(names))
+    return {f"{parent}{dot}{name}": own for name, own in names.items()}
+
+
+def named_views(module, fused=None, prefix=""):
+    """Views of a module whose names are the published ones, but for the projections it fuses.
+
+    fused: as for `projections`. Of a layer q_proj, k_proj, v_proj in the file become the rows of one
+    qkv_proj, weight and bias alike. prefix: of the names in the file, e.g. "visual."
+    """
+    views = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        path, _, kind = name.rpartition(".")
+        if path.rpartition(".")[2] not in (fused or {}):
+            views[prefix + name] = [tensor]
+            continue
+        parts = projections(path, tensor.shape[0], fused)
+        for part, rows in zip(parts, tensor.split(list(parts.values())), strict=True):
+            views[f"{prefix}{part}.{kind}"] = [rows]
+    return views
+
+
+def renamed(views, table):
+    """Views under other names: each (pattern, replacement) of the table is applied to all by re.sub."""
+    for pattern, replacement in table:
+        views = {re.sub(pattern, replacement, name): targets for name, targets in views.items()}
+    return views
+
+
+# The three below go when mmdit.py and qwen_vl.py use named_views.
+
+
 def affine_views(name, module):
     """Views of a linear layer or norm that the file calls `name`."""
     return {f"{name}.weight": [module.weight], f"{name}.bias": [module.bias]}
@@ -272,7 +316,7 @@ def affine_views(name, module):
 
 def identity_views(module):
     """Views of a module whose names are the published ones."""
-    return {name: [tensor] for name, tensor in module.state_dict(keep_vars=True).items()}
+    return named_views(module)
 
 
 def split_rows(tensor, parts):
