@@ -1,4 +1,17 @@
-"""Prompts to pictures: the generator's models put together, and the judge, loaded for pictures of one size."""
+"""Prompts to pictures: Stable Diffusion 3.5 put together from its parts, and the judge beside it.
+
+    generator = load_generator(TINY)
+    pixels = generator.draw(["a swan on the lake"], seeds=[0], size=128)  # [1,3,128,128] uint8
+
+    prompts ──► text encoders ──► context, pooled ─┐
+    seeds ────► noise ─────────────────────────────┴─► sampler with MMDiT ─► latents ─► VAE ─► pixels
+
+`Generator.draw` is that line from left to right. `load_generator` reads a folder in the layout of
+diffusers, or Stability's single file.
+
+Shapes: B pictures of H × W pixels, h × w latents (an eighth of that each way) of C channels (16),
+L text tokens of width D.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,89 +32,139 @@ PAPER = "stabilityai/stable-diffusion-3.5-medium"
 
 @dataclass
 class Generator:
+    """The models that make a picture of a prompt."""
     mmdit: mmdit.MMDiT
     vae: vae.VAE
     encoders: text_encoders.TextEncoders
-    shift: float  # of the noise schedule
-    name: str  # for people and files: not the folder where this machine keeps the miniature
+    shift: float  # of the noise schedule: above 1 more of the steps are spent at high noise
+    name: str  # of the checkpoint, as `name_of` gives it
 
     @property
     def device(self):
         return self.mmdit.pos_embed.device
 
+    @property
+    def dtype(self):
+        return self.mmdit.pos_embed.dtype
+
     @torch.no_grad()
     def draw(self, prompts, seeds, size, steps=25, guidance=4.5, noise=None, progress=iter):
-        """Pictures [B,3,size,size] uint8 of B prompts; picture i depends on its own prompt and seed only.
+        """Pictures [B,3,size,size] uint8, on the CPU, of B prompts.
 
-        noise [B,16,size/8,size/8]: in place of that of the seeds. progress: wraps the steps, e.g. in tqdm.
+        Picture i depends on its own prompt and seed only, but for the rounding of a batch.
+        noise [B,C,size/8,size/8]: in place of that of the seeds.
+        progress: wraps the sampler's steps, e.g. in tqdm.
         """
-        B, cells = len(prompts), size // self.vae.factor
+        context, pooled = self.encode_prompts(prompts, guidance)
         if noise is None:
-            noise = torch.cat([torch.randn(1, self.mmdit.config.channels, cells, cells,
-                                           generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        texts = [""] * B + list(prompts) if guidance > 1 else list(prompts)
-        unique = list(dict.fromkeys(texts))  # each text is encoded once
-        rows = [unique.index(text) for text in texts]
-        context, pooled = (z[rows] for z in self.encoders.encode(unique))
-        dtype = self.mmdit.pos_embed.dtype
-        with ops.all_laid_out(self.mmdit):
+            noise = self.starting_noise(seeds, size)
+        with ops.all_laid_out(self.mmdit):  # all steps use the same weights, so repacking them pays
             latents = flow_grpo.sample_ode(
-                self.mmdit, noise.to(self.device), context.to(self.device, dtype), pooled.to(self.device, dtype), steps,
-                guidance, self.shift, progress)
+                self.mmdit, noise.to(self.device), context, pooled, steps, guidance, self.shift,
+                progress)
         return self.decode(latents)
 
     @torch.no_grad()
+    def encode_prompts(self, prompts, guidance):
+        """(context [B,L,D], pooled [B,·]) of B prompts, on the MMDiT's device.
+
+        Classifier-free guidance compares every prompt with the empty one: with guidance > 1 there
+        are 2B rows, those of the empty prompt first, as `flow_grpo.guided_velocity` takes them.
+        """
+        texts = [""] * len(prompts) + list(prompts) if guidance > 1 else list(prompts)
+        unique = list(dict.fromkeys(texts))  # pictures of one prompt share its encoding
+        context, pooled = self.encoders.encode(unique)
+        rows = [unique.index(text) for text in texts]
+        return context[rows].to(self.device, self.dtype), pooled[rows].to(self.device, self.dtype)
+
+    def starting_noise(self, seeds, size):
+        """Standard normal noise [B,C,h,w] for pictures of size × size pixels, one a seed.
+
+        It is drawn on the CPU, so that a seed gives the same picture on a CPU and on a GPU.
+        """
+        side = size // self.vae.factor
+        shape = (1, self.mmdit.config.channels, side, side)
+        return torch.cat([
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    @torch.no_grad()
     def decode(self, latents):
-        """Pictures [B,3,H,W] uint8 of scaled latents [B,16,H/8,W/8]."""
-        dtype = self.mmdit.pos_embed.dtype
-        images = torch.cat([self.vae.decode(z[None].to(dtype)) for z in latents]).float()  # one by one: memory
+        """Pictures [B,3,H,W] uint8, on the CPU, of scaled latents [B,C,h,w]."""
+        # One picture at a time, because the decoder's maps at full resolution fill the memory.
+        images = [self.vae.decode(z[None].to(self.dtype)) for z in latents]
+        images = torch.cat(images).float()  # [B,3,H,W] in -1..1
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None, encoders_device=None, adapter=None):
-    """A Generator from a diffusers folder, a hub id or Stability's single file. Raises UserError.
-
-    encoders_from: folder or hub id of the text encoders and scheduler; needed for a single file, which has none.
-    encoders_device: where the text encoders live, if not with the rest.
-    adapter: folder of a LoRA of its attention, as train_gen.py or peft writes it, which is merged into the weights.
-    All headers are checked before the first tensor is read.
-    """
-    rest = encoders_from or source
-    if Path(rest).expanduser().is_file():
-        raise UserError(f"{source}: a single file holds no text encoders; add --text-encoders with a "
-                                      f"folder or hub id that does, such as {PAPER}")
-    listed = read_json(weights.find_file(rest, "model_index.json"))
-    shift = read_json(weights.find_file(rest, "scheduler/scheduler_config.json")).get("shift", 3.0)
-    use_t5 = use_t5 and text_encoders.has_t5(listed)
-    components = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
-    for component, where in (components | ({"text_encoder_3": rest} if use_t5 else {})).items():
-        weights.index(weights.find(where, component))
-    if adapter is not None:
-        adapter = weights.find(adapter)
-        weights.index(adapter)
-    # its tokenizers come first
-    encoders = text_encoders.TextEncoders.from_pretrained(rest, encoders_device or device, dtype, use_t5)
-    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
-    if adapter is not None:
-        lora.load_lora(adapter, model, model.lora_targets())
-    return Generator(model, vae.VAE.from_pretrained(source, device, dtype), encoders, shift,
-                     name_of(source) + (f" with {name_of(adapter)}" if adapter is not None else ""))
-
-
-def name_of(source):
-    """What a checkpoint is called in files and on the screen: not where this machine keeps the miniature."""
-    path = Path(source)
-    return f"tiny/weights/{path.relative_to(TINY)}".removesuffix("/.") if path.is_relative_to(TINY) else str(source)
 
 
 def to_images(pixels):
     """[B,3,H,W] uint8 -> list of B PIL images."""
-    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]  # [3,H,W] -> [H,W,3]
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None,
+                   encoders_device=None, adapter=None):
+    """A Generator from a diffusers folder, a hub id or Stability's single file.
+
+    dtype: of the weights (default: float32 on a CPU, bfloat16 elsewhere).
+    use_t5: False leaves out T5, 4.8 of SD3.5-Medium's 7.9 billion parameters; zeros stand for it.
+    encoders_from: folder or hub id of text encoders and scheduler; a single file has none.
+    encoders_device: where the text encoders live, if not on `device`.
+    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py or peft writes it; it is
+        merged into the weights.
+    Raises UserError.
+    """
+    rest = encoders_from or source
+    if Path(rest).expanduser().is_file():
+        raise UserError(f"{source}: a single file holds no text encoders; add --text-encoders with "
+                        f"a folder or hub id that does, such as {PAPER}")
+
+    # 1. check the headers of all files, so that a damaged one is refused before 17 GB are read
+    listed = read_json(weights.find_file(rest, "model_index.json"))
+    scheduler = read_json(weights.find_file(rest, "scheduler/scheduler_config.json"))
+    use_t5 = use_t5 and text_encoders.has_t5(listed)
+    sources = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
+    if use_t5:
+        sources["text_encoder_3"] = rest
+    for component, where in sources.items():
+        weights.index(weights.find(where, component))
+    name = name_of(source)
+    if adapter is not None:
+        adapter = weights.find(adapter)
+        weights.index(adapter)
+        name += f" with {name_of(adapter)}"
+
+    # 2. read them; the encoders first, because their tokenizers are checked only here
+    encoders = text_encoders.TextEncoders.from_pretrained(
+        rest, encoders_device or device, dtype, use_t5)
+    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
+    if adapter is not None:
+        lora.load_lora(adapter, model, model.lora_targets())
+    decoder = vae.VAE.from_pretrained(source, device, dtype)
+    return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
 
 
 def load_judge(source, device, size):
-    """The judge, its pictures limited to the size they are drawn at. Its headers are checked first."""
+    """The judge, a QwenVL, whose processor shrinks pictures of more than size × size pixels.
+
+    Pictures of the size that is drawn need no more tokens than that. Raises UserError.
+    """
     judge = qwen_vl.QwenVL.from_pretrained(source, device)
-    image = judge.processor.image
-    judge.processor.image = replace(image, max_pixels=max(image.min_pixels, min(image.max_pixels, size**2)))
+    limits = judge.processor.image
+    max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
+    judge.processor.image = replace(limits, max_pixels=max_pixels)
     return judge
+
+
+def name_of(source):
+    """What a checkpoint is called in files and on the screen.
+
+    The miniature is "tiny/weights", wherever this folder lies: files should not tell its path.
+    """
+    path = Path(source)
+    if path.is_relative_to(TINY):
+        return f"tiny/weights/{path.relative_to(TINY)}".removesuffix("/.")
+    return str(source)
