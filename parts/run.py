@@ -1,14 +1,20 @@
-"""What the training programs share: processes, a run's folder, its log and curves, checkpoints, and how it is stopped.
+"""What the training programs share: processes, and a run's folder with log, curves and checkpoints.
 
-A run is a folder: `settings.json`, `log.jsonl` (a line a step), `curves.png`, and `checkpoint-<step>/` with one file per
-process. A checkpoint is written under a temporary name that is renamed when it is complete, so a killed run goes on from
-the last whole one. Nothing random is stored: every step derives its seeds from the run's seed and its own number.
+    with run:                                   # Ctrl-C and SIGTERM now only set a flag
+        for step in range(start, total):
+            ...                                 # the loop stands in train_judge.py and train_gen.py
+            run.log({"step": step + 1, ...})
+            if run.stopped(): ...
+
+A run is a folder: `settings.json`, `log.jsonl` (a line a step), `curves.png`, and
+`checkpoint-<step>/` with one file per process. A checkpoint is written under a temporary name and
+renamed when it is complete, so a killed run goes on from the last whole one. No state of a random
+generator is stored: every step derives its seeds from the run's seed and its own number.
 """
 
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -17,26 +23,28 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from parts.cli import UserError, say
-from parts.files import read_json, read_records, write_json
+from parts import cli
+from parts.cli import UserError
+from parts.files import read_json, read_records, save_png, write_json, write_rows
 
 KEEP = 2  # checkpoints
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Processes
 
 
 @dataclass(frozen=True)
 class Processes:
+    """The processes of a run as one of them sees them: `torchrun` starts one for each GPU."""
     rank: int
-    world: int
+    world: int  # how many there are
     device: torch.device
 
     @property
@@ -44,9 +52,13 @@ class Processes:
         return self.rank == 0
 
     def share(self, items):
-        """This process's part of a list: a contiguous one, of equal length for all. UserError if it cannot be divided."""
+        """This process's part of a list or tensor: a contiguous one, of equal length for all.
+
+        Raises UserError if it cannot be divided.
+        """
         if len(items) % self.world:
-            raise UserError(f"{len(items)} items cannot be shared by {self.world} processes; choose a multiple")
+            raise UserError(f"{len(items)} items cannot be shared by {self.world} processes; "
+                            f"choose a multiple")
         each = len(items) // self.world
         return items[self.rank * each:(self.rank + 1) * each]
 
@@ -54,12 +66,13 @@ class Processes:
         """Sum over the processes of each value of a dict of numbers."""
         if self.world == 1:
             return dict(values)
-        sums = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=self.device)
+        numbers = [float(value) for value in values.values()]
+        sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
 
     def gather(self, items):
-        """The concatenation of every process's list of plain objects, in the order of ranks, on every process."""
+        """Every process's list of plain objects, concatenated in the order of ranks, on all."""
         if self.world == 1:
             return list(items)
         parts = [None] * self.world
@@ -69,9 +82,9 @@ class Processes:
     def average_gradients(self, parameters):
         """Give every process the mean over processes of each gradient."""
         if self.world > 1:
-            for p in parameters:
-                dist.all_reduce(p.grad)
-                p.grad /= self.world
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world
 
     def wait(self):
         if self.world > 1:
@@ -79,10 +92,8 @@ class Processes:
 
 
 def start_processes(device=None):
-    """Processes of this run: those `torchrun` started, or one. device: cpu or cuda; default cuda if there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
+    """The Processes that `torchrun` started, or one. device: cpu or cuda; without one a GPU."""
+    device = cli.device_of(device)
     if "RANK" not in os.environ:
         return Processes(0, 1, torch.device(device))
     if device == "cuda":
@@ -92,223 +103,39 @@ def start_processes(device=None):
     return Processes(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
-def run_program(args, check, work):
-    """Exit code of check(args), then work(args, processes); what the user can mend is one line on standard error."""
-    try:
-        check(args)
+def run_in_processes(work, args):
+    """The exit code of work(args, processes), with mistakes of the user told in one line."""
+    def work_and_leave():
         processes = start_processes(args.device)
         try:
             return work(args, processes)
         finally:
             if processes.world > 1:
                 dist.destroy_process_group()
-    except (UserError, OSError) as error:
-        say(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on after the last checkpoint")
-        return 130
+
+    return cli.run_program(
+        work_and_leave, "stopped; the same command goes on after the last checkpoint")
 
 
-def batch_places(step, batch, count, seed):
-    """Which of `count` items make the batch of step `step`: every epoch is a permutation of its own."""
-    out = []
+# --------------------------------------------------------------------------------------------------
+# Small parts of a training loop
+
+
+def batch_indices(step, batch, count, seed):
+    """Which of `count` items make the batch of step `step`; every epoch has its own permutation."""
+    indices = []
     for number in range(batch):
-        epoch, place = divmod(step * batch + number, count)
-        if number == 0 or place == 0:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
-        out.append(order[place])
-    return out
+        epoch, index = divmod(step * batch + number, count)
+        if number == 0 or index == 0:
+            generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+            order = torch.randperm(count, generator=generator).tolist()
+        indices.append(order[index])
+    return indices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# State of sharded and of whole tensors
-
-
-def local(tensor):
-    """The part of a tensor that lies on this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(part, tensor):
-    """A local part as a tensor sharded as `tensor` is."""
-    if not isinstance(tensor, DTensor):
-        return part
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
-
-
-def state_of(parameters, optimizer):
-    """This process's part of the parameters and of AdamW's state."""
-    return {"parameters": [local(p.detach()) for p in parameters],
-            "optimizer": [{k: local(v) for k, v in optimizer.state[p].items()} for p in parameters]}
-
-
-def restore_state(state, parameters, optimizer):
-    with torch.no_grad():
-        for p, saved in zip(parameters, state["parameters"], strict=True):
-            local(p).copy_(saved)
-            optimizer.state.pop(p, None)
-    for p, saved in zip(parameters, state["optimizer"], strict=True):
-        if saved:  # none before the first step
-            optimizer.state[p] = {k: v if k == "step" else like(v.to(local(p).device), p) for k, v in saved.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-class Run:
-    """A run's folder. Use as a context: SIGTERM and Ctrl-C then set `stop` in place of ending the program at once."""
-
-    def __init__(self, folder, settings, processes, fixed=()):
-        """settings: written to settings.json. A run that goes on must have the same value of those named in `fixed`."""
-        self.folder, self.processes, self.stop, self.records = Path(folder), processes, None, []
-        path = self.folder / "settings.json"
-        if path.exists():
-            before = read_json(path)
-            changed = [k for k in fixed if before.get(k) != json.loads(json.dumps(settings.get(k)))]
-            if changed:
-                raise UserError(f"{folder} holds a run with " + ", ".join(f"{k} {before.get(k)!r}" for k in changed)
-                               + f", not {', '.join(repr(settings.get(k)) for k in changed)}; choose another --out, or "
-                               f"repeat its settings to go on")
-        if processes.first:
-            write_json(path, settings)
-        processes.wait()
-
-    def __enter__(self):
-        def ask_to_stop(number, frame):
-            if self.stop == signal.SIGINT == number:
-                raise KeyboardInterrupt  # the second Ctrl-C
-            self.stop = number
-        self.before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def stopped(self):
-        """Whether any process was asked to stop; the same answer on all."""
-        return self.processes.total({"stop": self.stop is not None})["stop"] > 0
-
-    def train(self, name, start, total, args, take_step, figures, state, curves):
-        """Take the steps `start`..total − 1, each with a line in the log; evaluate before the first of all and when it is
-        time, save and draw curves. Returns the exit code of a run that was asked to stop, else None.
-
-        take_step(step): ({figure: value} for the log, {name: text} for the progress bar). figures(step): an evaluation's
-        {figure: value} after so many steps. state(): what a checkpoint holds. curves: names of the curves.
-        """
-        def evaluation(step):
-            return {f"eval_{k}": v for k, v in figures(step).items()}
-
-        if not start:
-            self.log({"step": 0, **evaluation(0)})
-        bar = tqdm(total=total, initial=start, desc=name, disable=not self.processes.first, dynamic_ncols=True)
-        with self, bar:
-            for step in range(start + 1, total + 1):
-                record, shown = take_step(step - 1)
-                done, stop = step == total, self.stopped()
-                if done or (args.eval_every and step % args.eval_every == 0):
-                    record = record | evaluation(step)
-                self.log({"step": step, **record})
-                bar.update()
-                bar.set_postfix(shown)
-                if done or stop or step % args.save_every == 0:
-                    self.save(step, state())
-                    self.draw(curves, f"{args.model}, {name}, step {step:,} of {total:,}")
-                if stop and not done:
-                    bar.close()
-                    if self.processes.first:
-                        say(f"stopped after step {step:,}; the same command goes on from there")
-                    return 130 if self.stop == signal.SIGINT else 143
-        return None
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Log
-
-    @property
-    def log_path(self):
-        return self.folder / "log.jsonl"
-
-    def log(self, record):
-        """Append a line; numbers rounded to 7 digits, NaN as null."""
-        record = {k: v if not isinstance(v, float) else float(f"{v:.7g}") if math.isfinite(v) else None
-                  for k, v in record.items()}
-        self.records.append(record)
-        if self.processes.first:
-            with open(self.log_path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
-
-    def read_log(self, step):
-        """Take up the log of a run that goes on after `step`; what a killed run wrote after its checkpoint goes."""
-        self.records = read_records(self.log_path, step)
-        if self.processes.first:
-            temporary = self.log_path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-            os.replace(temporary, self.log_path)
-        self.processes.wait()
-
-    def draw(self, keys, title):
-        """Write curves.png: one panel for each key that the log has."""
-        if self.processes.first and self.records:
-            temporary = self.folder / "curves.tmp"
-            curves(self.records, keys, title).save(temporary, "PNG")
-            os.replace(temporary, self.folder / "curves.png")
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Checkpoints
-
-    def checkpoints(self):
-        """[(step, folder)] of the complete ones, oldest first."""
-        names = ((re.fullmatch(r"checkpoint-(\d+)", p.name), p) for p in self.folder.glob("checkpoint-*"))
-        return sorted((int(match[1]), p) for match, p in names if match)
-
-    def save(self, step, state):
-        """Write this process's state; the checkpoint counts once every process has written its own."""
-        final = self.folder / f"checkpoint-{step:08d}"
-        temporary = self.folder / f"checkpoint-{step:08d}.tmp"
-        temporary.mkdir(exist_ok=True)
-        path = temporary / f"rank{self.processes.rank}of{self.processes.world}.pt"
-        with open(path, "wb") as f:
-            torch.save({"step": step, **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        self.processes.wait()
-        if self.processes.first:
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            for _, old in self.checkpoints()[:-KEEP]:
-                shutil.rmtree(old)
-        self.processes.wait()
-
-    def load(self):
-        """This process's state of the last complete checkpoint, or None. UserError if it cannot be used."""
-        if self.processes.first:
-            for half in self.folder.glob("checkpoint-*.tmp"):
-                shutil.rmtree(half)
-        self.processes.wait()
-        found = self.checkpoints()
-        if not found:
-            return None
-        folder, p = found[-1][1], self.processes
-        path = folder / f"rank{p.rank}of{p.world}.pt"
-        if not path.exists():
-            written = next((q.stem.partition("of")[2] for q in folder.glob("rank0of*.pt")), "no")
-            raise UserError(f"{folder} was written by {written} processes and this run has {p.world}; start as many, or "
-                           f"choose another --out")
-        try:
-            return torch.load(path, map_location=p.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise UserError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on from the one "
-                           f"before") from error
-
-
-def peak_memory(device):
-    """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+def linear(first, last, step, total):
+    """The learning rate of step 0..total − 1, on a line from `first` to `last`."""
+    return first + (last - first) * (step / max(1, total - 1))
 
 
 class Timer:
@@ -319,47 +146,285 @@ class Timer:
 
     def lap(self):
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        seconds = now - self.last
+        self.last = now
         return seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves
+def peak_memory(device):
+    """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**30
 
 
-def curves(records, keys, title, columns=3, panel=(300, 170)):
-    """A picture of small panels, one for each key: every value in grey, their running mean in blue, over the steps."""
-    keys = [k for k in keys if any(isinstance(r.get(k), (int, float)) for r in records)]
-    (W, H), top, font = panel, 28, ImageFont.load_default(12)
-    rows = max(1, math.ceil(len(keys) / columns))
-    sheet = Image.new("RGB", (columns * W, top + rows * H), "white")
+# --------------------------------------------------------------------------------------------------
+# State of sharded and of whole tensors. Under FSDP2 a parameter is a DTensor, of which this process
+# holds a part; each process saves and restores its own part, so nothing is ever gathered.
+
+
+def local(tensor):
+    """The part of a tensor that lies on this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(part, tensor):
+    """A local part as a tensor sharded as `tensor` is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements,
+                              shape=tensor.shape, stride=tensor.stride())
+
+
+def state_of(parameters, optimizer):
+    """This process's part of the parameters and of AdamW's state."""
+    moments = []
+    for parameter in parameters:
+        moments.append({name: local(value) for name, value in optimizer.state[parameter].items()})
+    return {"parameters": [local(p.detach()) for p in parameters], "optimizer": moments}
+
+
+@torch.no_grad()
+def restore_state(state, parameters, optimizer):
+    """Give the parameters and the optimizer what `state_of` gave."""
+    pairs = zip(parameters, state["parameters"], state["optimizer"], strict=True)
+    for parameter, saved, moments in pairs:
+        local(parameter).copy_(saved)
+        optimizer.state.pop(parameter, None)
+        own = {}
+        for name, value in moments.items():
+            # AdamW counts its steps in a whole tensor on the CPU, also beside sharded moments
+            if name != "step":
+                value = sharded_like(value.to(local(parameter).device), parameter)
+            own[name] = value
+        if own:  # there are no moments before the first step
+            optimizer.state[parameter] = own
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder
+
+
+class Run:
+    """A run's folder. Within `with run:` SIGTERM and Ctrl-C set a flag that `stopped` reads, so
+    that the step at hand is finished and saved; a second Ctrl-C ends the program at once.
+
+    settings: written to settings.json. A run that goes on must have the same value of those named
+    in `fixed`; else UserError.
+    """
+
+    def __init__(self, folder, settings, processes, fixed=()):
+        self.folder = Path(folder)
+        self.processes = processes
+        self.signal = None  # that asked this process to stop
+        self.records = []  # the log's lines
+        settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
+        path = self.folder / "settings.json"
+        if path.exists():
+            before = read_json(path)
+            changed = [name for name in fixed if before.get(name) != settings.get(name)]
+            if changed:
+                held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
+                given = ", ".join(repr(settings.get(name)) for name in changed)
+                raise UserError(f"{folder} holds a run with {held}, not {given}; choose another "
+                                f"--out, or repeat its settings to go on")
+        if processes.first:
+            write_json(path, settings)
+        processes.wait()
+
+    def __enter__(self):
+        self.handlers = {number: signal.signal(number, self.ask_to_stop)
+                         for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def ask_to_stop(self, number, frame):
+        if self.signal == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def stopped(self):
+        """Whether any process was asked to stop; the same answer on all."""
+        return self.processes.total({"stop": self.signal is not None})["stop"] > 0
+
+    def stop_code(self, step):
+        """Say that the run has stopped after `step`; the exit code: 130 for Ctrl-C, else 143."""
+        if self.processes.first:
+            cli.say(f"stopped after step {step:,}; the same command goes on from there")
+        return 130 if self.signal == signal.SIGINT else 143
+
+    # ----------------------------------------------------------------------------------------------
+    # Log and curves
+
+    @property
+    def log_path(self):
+        return self.folder / "log.jsonl"
+
+    def log(self, record):
+        """Append a line; numbers rounded to 7 digits, NaN as null."""
+        rounded = {}
+        for name, value in record.items():
+            if isinstance(value, float):
+                value = float(f"{value:.7g}") if math.isfinite(value) else None
+            rounded[name] = value
+        self.records.append(rounded)
+        if self.processes.first:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rounded) + "\n")
+
+    def read_log(self, step):
+        """Take up the log of a run that goes on after `step`; lines of later steps, which a killed
+        run wrote after its last checkpoint, go."""
+        self.records = read_records(self.log_path, step)
+        if self.processes.first:
+            write_rows(self.log_path, self.records)
+        self.processes.wait()
+
+    def draw(self, keys, title):
+        """Write curves.png: one panel for each key that the log has."""
+        if self.processes.first and self.records:
+            save_png(draw_curves(self.records, keys, title), self.folder / "curves.png")
+
+    # ----------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def checkpoints(self):
+        """The folders of the complete ones, oldest first."""
+        return sorted(self.folder.glob("checkpoint-" + "[0-9]" * 8))
+
+    def file_in(self, folder):
+        """This process's file in the folder of a checkpoint."""
+        return folder / f"rank{self.processes.rank}of{self.processes.world}.pt"
+
+    def save(self, step, state):
+        """Write this process's state, a dict, after `step` steps.
+
+        The folder gets its final name, and so counts, when every process has written its file.
+        """
+        final = self.folder / f"checkpoint-{step:08d}"
+        temporary = final.with_suffix(".tmp")
+        temporary.mkdir(exist_ok=True)
+        with open(self.file_in(temporary), "wb") as file:
+            torch.save({"step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.processes.wait()
+        if self.processes.first:
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(temporary, final)
+            for old in self.checkpoints()[:-KEEP]:
+                shutil.rmtree(old)
+        self.processes.wait()
+
+    def load(self):
+        """This process's state of the last complete checkpoint, or None.
+
+        Raises UserError if it was written by another number of processes, or is damaged.
+        """
+        if self.processes.first:
+            for half in self.folder.glob("checkpoint-*.tmp"):
+                shutil.rmtree(half)
+        self.processes.wait()
+        found = self.checkpoints()
+        if not found:
+            return None
+        folder = found[-1]
+        path = self.file_in(folder)
+        if not path.exists():
+            worlds = [file.stem.partition("of")[2] for file in folder.glob("rank0of*.pt")] or ["no"]
+            raise UserError(f"{folder} was written by {worlds[0]} processes and this run has "
+                            f"{self.processes.world}; start as many, or choose another --out")
+        try:
+            return torch.load(path, map_location=self.processes.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise UserError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on "
+                            f"from the one before") from error
+
+
+def draw_curves(records, keys, title):
+    """A picture of panels, three in a row, one for each key of the records that has numbers: every
+    value in grey over the steps, their running mean in blue."""
+    keys = [key for key in keys if any(record.get(key) is not None for record in records)]
+    sheet = Image.new("RGB", (900, 28 + 170 * max(1, math.ceil(len(keys) / 3))), "white")
     draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
     draw.text((10, 8), title, "black", font)
-    for k, key in enumerate(keys):
-        x0, y0 = k % columns * W + 52, top + k // columns * H + 24
-        w, h = W - 66, H - 48
-        points = [(r["step"], float(r[key])) for r in records if isinstance(r.get(key), (int, float))]
-        steps, values = zip(*points)
-        low, high = min(values), max(values)
-        spread, span = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
-
-        def place(step, value, x0=x0, y0=y0, w=w, h=h, low=low, spread=spread, first=steps[0], span=span):
-            return x0 + w * (step - first) / span, y0 + h * (1 - (value - low) / spread)
-
-        draw.rectangle((x0, y0, x0 + w, y0 + h), outline=(190, 190, 190))
-        draw.text((x0, y0 - 17), key, "black", font)
-        draw.text((x0 - 5, y0), f"{high:.3g}", (90, 90, 90), font, anchor="rt")
-        draw.text((x0 - 5, y0 + h), f"{low:.3g}", (90, 90, 90), font, anchor="rb")
-        draw.text((x0, y0 + h + 3), f"{steps[0]}", (90, 90, 90), font)
-        draw.text((x0 + w, y0 + h + 3), f"{steps[-1]}", (90, 90, 90), font, anchor="rt")
-        mean, smooth, keep = values[0], [], 1 - 1 / max(1, min(20, len(values) / 10))
-        for step, value in points:
-            mean = keep * mean + (1 - keep) * value
-            smooth.append(place(step, mean))
-        dots = [place(*point) for point in points]
-        if len(dots) > 1:
-            draw.line(dots, (205, 205, 205))
-            draw.line(smooth, (30, 90, 200), 2)
-        else:
-            draw.ellipse((dots[0][0] - 2, dots[0][1] - 2, dots[0][0] + 2, dots[0][1] + 2), (30, 90, 200))
+    for number, key in enumerate(keys):
+        # 1. the panel's frame
+        left = 300 * (number % 3) + 52
+        right = left + 234
+        top = 170 * (number // 3) + 52
+        bottom = top + 122  # y grows downwards
+        draw.rectangle((left, top, right, bottom), outline=(190, 190, 190))
+        draw.text((left, top - 17), key, "black", font)
+        # 2. steps and values in pixels
+        points = np.array([(r["step"], r[key]) for r in records if r.get(key) is not None])  # [N,2]
+        low = points.min(axis=0)
+        high = points.max(axis=0)
+        share = (points - low) / np.where(high > low, high - low, 1)
+        dots = (left, bottom) + share * (right - left, top - bottom)
+        # 3. their running mean, over 20 values, fewer in a short run
+        smooth = dots.copy()
+        weight = 1 / max(1, min(20, len(dots) / 10))
+        for i in range(1, len(dots)):
+            smooth[i, 1] = (1 - weight) * smooth[i - 1, 1] + weight * dots[i, 1]
+        draw.line(dots.flatten().tolist(), (205, 205, 205))
+        draw.line(smooth.flatten().tolist(), (30, 90, 200), 2)
+        draw.circle(smooth[-1].tolist(), 2, (30, 90, 200))
+        # 4. the ends of both axes
+        draw.text((left - 5, top), f"{high[1]:.3g}", (90, 90, 90), font, anchor="rt")
+        draw.text((left - 5, bottom), f"{low[1]:.3g}", (90, 90, 90), font, anchor="rb")
+        draw.text((left, bottom + 3), f"{low[0]:.0f}", (90, 90, 90), font)
+        draw.text((right, bottom + 3), f"{high[0]:.0f}", (90, 90, 90), font, anchor="rt")
     return sheet
+
+
+# --------------------------------------------------------------------------------------------------
+# LEGACY: old names, until every program has its own loop
+
+
+like = sharded_like
+curves = draw_curves
+batch_places = batch_indices
+
+
+def run_program(args, check, work):
+    def checked(args, processes):
+        check(args)
+        return work(args, processes)
+    return run_in_processes(checked, args)
+
+
+def train(self, name, start, total, args, take_step, figures, state, curves):
+    from tqdm import tqdm
+
+    def evaluation(step):
+        return {f"eval_{k}": v for k, v in figures(step).items()}
+
+    if not start:
+        self.log({"step": 0, **evaluation(0)})
+    bar = tqdm(total=total, initial=start, desc=name, disable=not self.processes.first)
+    with self, bar:
+        for step in range(start + 1, total + 1):
+            record, shown = take_step(step - 1)
+            done, stop = step == total, self.stopped()
+            if done or (args.eval_every and step % args.eval_every == 0):
+                record = record | evaluation(step)
+            self.log({"step": step, **record})
+            bar.update()
+            bar.set_postfix(shown)
+            if done or stop or step % args.save_every == 0:
+                self.save(step, state())
+                self.draw(curves, f"{args.model}, {name}, step {step:,} of {total:,}")
+            if stop and not done:
+                bar.close()
+                return self.stop_code(step)
+    return None
+
+
+Run.train = train

@@ -1,4 +1,4 @@
-"""A run's folder: checkpoints that survive a kill, the log, curves, signals."""
+"""Processes; a run's folder: checkpoints that survive a kill, the log, curves, signals."""
 
 import copy
 import json
@@ -10,15 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from parts import run as training
 from parts.cli import UserError
 from parts.files import read_records, whole_records
+from parts.run import (
+    Processes,
+    Run,
+    batch_indices,
+    draw_curves,
+    linear,
+    restore_state,
+    start_processes,
+    state_of,
+)
 
-ALONE = training.Processes(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def make(folder, **settings):
-    return training.Run(folder, {"lr": 0.1, "seed": 0, **settings}, ALONE, fixed=("lr", "seed"))
+    return Run(folder, {"lr": 0.1, "seed": 0, **settings}, ALONE, fixed=("lr", "seed"))
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
@@ -33,7 +42,7 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     run = make(tmp_path)
     for step in (2, 9, 10, 11):
         run.save(step, {})
-    assert [step for step, _ in run.checkpoints()] == [10, 11]
+    assert [folder.name for folder in run.checkpoints()] == ["checkpoint-00000010", "checkpoint-00000011"]
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
@@ -56,8 +65,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_another_number_of_processes_is_refused(tmp_path):
     make(tmp_path).save(2, {})
-    two = training.Run(tmp_path, {}, training.Processes(0, 1, torch.device("cpu")))
-    two.processes = training.Processes(1, 1, torch.device("cpu"))
+    two = Run(tmp_path, {}, ALONE)
+    two.processes = Processes(1, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="written by 1 processes"):
         two.load()
 
@@ -83,12 +92,13 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_the_run_to_stop_and_the_old_handler_comes_back(tmp_path, number):
+def test_a_signal_asks_the_run_to_stop_and_the_old_handler_comes_back(tmp_path, number, capsys):
     before, run = signal.getsignal(number), make(tmp_path)
     with run:
         assert not run.stopped()
         os.kill(os.getpid(), number)
-        assert run.stopped() and run.stop == number
+        assert run.stopped() and run.stop_code(7) == 128 + number
+    assert capsys.readouterr().err.startswith("stopped after step 7;")
     assert signal.getsignal(number) == before
 
 
@@ -110,10 +120,10 @@ def test_optimizer_state_is_restored_bit_for_bit():
 
     p, optimizer = start()
     steps(p, optimizer, 3)
-    state = copy.deepcopy(training.state_of([p], optimizer))
+    state = copy.deepcopy(state_of([p], optimizer))
     steps(p, optimizer, 2)
     q, other = start()
-    training.restore_state(state, [q], other)
+    restore_state(state, [q], other)
     steps(q, other, 2)
     assert torch.equal(p, q)
 
@@ -122,23 +132,36 @@ def test_curves_show_every_key_that_has_numbers():
     rng = np.random.default_rng(0)
     records = [{"step": i, "reward": i / 50 + rng.normal() / 5, "kl": None} for i in range(50)]
     records[-1]["eval"] = 0.5
-    with_one, with_two = (np.asarray(training.curves(records, keys, "t")) for keys in (["reward"], ["reward", "eval", "kl"]))
+    with_one, with_two = (np.asarray(draw_curves(records, keys, "t")) for keys in (["reward"], ["reward", "eval", "kl"]))
     blue = [int(((x == (30, 90, 200)).all(-1)).sum()) for x in (with_one, with_two)]
     assert blue[0] > 100 and blue[1] > blue[0]  # the line, then also a dot for the single value
     assert with_two.shape == (28 + 170, 900, 3)
 
 
+def test_every_epoch_is_a_permutation_of_its_own():
+    indices = [i for step in range(6) for i in batch_indices(step, 4, 8, seed=1)]
+    epochs = [indices[start:start + 8] for start in (0, 8, 16)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert batch_indices(0, 24, 8, seed=1) == indices  # also when a batch is longer than an epoch
+    assert indices[:4] != batch_indices(0, 4, 8, seed=2)
+
+
+def test_the_learning_rate_goes_from_its_first_value_to_its_last():
+    assert [linear(1.0, 0.5, step, 3) for step in range(3)] == [1.0, 0.75, 0.5]
+    assert linear(1.0, 0.5, 0, 1) == 1.0
+
+
 def test_shares_are_equal_and_cover_everything():
-    parts = [training.Processes(r, 3, torch.device("cpu")).share(list(range(12))) for r in range(3)]
+    parts = [Processes(r, 3, torch.device("cpu")).share(list(range(12))) for r in range(3)]
     assert [x for part in parts for x in part] == list(range(12)) and {len(p) for p in parts} == {4}
     with pytest.raises(UserError, match="cannot be shared by 3"):
-        training.Processes(0, 3, torch.device("cpu")).share([1, 2])
+        Processes(0, 3, torch.device("cpu")).share([1, 2])
 
 
 def test_a_gpu_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="sees no GPU"):
-            training.start_processes("cuda")
+            start_processes("cuda")
 
 
 @pytest.mark.parametrize("half", [b"", b'{"id": "ha', b'{"id": 3}'], ids=["whole", "torn", "without its end of line"])
