@@ -81,7 +81,7 @@ def picture_side(text):
 def add_settings(made, settings):
     """Add a flag for each of {name: (paper's value, the miniature's, type, help)} to a parser.
 
-    A help that begins with "[--other-name] " gives the flag that second name, by which other
+    A tuple in place of a type holds the words to choose from. A help that begins with "[--other-name] " gives the flag that second name, by which other
     programs of the field know it.
     """
     for name, (paper, tiny, kind, text) in settings.items():
@@ -89,7 +89,9 @@ def add_settings(made, settings):
         if text.startswith("["):
             other, text = text[1:].split("] ", 1)
             names.append(other)
-        made.add_argument(*names, type=kind, help=f"{text} (paper: {shown(paper)}, tiny: {shown(tiny)})")
+        kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        defaults = f"(paper: {shown(paper)}, tiny: {shown(tiny)})"
+        made.add_argument(*names, **kind, help=f"{text} {defaults}")
 
 
 def shown(value):
