@@ -81,8 +81,8 @@ def picture_side(text):
 def add_settings(made, settings):
     """Add a flag for each of {name: (paper's value, the miniature's, type, help)} to a parser.
 
-    A tuple in place of a type holds the words to choose from. A help that begins with "[--other-name] " gives the flag that second name, by which other
-    programs of the field know it.
+    A tuple in place of a type holds the words to choose from. A help that begins with
+    "[--other-name] " gives the flag that second name, by which other programs know it.
     """
     for name, (paper, tiny, kind, text) in settings.items():
         names = ["--" + name.replace("_", "-")]
