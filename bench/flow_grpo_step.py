@@ -134,7 +134,7 @@ def steps_of(args):
 
 def adapter_gap(ours, theirs):
     """Distance of the two adapters, relative to theirs."""
-    views = lora.lora_views(ours, ours.lora_targets())
+    views = lora.lora_views(ours)
     state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     if views.keys() != state.keys():
         raise ValueError(f"the adapters differ in {sorted(views.keys() ^ state.keys())[:4]}")

@@ -33,7 +33,7 @@ def with_adapters(args):
     for p in trained(ours):
         p.data.normal_(0, 0.02)
     with tempfile.TemporaryDirectory() as folder:
-        lora.save_lora(folder, ours, targets, args.rank, 2 * args.rank, "random")
+        lora.save_lora(folder, ours, "random")
         theirs = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
     return ours, theirs
 

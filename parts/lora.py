@@ -1,4 +1,13 @@
-"""LoRA: a frozen model with a small trained change (Hu et al. 2021), in peft's file layout."""
+"""LoRA: a frozen model with a small trained change (Hu et al. 2021), in peft's file layout.
+
+    targets = {"layers.0.qkv_proj": {"layers.0.q_proj": 64, "layers.0.k_proj": 64, "layers.0.v_proj": 64}}
+    add_lora(model, targets, rank=32, alpha=64)
+    save_lora("adapter", model, base="owner/name")
+
+`targets` are {path of a linear layer: {peft's name of a projection in it: its rows}}, as
+`weights.projections` gives them. peft puts a change of its own on each published projection, so a
+fused layer here gets one change for each projection that it fuses.
+"""
 
 import math
 from contextlib import contextmanager
@@ -14,19 +23,24 @@ from parts.weights import index, load, save
 
 
 class LoRA(nn.Module):
-    """A linear layer W and, for each of the projections fused in it, a trained change: y = W·x + alpha/rank · B·A·x.
+    """y = W·x + alpha/rank · B·A·x around a linear layer W, with a B·A for each projection in it.
 
-    rows: outputs of each projection, e.g. those of q, k and v. Each has its own A [rank, in] and B [rows, rank], as if the
-    projections were separate layers; B starts at 0. A and B are float32 whatever W is.
+    rows: {peft's name: outputs} of the projections. Each has its own A [rank,in] and B [rows,rank],
+    as if the projections were separate layers. A and B are float32 whatever W is: a step of the
+    optimizer is smaller than what bfloat16 can tell apart.
     """
 
     def __init__(self, linear, rows, rank, alpha):
         super().__init__()
         device = linear.weight.device
-        self.linear, self.rank, self.scale, self.enabled = linear, rank, alpha / rank, True
+        self.linear = linear
+        self.names = tuple(rows)
+        self.rank = rank
+        self.alpha = alpha
+        self.enabled = True
         self.A = nn.Parameter(torch.empty(len(rows) * rank, linear.in_features, device=device))
-        self.B = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows.values())
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # B = 0, so at first nothing is changed
 
     @property
     def weight(self):
@@ -40,23 +54,32 @@ class LoRA(nn.Module):
         y = self.linear(x)
         if not self.enabled:
             return y
+        # All A in one product, as they read the same x; then each projection's own B.
         low = F.linear(x.to(self.A.dtype), self.A).split(self.rank, dim=-1)
         change = torch.cat([F.linear(z, B) for z, B in zip(low, self.B, strict=True)], dim=-1)
-        return y + (self.scale * change).to(y.dtype)
+        return y + (self.alpha / self.rank * change).to(y.dtype)
+
+    def pairs(self):
+        """[(peft's name, A [rank,in], B [rows,rank])] of the projections."""
+        return list(zip(self.names, self.A.split(self.rank), self.B, strict=True))
 
 
 def add_lora(model, targets, rank, alpha):
-    """Freeze a model and put a LoRA around the linear layers of `targets`, {module path: {peft's name: rows}}."""
+    """Freeze a model and put a LoRA around each linear layer of `targets`."""
     model.requires_grad_(False)
-    for path, parts in targets.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, LoRA(model.get_submodule(path), parts.values(), rank, alpha))
+    for path, rows in targets.items():
+        model.set_submodule(path, LoRA(model.get_submodule(path), rows, rank, alpha))
+
+
+def lora_layers(model):
+    """{path: LoRA} of a model."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRA)}
 
 
 @contextmanager
 def lora_disabled(model):
-    """Within this context the model is the one it was before `add_lora`: the reference of the KL terms."""
-    layers = [m for m in model.modules() if isinstance(m, LoRA)]
+    """Within it the model is what it was before `add_lora`: the reference of the KL terms."""
+    layers = lora_layers(model).values()
     for layer in layers:
         layer.enabled = False
     try:
@@ -66,41 +89,59 @@ def lora_disabled(model):
             layer.enabled = True
 
 
-def lora_views(model, targets):
-    """Views of the adapter alone, under peft's names."""
-    views = {}
-    for path, parts in targets.items():
-        layer = model.get_submodule(path)
-        for name, A, B in zip(parts, layer.A.split(layer.rank), layer.B, strict=True):
-            views |= {f"base_model.model.{name}.lora_A.weight": [A], f"base_model.model.{name}.lora_B.weight": [B]}
-    return views
-
-
-def save_lora(folder, model, targets, rank, alpha, base):
-    """Write an adapter as peft does. base: folder or hub id of the model it belongs to."""
-    save(Path(folder) / "adapter_model.safetensors", lora_views(model, targets))
-    write_json(Path(folder) / "adapter_config.json", {
-        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
-        "bias": "none", "target_modules": sorted({name for parts in targets.values() for name in parts})})
-
-
-def load_lora(folder, model, targets):
-    """Read an adapter that `save_lora` or peft wrote for these targets, and merge it into the weights of the model."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    try:
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/adapter_config.json: no usable r and lora_alpha ({error})") from error
-    add_lora(model, targets, rank, alpha)
-    load(lora_views(model, targets), index(Path(folder) / "adapter_model.safetensors"), folder)
-    merge_lora(model)
-
-
 @torch.no_grad()
 def merge_lora(model):
     """Add every LoRA's change to its weight and take the LoRA away."""
-    for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoRA)]:
-        change = torch.cat([B @ A for B, A in zip(layer.B, layer.A.split(layer.rank), strict=True)])
-        layer.weight.add_((layer.scale * change).to(layer.weight.dtype))
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer.linear)
+    for path, layer in lora_layers(model).items():
+        change = torch.cat([B @ A for _, A, B in layer.pairs()])
+        layer.weight.add_((layer.alpha / layer.rank * change).to(layer.weight.dtype))
+        model.set_submodule(path, layer.linear)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def lora_views(model, *_):
+    """Views of the adapter alone, under peft's names."""
+    views = {}
+    for layer in lora_layers(model).values():
+        for name, A, B in layer.pairs():
+            views[f"base_model.model.{name}.lora_A.weight"] = [A]
+            views[f"base_model.model.{name}.lora_B.weight"] = [B]
+    return views
+
+
+def save_lora(folder, model, *base):
+    """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to."""
+    layers = lora_layers(model).values()
+    first = next(iter(layers))
+    save(Path(folder) / "adapter_model.safetensors", lora_views(model))
+    write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "base_model_name_or_path": str(base[-1]), "r": first.rank,
+        "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({name for layer in layers for name in layer.names})})
+
+
+def load_lora(folder, model, targets):
+    """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
+
+    targets: the layers that it changes. Raises UserError for an adapter of other layers, or one
+    whose change is not alpha/rank · B·A.
+    """
+    file = Path(folder) / "adapter_config.json"
+    config = read_json(file)
+    try:
+        rank = int(config["r"])
+        alpha = float(config["lora_alpha"])
+        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+            if config.get(option):
+                raise ValueError(f"{option} is not supported")
+        if rank < 1:
+            raise ValueError(f"r is {rank}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA") from error
+    add_lora(model, targets, rank, alpha)
+    load(lora_views(model), index(Path(folder) / "adapter_model.safetensors"), folder)
+    merge_lora(model)

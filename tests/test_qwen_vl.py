@@ -769,7 +769,7 @@ def test_our_adapter_is_read_by_peft_and_peft_s_by_us(pair, tmp_path):
     for p in ours.parameters():
         if p.requires_grad:
             p.normal_(0, 0.1)
-    lora.save_lora(tmp_path / "ours", ours, ours.lora_targets(), 4, 8, tmp_path / "base")
+    lora.save_lora(tmp_path / "ours", ours, tmp_path / "base")
     inputs = reference_inputs(theirs, [ours.processor(CONVERSATIONS["odd"])])
     ids, pixels, grids = inputs["input_ids"], inputs["pixel_values"], inputs["image_grid_thw"]
     expected = ours(ids, pixels, grids)

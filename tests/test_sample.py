@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import data
 import feedback
 import sample
+from parts import lora
 from parts.pipeline import TINY, Generator, load_generator
 from tests.checkpoint import make_pipeline
 from tiny import scenes
@@ -274,11 +275,11 @@ def test_an_interruption_keeps_the_finished_pictures(tmp_path, monkeypatch, caps
 def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
     model = load_generator(TINY).mmdit
     torch.manual_seed(0)
-    sample.weights.add_lora(model, model.lora_targets(), 4, 8.0)
+    lora.add_lora(model, model.lora_targets(), 4, 8.0)
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
-    sample.weights.save_lora(tmp_path / "adapter", model, model.lora_targets(), 4, 8.0, "tiny/weights")
+    lora.save_lora(tmp_path / "adapter", model, "tiny/weights")
     pictures = {}
     for name, extra in {"with": ("--adapter", tmp_path / "adapter"), "without": ("--no-adapter",)}.items():
         assert run("--v", 7, "--a", 3, "--steps", 2, "--judge", "none", "--out", tmp_path / name, *extra) == 0

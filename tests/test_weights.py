@@ -1,6 +1,7 @@
 """Finding, checking, reading and writing safetensors."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mmdit
-from parts import lora, weights
+from parts import weights
 from parts.cli import UserError
-from parts.files import write_json
 
 
 def refused(match):
@@ -28,7 +28,7 @@ def test_every_difference_is_named(tmp_path):
     views = {"a": [torch.zeros(2)], "b": [torch.zeros(3, 3)], "c": [torch.zeros(4)]}
     with refused("3 tensors") as caught:
         weights.load(views, weights.index(tmp_path), "x", optional=["*position_ids"])
-    for text in ("missing c [4]", "b is [3, 2], expected [3, 3]", "unexpected extra [1]"):
+    for text in ("missing c [4]", "b is [3, 2], expected [3, 3]", "unexpected 'extra' [1]"):
         assert text in str(caught.value)
     assert "position_ids" not in str(caught.value)
 
@@ -74,11 +74,77 @@ def test_truncated_foreign_and_missing_files_are_told_apart(tmp_path):
         weights.index(tmp_path)
 
 
+def tensor(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def as_text(**tensors):
+    return json.dumps(tensors)
+
+
+A = json.dumps(tensor(0, 8))
+
+
+@pytest.mark.parametrize("header, size", [
+    (as_text(a=tensor(-8, 0)), 8), (as_text(a=tensor(8, 0)), 8), (as_text(a=tensor(0, 8), b=tensor(4, 12)), 12),
+    (as_text(a=tensor(0, 8), b=tensor(12, 20)), 20), (as_text(a=tensor(0, 4)), 4), (as_text(a=tensor(0, 12)), 12),
+    (as_text(a=tensor(0, 8)), 7), (as_text(a=tensor(0, 8)), 9), (as_text(a=tensor(0, 8, (-1, -2))), 8),
+    (as_text(a=tensor(0, 8, (2**62, 8))), 8), (as_text(a=tensor(0, 8, dtype="F31")), 8),
+    (as_text(a={"dtype": "F32"}), 8), (as_text(a=tensor(0.5, 8.5)), 9), ("[]", 0), ("{", 0), ("\xff", 0),
+    (f'{{"a": {A}, "a": {json.dumps(tensor(8, 16))}}}', 16),
+    (json.dumps({"a": tensor(0, 8), "b\n\x1b[31m": tensor(4, 12)}), 12),
+], ids=["negative", "backwards", "overlap", "gap", "too short for its shape", "too long for its shape", "file too short",
+        "file too long", "negative shape", "huge shape", "unknown dtype", "no shape", "fractions", "list", "half a header",
+        "no JSON", "twice", "odd name"])
+def test_a_malformed_header_is_refused_in_one_line(tmp_path, header, size):
+    text = header.encode("latin-1")
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with refused("x.safetensors: truncated or not a readable safetensors file .*download it again") as caught:
+        weights.index(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_offsets_of_a_header_in_any_order_are_right(tmp_path):
+    text = as_text(z=tensor(0, 8), empty=tensor(8, 8, (0, 3)), a=tensor(12, 20), scalar=tensor(8, 12, ())).encode()
+    (tmp_path / "x.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + torch.arange(5, dtype=torch.float32).numpy().tobytes())
+    targets = {"z": torch.zeros(2), "empty": torch.zeros(0, 3), "a": torch.zeros(2), "scalar": torch.zeros(())}
+    weights.load({name: [target] for name, target in targets.items()}, weights.index(tmp_path), tmp_path)
+    assert [targets[n].tolist() for n in ("z", "scalar", "a")] == [[0, 1], 2, [3, 4]]
+
+
+def test_quantised_tensors_are_refused(tmp_path):
+    save_file({"a\n": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with refused(r"'a\\n' is stored as F8_E4M3; give a checkpoint in float32") as caught:
+        weights.index(tmp_path)
+    assert str(caught.value).isprintable()
+    save_file({"a": torch.zeros(2, dtype=torch.uint8), "b\n": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with refused(r"a is torch.uint8, expected torch.float32; unexpected 'b\\n' \[1\]"):
+        weights.load({"a": [torch.zeros(2)]}, weights.index(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("content", [
+    {}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, {"weight_map": {"a": None, "b": "c"}}])
+def test_an_index_without_shards_is_refused(tmp_path, content):
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(content))
+    with refused("m.safetensors.index.json: no index of shards"):
+        weights.index(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    for name in ("1.safetensors", "2.safetensors"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    with refused("'a' is in two files"):
+        weights.index(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "m-00001-of-00002.safetensors")
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"}}))
-    with refused("m-00002-of-00002.safetensors: missing"):
+    with refused("missing shards .*m-00002-of-00002.safetensors"):
         weights.index(tmp_path)
 
 
@@ -88,6 +154,38 @@ def test_half_precision_variants_beside_the_weights_are_ignored(tmp_path):
     target = torch.zeros(1)
     weights.load({"a": [target]}, weights.index(tmp_path), tmp_path)
     assert target == 1
+
+
+class Grouped(torch.nn.Module):
+    """Grouped-query attention as in Qwen2.5: q has more rows than k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv_proj, self.o_proj = torch.nn.Linear(4, 8), torch.nn.Linear(4, 4, bias=False)
+        self.gate_up_proj, self.norm = torch.nn.Linear(4, 6), torch.nn.LayerNorm(4)
+
+
+FUSED = {"qkv_proj": {"q_proj": 4, "k_proj": 2, "v_proj": 2}, "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def test_fused_projections_are_split_into_their_published_names():
+    layers = torch.nn.ModuleList([Grouped()])
+    views = weights.named_views(layers, FUSED, "model.layers.")
+    assert {name.removeprefix("model.layers.0."): shape for name, shape in weights.shapes(views).items()} == {
+        "q_proj.weight": (4, 4), "k_proj.weight": (2, 4), "v_proj.weight": (2, 4), "q_proj.bias": (4,), "k_proj.bias": (2,),
+        "v_proj.bias": (2,), "o_proj.weight": (4, 4), "gate_proj.weight": (3, 4), "up_proj.weight": (3, 4),
+        "gate_proj.bias": (3,), "up_proj.bias": (3,), "norm.weight": (4,), "norm.bias": (4,)}
+    assert torch.equal(views["model.layers.0.v_proj.weight"][0], layers[0].qkv_proj.weight[6:])
+    assert weights.projections("model.layers.0.gate_up_proj", 6, FUSED) == {
+        "model.layers.0.gate_proj": 3, "model.layers.0.up_proj": 3}
+    assert weights.projections("qkv_proj", 8, FUSED) == FUSED["qkv_proj"]
+    assert weights.projections("a.o_proj", 4, FUSED) == {"a.o_proj": 4}
+
+
+def test_names_are_rewritten_by_a_table():
+    views = weights.renamed({"blocks.3.q.weight": [], "norm.weight": []},
+                            [(r"^blocks\.(\d+)\.", r"encoder.\1."), (r"^norm\.", "final."), (r"\.q\.", ".to_q.")])
+    assert list(views) == ["encoder.3.to_q.weight", "final.weight"]
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.safetensors", "a/b/c", "plain"])
@@ -139,8 +237,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 LOAD = """
 import sys, torch, mmdit
-from parts import lora
-from parts.cli import UserError
 def kilobytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 before = kilobytes("VmRSS")
@@ -161,81 +257,3 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=Path(mmdit.__file__).parent,
                           capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-
-class Pair(torch.nn.Module):
-    """A fused layer of two projections (3 and 5 rows), then a plain one."""
-
-    def __init__(self):
-        super().__init__()
-        self.fused, self.plain = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4, bias=False)
-
-    def forward(self, x):
-        return self.plain(self.fused(x))
-
-
-TARGETS = {"fused": {"at.first": 3, "at.second": 5}, "plain": {"at.last": 4}}
-
-
-def adapted(seed=0, rank=2, alpha=6):
-    torch.manual_seed(seed)
-    model = Pair()
-    lora.add_lora(model, TARGETS, rank, alpha)
-    for p in model.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p)
-    return model
-
-
-def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
-    torch.manual_seed(0)
-    model, x = Pair(), torch.randn(7, 6)
-    before = model(x)
-    lora.add_lora(model, TARGETS, 2, 4)
-    assert torch.equal(model(x), before)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "fused.A", "fused.B.0", "fused.B.1", "plain.A", "plain.B.0"}
-
-
-def test_each_fused_projection_has_an_adapter_of_its_own():
-    model, x = adapted(), torch.randn(7, 6)
-    layer = model.fused
-    first = 3.0 * layer.B[0] @ layer.A[:2] + layer.weight[:3]
-    second = 3.0 * layer.B[1] @ layer.A[2:] + layer.weight[3:]
-    torch.testing.assert_close(layer(x), x @ torch.cat([first, second]).T + layer.bias)
-
-
-def test_switched_off_the_model_is_what_it_was_and_merged_it_gives_the_same():
-    model, x = adapted(), torch.randn(7, 6)
-    on = model(x)
-    with lora.lora_disabled(model):
-        torch.testing.assert_close(model(x), model.plain.linear(model.fused.linear(x)))
-    assert torch.equal(model(x), on)
-    lora.merge_lora(model)
-    assert type(model.fused) is torch.nn.Linear
-    torch.testing.assert_close(model(x), on)
-
-
-def test_an_adapter_is_on_again_after_an_error():
-    model, x = adapted(), torch.randn(7, 6)
-    on = model(x)
-    with pytest.raises(ZeroDivisionError), lora.lora_disabled(model):
-        1 / 0  # noqa: B018
-    assert torch.equal(model(x), on)
-
-
-def test_a_saved_adapter_is_read_back(tmp_path):
-    model, x = adapted(), torch.randn(7, 6)
-    lora.save_lora(tmp_path, model, TARGETS, 2, 6, "owner/name")
-    again = Pair()
-    for path in ("fused", "plain"):
-        again.get_submodule(path).load_state_dict(model.get_submodule(path).linear.state_dict())
-    lora.load_lora(tmp_path, again, TARGETS)
-    torch.testing.assert_close(again(x), model(x))
-    with refused("no usable r"):
-        write_json(tmp_path / "adapter_config.json", {"r": None})
-        lora.load_lora(tmp_path, Pair(), TARGETS)

@@ -1,0 +1,95 @@
+"""The LoRA module, and adapters in peft's layout."""
+
+import pytest
+import torch
+
+from parts import lora
+from parts.cli import UserError
+from parts.files import read_json, write_json
+
+
+class Pair(torch.nn.Module):
+    """A fused layer of two projections (3 and 5 rows), then a plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused, self.plain = torch.nn.Linear(6, 8), torch.nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.plain(self.fused(x))
+
+
+TARGETS = {"fused": {"at.first": 3, "at.second": 5}, "plain": {"at.last": 4}}
+
+
+def adapted(seed=0, rank=2, alpha=6):
+    torch.manual_seed(seed)
+    model = Pair()
+    lora.add_lora(model, TARGETS, rank, alpha)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_only_it_is_trained():
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(7, 6)
+    before = model(x)
+    lora.add_lora(model, TARGETS, 2, 4)
+    assert torch.equal(model(x), before)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "fused.A", "fused.B.0", "fused.B.1", "plain.A", "plain.B.0"}
+
+
+def test_each_fused_projection_has_an_adapter_of_its_own():
+    model, x = adapted(), torch.randn(7, 6)
+    layer = model.fused
+    first = 3.0 * layer.B[0] @ layer.A[:2] + layer.weight[:3]
+    second = 3.0 * layer.B[1] @ layer.A[2:] + layer.weight[3:]
+    torch.testing.assert_close(layer(x), x @ torch.cat([first, second]).T + layer.bias)
+
+
+def test_switched_off_the_model_is_what_it_was_and_merged_it_gives_the_same():
+    model, x = adapted(), torch.randn(7, 6)
+    on = model(x)
+    with lora.lora_disabled(model):
+        torch.testing.assert_close(model(x), model.plain.linear(model.fused.linear(x)))
+    assert torch.equal(model(x), on)
+    lora.merge_lora(model)
+    assert type(model.fused) is torch.nn.Linear
+    torch.testing.assert_close(model(x), on)
+
+
+def test_an_adapter_is_on_again_after_an_error():
+    model, x = adapted(), torch.randn(7, 6)
+    on = model(x)
+    with pytest.raises(ZeroDivisionError), lora.lora_disabled(model):
+        1 / 0  # noqa: B018
+    assert torch.equal(model(x), on)
+
+
+def test_a_saved_adapter_is_read_back(tmp_path):
+    model, x = adapted(), torch.randn(7, 6)
+    lora.save_lora(tmp_path, model, "owner/name")
+    again = Pair()
+    for path in ("fused", "plain"):
+        again.get_submodule(path).load_state_dict(model.get_submodule(path).linear.state_dict())
+    lora.load_lora(tmp_path, again, TARGETS)
+    torch.testing.assert_close(again(x), model(x))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"r": None}, "no usable r"), ({"r": 0}, "r is 0"), ({"lora_alpha": "much"}, "no usable r"),
+    ({"use_rslora": True}, "use_rslora is not supported"), ({"alpha_pattern": {"q": 4}}, "alpha_pattern")])
+def test_an_adapter_that_would_be_read_wrongly_is_refused(tmp_path, change, message):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    write_json(tmp_path / "adapter_config.json", read_json(tmp_path / "adapter_config.json") | change)
+    with pytest.raises(UserError, match=message):
+        lora.load_lora(tmp_path, Pair(), TARGETS)
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    with pytest.raises(UserError, match="unexpected 'base_model.model.at.last.lora_A.weight'"):
+        lora.load_lora(tmp_path, Pair(), {"fused": TARGETS["fused"]})
