@@ -56,16 +56,16 @@ def style():
 
 
 @functools.cache
-def fragments():
-    """{name: Template} of page.html, where a line <!-- name --> begins each."""
-    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+def fragments(path):
+    """{name: Template} of an HTML file, where a line <!-- name --> begins each."""
+    text = path.read_text(encoding="utf-8")
     parts = re.split(r"<!-- (\w+) -->\n", text)  # ["", name, fragment, name, fragment, ...]
     return dict(zip(parts[1::2], map(Template, parts[2::2]), strict=True))
 
 
 def fill(fragment, **values):
     """A fragment of page.html with its $values, which must be HTML already (see `plain`)."""
-    return fragments()[fragment].substitute(values)
+    return fragments(Path(__file__).with_name("page.html"))[fragment].substitute(values)
 
 
 # --------------------------------------------------------------------------------------------------
