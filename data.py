@@ -1,17 +1,18 @@
-"""Emotions, their places in the valence-arousal plane, and words for them (EmoFeedback2, section 4.1).
+"""Emotions, their places in the valence-arousal plane, and words for them (EmoFeedback2, §4.1).
 
-Valence V (unpleasant to pleasant) and arousal A (calm to excited) lie on the scales 1..9 of Warriner et al. (2013).
-The paper draws V and A for each picture from the lexicon's Gaussians of the picture's emotion label; `draw_va` does
-that. `emotion_words` says a V-A pair in plain graded English, for the miniature captions and for prompts of the real
-model alike.
+Valence V (unpleasant to pleasant) and arousal A (calm to excited) lie on the scales 1..9 of
+Warriner et al. (2013). The paper draws V and A of each picture from the lexicon's Gaussians of its
+emotion label; `draw_va` does that. A target enters a prompt as numbers (`with_numbers`) or in
+plain graded English (`with_words`), in training, sampling and evaluation alike.
 
-A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, image (path within the folder), label, v, a,
-neutral and, in the training rows, emotional. `load_rows` reads it. Datasets are made, and looked through, by
+A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, image (path within
+the folder), label, v, a, neutral and, in training rows only, emotional. `load_rows` reads it.
+Datasets are made, and looked through, by
 
-    python data.py tiny --out tiny/cache/dataset                              # the miniature's
-    python data.py build --emoset EMOSET --out DATASET                        # EmoSet-118K's (build.py)
-    python data.py emotic --annotations FILE --images EMOTIC --out DATASET    # EMOTIC's test pictures (build.py)
-    python data.py check DATASET
+    python -m tiny.dataset --out tiny/cache/dataset          # rendered scenes, for the miniature
+    python -m prepare.emoset --emoset EMOSET --out DATASET   # photographs of EmoSet-118K
+    python -m prepare.emotic --annotations FILE --images EMOTIC --out DATASET
+    python -m prepare.check DATASET
 """
 
 import json
@@ -35,7 +36,12 @@ LEXICON = {
     "sadness": (2.40, 1.10, 2.81, 2.25),
 }
 EMOTIONS = tuple(LEXICON)
-VA_MIN, VA_MAX = 1.0, 9.0
+VA_MIN = 1.0
+VA_MAX = 9.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Valence and arousal
 
 
 def check_va(v, a) -> tuple[float, float]:
@@ -51,7 +57,7 @@ def check_va(v, a) -> tuple[float, float]:
 
 
 def draw_va(label: str, rng: np.random.Generator) -> tuple[float, float]:
-    """One V-A pair of the class: independent Gaussians of its lexicon entry, clipped to 1..9 (section 4.1)."""
+    """(V, A) of a class: independent Gaussians of its lexicon entry, clipped to 1..9 (§4.1)."""
     if label not in LEXICON:
         raise ValueError(f"unknown emotion {label!r}; the classes are {', '.join(EMOTIONS)}")
     v_mean, v_sd, a_mean, a_sd = LEXICON[label]
@@ -60,17 +66,23 @@ def draw_va(label: str, rng: np.random.Generator) -> tuple[float, float]:
 
 
 def nearest_emotion(v: float, a: float) -> str:
-    """The class under whose (unclipped, independent) lexicon Gaussians the point (v, a) has the greatest density."""
+    """The class whose lexicon Gaussians (independent, not clipped) are densest at (v, a)."""
     v, a = check_va(v, a)
 
-    def log_density(label: str) -> float:  # up to a constant shared by all classes
+    def log_density(label):
+        # the log of the two Gaussians' product, without the constant that all classes share
         v_mean, v_sd, a_mean, a_sd = LEXICON[label]
-        return -math.log(v_sd * a_sd) - ((v - v_mean) / v_sd) ** 2 / 2 - ((a - a_mean) / a_sd) ** 2 / 2
+        distance = ((v - v_mean) / v_sd) ** 2 + ((a - a_mean) / a_sd) ** 2
+        return -math.log(v_sd * a_sd) - distance / 2
 
     return max(EMOTIONS, key=log_density)
 
 
-# Seven levels each, from 1 to 9. Every phrase belongs to exactly one level, so that words can be read back.
+# --------------------------------------------------------------------------------------------------
+# Words and numbers of a target
+
+# Seven levels from 1 to 9, each with synonyms. A phrase belongs to one level only, so that the
+# level can be read back from a prompt.
 VALENCE_WORDS = (
     ("miserable", "despairing", "tragic"),
     ("sorrowful", "bleak", "unhappy"),
@@ -89,38 +101,50 @@ AROUSAL_WORDS = (
     ("intense", "energetic", "agitated"),
     ("wildly intense", "explosive", "frantic"),
 )
-# Light, weather and colour of each third of V (rows, low to high) and of A (columns, low to high)
+# Light, weather and colour: SCENERY_WORDS[third of V][third of A] are the synonyms.
 SCENERY_WORDS = (
-    (
+    (  # unpleasant: calm, moderate, excited
         ("grey fog, muted colours", "dim light, heavy mist", "dull grey sky, faded colours"),
         ("dark clouds, cold light", "grey rain, cold colours", "overcast sky, sombre shadows"),
-        ("storm and lightning, harsh contrast", "wild wind, dark thunderclouds", "thunderstorm, long jagged shadows"),
+        ("storm and lightning, harsh contrast", "wild wind, dark thunderclouds",
+         "thunderstorm, long jagged shadows"),
     ),
-    (
+    (  # neither pleasant nor unpleasant
         ("thin haze, soft colours", "pale sky, gentle light", "veiled light, subdued colours"),
-        ("scattered clouds, plain daylight", "mild light, natural colours", "changing sky, balanced colours"),
-        ("strong wind, bold contrast", "racing clouds, deep colours", "gusty weather, strong colours"),
+        ("scattered clouds, plain daylight", "mild light, natural colours",
+         "changing sky, balanced colours"),
+        ("strong wind, bold contrast", "racing clouds, deep colours",
+         "gusty weather, strong colours"),
     ),
-    (
-        ("soft warm light, pastel colours", "golden haze, pale warm tones", "clear soft sky, delicate pastel colours"),
+    (  # pleasant
+        ("soft warm light, pastel colours", "golden haze, pale warm tones",
+         "clear soft sky, delicate pastel colours"),
         ("warm sunlight, clear sky", "gentle sunshine, fresh colours", "bright air, warm colours"),
-        ("brilliant sun, vivid colours", "dazzling light, sparkling colours", "radiant sky, vivid saturated colours"),
+        ("brilliant sun, vivid colours", "dazzling light, sparkling colours",
+         "radiant sky, vivid saturated colours"),
     ),
 )
 
 
 def level(x: float, levels: int) -> int:
-    """Index 0..levels-1 of a value on the 1..9 scale cut into equal parts; never falls as x rises."""
+    """Index 0..levels-1 of a value when 1..9 is cut into equal parts; it never falls as x rises."""
     return min(levels - 1, int((x - VA_MIN) / (VA_MAX - VA_MIN) * levels))
 
 
 def emotion_words(v: float, a: float, rng: np.random.Generator | None = None) -> str:
-    """6 to 14 words for (v, a): valence, arousal, then the light and colour of such a mood, split by commas.
+    """6 to 14 words for (v, a): valence, arousal, then light and colour, with commas between.
 
-    Without `rng` the first synonym of each level; with it a random one."""
+    Without `rng` these are the first synonyms of each level, with it random ones.
+    """
     v, a = check_va(v, a)
-    groups = (VALENCE_WORDS[level(v, 7)], AROUSAL_WORDS[level(a, 7)], SCENERY_WORDS[level(v, 3)][level(a, 3)])
-    return ", ".join(group[0 if rng is None else int(rng.integers(len(group)))] for group in groups)
+    groups = (
+        VALENCE_WORDS[level(v, 7)],
+        AROUSAL_WORDS[level(a, 7)],
+        SCENERY_WORDS[level(v, 3)][level(a, 3)],
+    )
+    if rng is None:
+        return ", ".join(group[0] for group in groups)
+    return ", ".join(group[int(rng.integers(len(group)))] for group in groups)
 
 
 def with_words(prompt: str, v: float, a: float, rng: np.random.Generator | None = None) -> str:
@@ -134,49 +158,55 @@ def with_numbers(prompt: str, v: float, a: float) -> str:
     return f"{prompt}, valence {v:.1f}, arousal {a:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Datasets
+# --------------------------------------------------------------------------------------------------
+# Rows of a dataset
 
 
 @dataclass(frozen=True)
 class Row:
     id: str
-    image: Path
-    label: str
-    v: float
-    a: float
-    neutral: str
-    emotional: str | None = None
+    image: Path  # with the dataset's folder
+    label: str  # one of EMOTIONS
+    v: float  # 1..9
+    a: float  # 1..9
+    neutral: str  # caption without emotion
+    emotional: str | None = None  # caption with it: the paper gives test rows none
 
 
 def parse_lines(path, parse):
-    """[parse(object)] of a file of JSON lines. Raises UserError at the first line that cannot be used, or if none is."""
+    """[parse(object)] of a file of JSON lines.
+
+    Raises UserError at the first line that cannot be used, and if there is none that can.
+    """
     rows = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 rows.append(parse(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
+                # a KeyError's text is the bare name of the key
                 reason = f"no {error}" if isinstance(error, KeyError) else error
-                raise UserError(f"{path}, line {number}: {reason}; mend or remove the line") from error
+                where = f"{path}, line {number}"
+                raise UserError(f"{where}: {reason}; mend or remove the line") from error
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
 
 
 def load_rows(folder, split):
-    """The rows of a dataset folder's `split` ("train" or "test"). Raises UserError at the first unusable row."""
+    """The rows of a dataset folder's `split`, "train" or "test". Raises UserError."""
     def parse(raw):
         v, a = check_va(raw["v"], raw["a"])
-        row = Row(str(raw["id"]), Path(folder) / raw["image"], raw["label"], v, a, raw["neutral"], raw.get("emotional"))
-        if row.label not in LEXICON:
-            raise ValueError(f"unknown label {row.label!r}")
-        if not row.image.is_file():
-            raise ValueError(f"no picture {row.image}")
-        return row
+        image = Path(folder) / raw["image"]
+        if raw["label"] not in LEXICON:
+            raise ValueError(f"unknown label {raw['label']!r}")
+        # a missing picture is found now, not in the middle of a training run
+        if not image.is_file():
+            raise ValueError(f"no picture {image}")
+        return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
 
     path = Path(folder) / f"{split}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; give a dataset folder, or make the miniature's with "
-                           f"`python data.py tiny --out {folder}`")
+                        f"`python -m tiny.dataset --out {folder}`")
     return parse_lines(path, parse)
