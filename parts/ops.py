@@ -1,21 +1,221 @@
-"""Every fused operation of the project: the plain torch form that defines it, and what runs in its place.
+"""Operations that models share, and the way to faster forms of them.
 
-On a GPU that is a Triton kernel (triton_kernels.py), on a CPU whatever form of torch's is fastest. KERNELS=plain runs the
-plain forms only. A model calls only this file, so an operation has one home.
+An operation is defined once, in plain torch, in the file where its equation belongs, and marked
+there:
 
-Shapes: B batch, L tokens, H heads, K key-value heads, E channels of one head, D = H·E width.
+    @ops.fusable
+    def modulate(x, shift, scale, eps=1e-6): ...
+
+The folder kernels/ may hold a faster form of it for CUDA or for the CPU. It is looked up by the
+operation's name on first use. Whoever edits the plain form is never fooled: kernels/ notes for
+which definition its forms were written, and where the definition is another one, the plain form
+runs and one line on standard error says so. Without the folder, or with KERNELS=plain in the
+environment, the plain forms run everywhere.
+
+Shapes: B batch, L tokens, H heads, E channels of one head, D = H·E width.
 """
 
 import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import io
 import math
 import os
+import textwrap
+import tokenize
+import types
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-FUSED = os.environ.get("KERNELS", "fused") != "plain"
+from parts.cli import say
 
+FUSED = os.environ.get("KERNELS", "fused") != "plain"
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+
+
+# --------------------------------------------------------------------------------------------------
+# Plain forms and where faster ones are
+
+
+def fusable(plain):
+    """Mark the plain form of an operation, whose first argument is a tensor.
+
+    The result computes a fused form of kernels/ for that tensor's device if there is one, else the
+    plain form, which stays reachable as its attribute `plain`.
+    """
+    forms = {}  # {device type: fused form, or None}
+
+    @functools.wraps(plain)
+    def operation(x, *args, **kwargs):
+        # torch.compile fuses plain forms itself, and float64 is for checks of exactness.
+        if not FUSED or x.dtype == torch.float64 or torch.compiler.is_compiling():
+            return plain(x, *args, **kwargs)
+        device = x.device.type
+        if device not in forms:
+            forms[device] = find_form(plain, device)
+        result = NotImplemented
+        if forms[device] is not None:
+            result = forms[device](x, *args, **kwargs)
+        if result is NotImplemented:  # a fused form may decline what it was not written for
+            return plain(x, *args, **kwargs)
+        return result
+
+    operation.plain = plain
+    return operation
+
+
+def find_form(plain, device):
+    """The fused form of a plain one on a type of device ("cpu", "cuda"), or None."""
+    if importlib.util.find_spec("kernels") is None:
+        return None
+    kernels = importlib.import_module("kernels")
+    name = f"{plain.__module__}.{plain.__name__}"
+    form = kernels.FORMS.get(name)
+    module = None if form is None else getattr(form, device, None)
+    if module is None:
+        return None
+    if definition(plain) != form.definition:
+        say(f"{name} was edited: its plain form runs, not the fused one of kernels/, which computes "
+            f"what it was before (see kernels/__init__.py)")
+        return None
+    return getattr(importlib.import_module(f"kernels.{module}"), plain.__name__)
+
+
+def definition(function):
+    """Digest of what a function computes: its code, and that of the project's functions it calls.
+
+    Comments, docstrings and layout do not count, so that they can be mended freely.
+    """
+    return hashlib.sha256(" ".join(code_of(function, set())).encode()).hexdigest()[:12]
+
+
+def code_of(function, seen):
+    """The tokens of a function and of all that it calls in its own module and in this one."""
+    function = getattr(function, "plain", function)
+    if function in seen:
+        return []
+    seen.add(function)
+    source = textwrap.dedent(inspect.getsource(function))
+    words = []
+    begins = True  # whether a statement begins here: a string there is a docstring
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT and not (begins and token.type == tokenize.STRING):
+            words.append(token.string)
+        if token.type not in (tokenize.COMMENT, tokenize.NL):
+            begins = token.type in LAYOUT
+    scope = function.__globals__
+    own = (function.__module__, __name__)
+    called = []
+    for word, following in zip(words, [*words[2:], "", ""], strict=True):
+        value = scope.get(word)
+        if isinstance(value, types.ModuleType):  # as in ops.rms_norm
+            value = getattr(value, following, None)
+        if isinstance(value, int | float):
+            called.append(f"{word}={value}")
+        elif inspect.isfunction(value) and value.__module__ in own:
+            called += code_of(value, seen)
+    return words + called
+
+
+def faster(module, name):
+    """The function kernels.<module>.<name>, or None without the folder or with KERNELS=plain."""
+    if not FUSED or importlib.util.find_spec("kernels") is None:
+        return None
+    return getattr(importlib.import_module(f"kernels.{module}"), name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Operations of more than one model
+
+
+@fusable
+def rms_norm(x, weight, eps=1e-6):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learned scale [D]."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+@fusable
+def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
+    """Packed projection [B,L,3D] -> q, k, v [B,H,L,E].
+
+    With weights [E], q and k are RMS-normalised per head (qk-norm of SD3.5).
+    """
+    B, L, width = qkv.shape
+    q, k, v = qkv.view(B, L, 3, num_heads, width // (3 * num_heads)).unbind(2)  # each [B,L,H,E]
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+        k = rms_norm(k, k_weight, eps)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def attention(q, k, v, mask=None, causal=False, scale=None):
+    """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D].
+
+    mask: added to the scores, or boolean (True: may attend).
+    """
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+@fusable
+def channels_last(x):
+    """x [B,C,H,W] in the memory layout that convolutions are fastest in; its values do not change."""
+    return x
+
+
+# --------------------------------------------------------------------------------------------------
+# Faster ways to do the same from outside of a model
+
+
+def is_sharded(module):
+    """Whether FSDP2 has divided the weights of a module among processes."""
+    return any(hasattr(part, "reshard") for part in module.modules())
+
+
+def fast_linears(module, copy=True):
+    """Within this context all nn.Linear of a module may compute from weights laid out for speed.
+
+    There are no gradients within it, and the weights must not change. copy: a laid out copy of
+    each weight may be made, as large as the weight.
+    """
+    context = faster("linears", "fast_linears")
+    return contextlib.nullcontext() if context is None else context(module, copy)
+
+
+def fast_linear(weight, bias=None):
+    """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls."""
+    make = faster("linears", "fast_linear")
+    return functools.partial(F.linear, weight=weight, bias=bias) if make is None else make(weight, bias)
+
+
+def as_graph(function, *inputs):
+    """`function` for tensors like `inputs`; on a GPU its launches may be recorded and made as one.
+
+    What it writes beside its result must lie in tensors that stay where they are.
+    """
+    record = faster("graphs", "as_graph")
+    return function if record is None else record(function, *inputs)
+
+
+# LEGACY: goes as soon as its last user has switched
 
 def on_gpu(x):
     """triton_kernels if an operation on x is to run there, else None: Triton comes with CUDA builds of torch."""
@@ -27,73 +227,6 @@ def on_gpu(x):
 
 def on_cpu(x):
     return FUSED and x.device.type == "cpu"
-
-
-def modulate(x, shift, scale, eps=1e-6):
-    """LayerNorm without its own affine part, then adaLN: norm(x)·(1 + scale) + shift. x [B,L,D], shift, scale [B,D]."""
-    if gpu := on_gpu(x):
-        return gpu.modulate(x, shift, scale, eps)
-    if on_cpu(x) and x[0].numel() < 2**17:  # so small that calls cost more than passes
-        return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
-    if on_cpu(x):  # one pass over each picture: its own affine LayerNorm
-        parts = [F.layer_norm(*part, eps) for part in zip(x, [x.shape[-1:]] * len(x), 1 + scale, shift)]
-        return torch.stack(parts) if len(parts) > 1 else parts[0][None]
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale[:, None]) + shift[:, None]
-
-
-def gate_residual(x, branch, gate):
-    """x + gate·branch. x, branch [B,L,D], gate [B,D]."""
-    if gpu := on_gpu(x):
-        return gpu.gate_residual(x, branch, gate)
-    if on_cpu(x):
-        return torch.addcmul(x, gate[:, None], branch)
-    return x + gate[:, None] * branch
-
-
-def rms_norm(x, weight, eps=1e-6):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, the mean in float32."""
-    if gpu := on_gpu(x):
-        return gpu.rms_norm(x, weight, eps)
-    if on_cpu(x) and x.dtype == torch.float32:  # a norm is one pass that writes nothing, a mean of squares two that do
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        y = x * (norm * norm).div_(x.shape[-1]).add_(eps).rsqrt_()
-        return y * weight if weight.requires_grad and torch.is_grad_enabled() else y.mul_(weight)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with its learned scale [D]."""
-
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
-    """Packed projection [B,L,3D] -> q, k, v [B,H,L,E]; q and k RMS-normalised per head if weights [E] are given."""
-    if gpu := on_gpu(qkv):
-        return gpu.split_qkv(qkv, num_heads, q_weight, k_weight, eps)
-    B, L, width = qkv.shape
-    q, k, v = qkv.view(B, L, 3, num_heads, width // (3 * num_heads)).unbind(2)  # each [B,L,H,E]
-    if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def joint_qkv(context, x, num_heads, context_norms, x_norms, eps=1e-6):
-    """`split_qkv` of two streams [B,L,3D] and [B,N,3D], one behind the other: q, k, v [B,H,L+N,E].
-
-    context_norms, x_norms: (q_weight, k_weight), each [E] or None.
-    """
-    gpu = on_gpu(x) if x_norms[0] is not None else None
-    if gpu:
-        return gpu.joint_qkv(context, x, num_heads, context_norms, x_norms, eps)
-    streams = split_qkv(context, num_heads, *context_norms, eps), split_qkv(x, num_heads, *x_norms, eps)
-    return tuple(torch.cat(pair, dim=2) for pair in zip(*streams, strict=True))
 
 
 def rotate(x, cos, sin):
@@ -130,15 +263,6 @@ def swiglu(gate_up):
     return F.silu(gate) * up
 
 
-def attention(q, k, v, mask=None, causal=False, scale=None):
-    """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D].
-
-    mask: added to the scores, or boolean (True: may attend).
-    """
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).flatten(2)
-
-
 def attend_shared(q, prompt_k, prompt_v, k, v, hidden=None):
     """Attention of one new token in each of P·n rows, over the tokens of its prompt, which n rows share, and its row's own.
 
@@ -164,10 +288,6 @@ def batched(a, b):
     if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step of a stochastic sampler, in float32: mean = a·latents + b·velocity, deviation std; all [B,C,h,w] but the numbers
 
 
 def sde_draw(velocity, latents, noise, a, b, std):
@@ -201,10 +321,6 @@ def log_density(x, mean, std):
     return -0.5 * ((x - mean) / std).square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax over a vocabulary that passes by in tiles
-
-
 def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
     """One tile of a running log-softmax, in place: logits z [N,V] become exp(scale·z − peak).
 
@@ -232,97 +348,6 @@ def place_in_tile(targets, start, width):
     return index.clamp(0, width - 1), (index >= 0) & (index < width)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts
-
-
-def for_convolutions(x):
-    """x [B,C,H,W], on a CPU with its channels last in memory, which all convolutions that follow keep and are faster by."""
-    return x.contiguous(memory_format=torch.channels_last) if on_cpu(x) else x
-
-
-def laid_out(weight, bias=None, copy=True):
-    """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls with the same number of rows.
-
-    On a CPU oneDNN multiplies faster by a copy of W that lies in blocks: a tenth with many rows, two to four times with few,
-    where all that counts is how fast W can be read. The first call makes the copy, as large as W, for its number of rows.
-    Without a copy oneDNN is still the faster with a few hundred rows. The function's `gelu=True` applies GELU (tanh form) to
-    the result while it is in the cache.
-    """
-    if not (on_cpu(weight) and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
-        return lambda x, gelu=False: plain_linear(x, weight, bias, gelu)
-    weight, ready = weight.detach(), []
-
-    def product(x, gelu=False):
-        if not ready:
-            rows = x.numel() // x.shape[-1]
-            ready.append(torch.ops.mkldnn._reorder_linear_weight(weight, rows) if copy else weight)
-        after = ("gelu", [], "tanh") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, ready[0], bias, *after)
-
-    return product
-
-
-def plain_linear(x, weight, bias, gelu=False):
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if gelu else y
-
-
-def gelu_linear(layer, x):
-    """GELU (tanh form) of an nn.Linear's output; in one pass where the layer is `all_laid_out`."""
-    product = vars(layer).get("forward")
-    return F.gelu(layer(x), approximate="tanh") if product is None else product(x, gelu=True)
-
-
-def is_sharded(module):
-    return any(hasattr(part, "reshard") for part in module.modules())
-
-
-def is_compiled(module):
-    return any(part._compiled_call_impl is not None for part in module.modules())  # what nn.Module.compile sets
-
-
-@contextlib.contextmanager
-def all_laid_out(module, copy=True):
-    """Within it every nn.Linear of a module is computed by `laid_out`: no gradients, and no change of weights meanwhile.
-
-    Not those of a module that FSDP2 shards, whose weights come and go, nor of a compiled one.
-    """
-    left_alone = is_sharded(module) or is_compiled(module)
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear and not left_alone]
-    for layer in layers:
-        layer.forward = laid_out(layer.weight, layer.bias, copy)  # of this object, before that of its class
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def has_graphs(x):
-    return x.is_cuda
-
-
-def as_graph(function, *inputs):
-    """`function` for tensors like `inputs`, on a GPU as a CUDA graph: its launches are recorded once and made as one.
-
-    What it writes beside its result must lie in tensors that stay where they are. Results are copies.
-    """
-    if not has_graphs(inputs[0]):
-        return function
-    held, side = [x.clone() for x in inputs], torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # the first call compiles kernels and makes workspaces, which cannot be recorded
-        function(*held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = function(*held)
-
-    def replay(*inputs):
-        for mine, x in zip(held, inputs, strict=True):
-            mine.copy_(x)
-        graph.replay()
-        return tuple(x.clone() for x in results)
-
-    return replay
+all_laid_out = fast_linears
+laid_out = fast_linear
+for_convolutions = channels_last
