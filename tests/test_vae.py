@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
 
-from parts import vae, weights
+from parts import layouts, vae, weights
 from parts.cli import UserError
 
 SMALL = {"block_out_channels": [32, 64, 64, 96], "norm_num_groups": 16, "layers_per_block": 2}
@@ -70,7 +70,7 @@ def test_full_size_names_shapes_and_count_equal_the_published_model():
             use_quant_conv=False, use_post_quant_conv=False)
     assert weights.count_parameters(ours) == 83_819_683
     expected = {name: tuple(t.shape) for name, t in theirs.state_dict().items()}
-    assert weights.shapes(ours.diffusers_views()) == expected
+    assert weights.shapes(layouts.vae_views(ours)) == expected
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for(pair):
     _, ours, _ = pair
     tensors = {f"first_stage_model.{n}": t for n, t in ours.state_dict().items()}
     converted = convert_ldm_vae_checkpoint(tensors, dict.fromkeys(("down_block_types", "up_block_types"), [""] * 4))
-    views = ours.diffusers_views()
+    views = layouts.vae_views(ours)
     assert set(converted) == set(views)
     for name, (tensor,) in views.items():
         assert torch.equal(converted[name], tensor), name
