@@ -1,8 +1,27 @@
-"""python -m evaluation run|cases|table|rate"""
+"""How well a method hits valence and arousal, keeps to its prompt and looks (EmoFeedback², section 4.2).
+
+    python -m evaluation cases --out cases.jsonl         # what every method has to draw
+    python -m evaluation run --cases cases.jsonl         # draw, read and score one method's pictures
+    python -m evaluation table out/evaluate/A out/evaluate/B --form 1    # the paper's tables
+    python -m evaluation rate --cases cases.jsonl --images A=DIR --images B=DIR    # people rate
+
+Each of the four explains itself with --help.
+"""
 
 import sys
 
-from evaluation import evaluate
+from evaluation import cases, rate, run, tables
+from parts import cli
+
+PROGRAMS = {"cases": cases.main, "run": run.main, "table": tables.main, "rate": rate.main}
+
+
+def main(argv):
+    parser = cli.parser(__doc__, prog="python -m evaluation", usage="%(prog)s PROGRAM [flags]")
+    parser.add_argument("program", choices=PROGRAMS, metavar="PROGRAM", help=", ".join(PROGRAMS))
+    program = parser.parse_args(argv[:1] or ["--help"]).program
+    return PROGRAMS[program](argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(evaluate.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,20 @@
-"""Cases: what methods are compared on."""
+"""Write the cases that methods are compared on: JSON lines that any method can read.
 
-import argparse
+    python -m evaluation cases --out cases.jsonl                      # 1,000 scenes of the miniature
+    python -m evaluation cases --data DATASET --out cases.jsonl       # a dataset's test rows
+    python -m evaluation cases --count 8 --grid 5 --out grid.jsonl    # 8 prompts, 5 x 5 targets each
+
+A case is a neutral prompt with a target V and A on 1..9. Its line says the target in the terms of the
+methods that the paper compares with, too. Cases with a `group` are one prompt over a grid of targets,
+drawn from one noise; they measure continuity (section 4.3.1).
+"""
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import data
-from data import check_va, parse_lines
 from parts import cli
 from parts.cli import UserError
 from parts.files import write_rows
@@ -16,56 +23,48 @@ from tiny import scenes
 
 @dataclass(frozen=True)
 class Case:
-    """A picture that is wished for: what to draw, and the V and A it should have."""
+    """What to draw, and the V and A that the picture should have."""
     id: str
     neutral: str
     v: float
     a: float
-    group: str | None = None  # of cases that differ in V and A only
+    group: str | None = None  # shared by cases that differ in V and A only
 
 
 def load_cases(path):
-    """The cases of a file of JSON lines with id, neutral, v, a and perhaps group, such as a dataset's test.jsonl (other keys
-    are passed over). Raises UserError at the first unusable line."""
+    """The cases of a file of JSON lines with id, neutral, v, a and perhaps group.
+
+    A dataset's test.jsonl is such a file: other keys are passed over. Raises UserError at the first
+    line that cannot be used.
+    """
     seen = set()
 
     def parse(raw):
-        case = Case(str(raw["id"]), str(raw["neutral"]), *check_va(raw["v"], raw["a"]), raw.get("group"))
-        if Path(case.id).name != case.id or case.id in seen:  # it names the case's picture
-            raise ValueError(f"the id {case.id!r} {'a second time' if case.id in seen else 'cannot name a file'}")
+        v, a = data.check_va(raw["v"], raw["a"])
+        case = Case(str(raw["id"]), str(raw["neutral"]), v, a, raw.get("group"))
+        if case.id in seen:
+            raise ValueError(f"the id {case.id!r} a second time")
+        # The id becomes the name of a picture, so "../x" must not leave the folder.
+        if Path(case.id).name != case.id:
+            raise ValueError(f"the id {case.id!r} cannot name a file")
         seen.add(case.id)
         return case
 
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, like a dataset's "
-                           f"test.jsonl")
-    return parse_lines(path, parse)
-
-
-def pictures_of(folder, cases):
-    """The picture that a method made of each case: `<id>.png`, .jpg, .jpeg or .webp in its folder. Raises UserError that
-    names the missing ones."""
-    def find(case):
-        paths = (Path(folder) / f"{case.id}.{ending}" for ending in ("png", "jpg", "jpeg", "webp"))
-        return next((path for path in paths if path.is_file()), None)
-
-    paths = list(map(find, cases))
-    lost = [case.id for case, path in zip(cases, paths, strict=True) if path is None]
-    if lost:
-        raise UserError(f"{folder}: {len(lost)} of {len(cases)} pictures are missing: {', '.join(lost[:5])}"
-                           f"{', …' if len(lost) > 5 else ''}; expected <id>.png, .jpg, .jpeg or .webp")
-    return paths
-
-
-def picture_of(folder, case):
-    return pictures_of(folder, [case])[0]
+        raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, like a "
+                        f"dataset's test.jsonl")
+    return data.parse_lines(path, parse)
 
 
 def held_out_cases(count, seed=0):
     """Cases of the miniature: scenes drawn apart from the training rows, V and A uniform on 1..9."""
-    rng = np.random.default_rng([seed, 4242])
-    return [Case(f"scene{seed}_{i}", scenes.neutral_caption(scenes.random_scene(rng)),
-                      *map(float, rng.uniform(data.VA_MIN, data.VA_MAX, 2))) for i in range(count)]
+    rng = np.random.default_rng([seed, 4242])  # no dataset draws from this pair of seeds
+    cases = []
+    for i in range(count):
+        neutral = scenes.neutral_caption(scenes.random_scene(rng))
+        v, a = rng.uniform(data.VA_MIN, data.VA_MAX, 2).tolist()
+        cases.append(Case(f"scene{seed}_{i}", neutral, v, a))
+    return cases
 
 
 def grid_of(cases, side):
@@ -75,39 +74,79 @@ def grid_of(cases, side):
             for case in cases for a in levels for v in levels]
 
 
+def seeds_of(cases, seed):
+    """The seed of each case's noise: `seed` plus the case's index, in a group that of its first case.
+
+    Neighbours in a grid start from the same noise, so that only the target differs between them.
+    """
+    first = {}  # {group: index of its first case}
+    return [seed + (first.setdefault(case.group, i) if case.group else i)
+            for i, case in enumerate(cases)]
+
+
+def pictures_of(folder, cases):
+    """The paths of the pictures that a method drew of some cases, `<id>.png` each in its folder.
+
+    Raises UserError that names the missing ones.
+    """
+    paths = []
+    missing = []
+    for case in cases:
+        files = [Path(folder) / f"{case.id}.{end}" for end in ("png", "jpg", "jpeg", "webp")]
+        found = [file for file in files if file.is_file()]
+        paths += found[:1]
+        missing += [] if found else [case.id]
+    if missing:
+        some = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise UserError(f"{folder}: {len(missing)} of {len(cases)} pictures are missing: {some}; "
+                        f"expected <id>.png, .jpg, .jpeg or .webp")
+    return paths
+
+
+def picture_of(folder, case):
+    return pictures_of(folder, [case])[0]
+
+
 def for_others(case, label=None):
-    """A case as a line of a file for other methods, which the paper compares with: prompts that say the target, EmoEdit's
-    class word (the picture's own label, else the nearest class), and EmotiCrafter's V and A, on -3..3."""
-    row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a} | ({"group": case.group} if case.group else {})
-    return row | {"numbers": data.with_numbers(case.neutral, case.v, case.a),
-                  "words": data.with_words(case.neutral, case.v, case.a),
-                  "emoedit": label or data.nearest_emotion(case.v, case.a),
-                  "emoticrafter": [round((x - 5) * 3 / 4, 4) for x in (case.v, case.a)]}
+    """A case as a line of a file, with the target in the terms of the methods of the paper's table 1.
+
+    label: EmoSet's class of the picture; without one `emoedit` is the class nearest to V and A.
+    """
+    row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a}
+    if case.group:
+        row["group"] = case.group
+    row["numbers"] = data.with_numbers(case.neutral, case.v, case.a)
+    row["words"] = data.with_words(case.neutral, case.v, case.a)
+    row["emoedit"] = label or data.nearest_emotion(case.v, case.a)
+    # EmotiCrafter takes V and A on -3..3.
+    row["emoticrafter"] = [round((x - 5) * 3 / 4, 4) for x in (case.v, case.a)]
+    return row
 
 
-def write_cases(argv):
-    """`evaluate.py cases`: a file of cases for any method."""
-    parser = argparse.ArgumentParser(prog="evaluate.py cases", description="Write the cases that methods are compared on.")
-    parser.error = cli.stop_parsing
-    parser.add_argument("--data", type=Path, help="dataset whose test rows are the cases (default: scenes of the miniature)")
-    parser.add_argument("--count", type=int, default=1000, help="cases, or prompts with --grid (default: %(default)s)")
-    parser.add_argument("--grid", type=int, metavar="K", help="each prompt on a K × K grid of V and A, for continuity")
-    parser.add_argument("--seed", type=int, default=0, help="of the miniature's scenes")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    args = parser.parse_args(argv)
-    if args.count < 1 or (args.grid is not None and not 2 <= args.grid <= 9):
-        cli.stop_parsing("--count: expected at least 1; --grid: expected 2..9")
-    rows = [] if args.data is None else data.load_rows(args.data, "test")[:args.count]
-    cases = [Case(r.id, r.neutral, r.v, r.a) for r in rows] if args.data else held_out_cases(args.count, args.seed)
-    labels = {row.id: row.label for row in rows} if args.grid is None else {}
-    cases = cases if args.grid is None else grid_of(cases, args.grid)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+def write_cases(args):
+    labels = {}  # {case id: EmoSet's class}
+    if args.data is None:
+        cases = held_out_cases(args.count, args.seed)
+    else:
+        rows = data.load_rows(args.data, "test")[:args.count]
+        cases = [Case(row.id, row.neutral, row.v, row.a) for row in rows]
+        labels = {row.id: row.label for row in rows}
+    if args.grid is not None:
+        cases = grid_of(cases, args.grid)  # under new ids: a label says nothing of a grid's targets
     write_rows(args.out, [for_others(case, labels.get(case.id)) for case in cases])
     print(f"{args.out}: {len(cases)} cases")
-    return 0
 
 
-def seeds_of(cases, seed):
-    """The seed of each case's noise: its place, counted from `seed`; all cases of a group share that of their first."""
-    first = {}
-    return [seed + (first.setdefault(case.group, i) if case.group else i) for i, case in enumerate(cases)]
+def main(argv):
+    parser = cli.parser(__doc__, prog="python -m evaluation cases")
+    parser.add_argument("--data", type=Path,
+                        help="dataset whose test rows are the cases (default: scenes of the miniature)")
+    parser.add_argument("--count", type=cli.integer(1, 1_000_000), default=1000,
+                        help="cases, or prompts with --grid (default: %(default)s)")
+    parser.add_argument("--grid", type=cli.integer(2, 9), metavar="K",
+                        help="each prompt on a K × K grid of V and A, for continuity")
+    parser.add_argument("--seed", type=cli.integer(0, 2**31), default=0,
+                        help="of the miniature's scenes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
+    args = parser.parse_args(argv)
+    return cli.run_program(lambda: write_cases(args))

@@ -1,10 +1,19 @@
-"""Scores of pictures: CLIP-Score, CLIP-IQA and LAION's aesthetic score (EmoFeedback², section 4.2)."""
+"""The figures that methods are compared by (EmoFeedback², section 4.2).
 
+Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA and LAION's aesthetic score. Over cases:
+errors of V and A as a reader (a judge, or the miniature's meter) saw them, their rank correlation with
+the target, and the order of neighbours in a grid, which put a number on continuity (section 4.3.1).
+
+Letters: B pictures, P dimension of CLIP's shared space, n records, one for each case.
+"""
+
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -13,67 +22,137 @@ from safetensors.torch import load_file
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
+IQA_PROMPTS = ("Good photo.", "Bad photo.")
+
+
+# Of a picture. Model, images and prompts are those of clip.pick_score.
+
 
 def clip_score(model, images, prompts):
-    """CLIP-Score (Hessel et al. 2021, with torchmetrics' factor) of pairs: 100·max(cosine, 0) -> [B] float32 in 0..100.
+    """CLIP-Score of pairs: 100 · max(cosine, 0) -> [B] float32 in 0..100.
 
-    Arguments and errors as for `pick_score`.
+    Hessel et al. 2021, with torchmetrics' factor 100 in place of 2.5.
     """
     return 100 * cosines(model, images, prompts).clamp(min=0)
 
 
-IQA_PROMPTS = ("Good photo.", "Bad photo.")
-
-
 def clip_iqa(model, images, prompts=IQA_PROMPTS):
-    """CLIP-IQA (Wang et al. 2023): the probability of the first prompt against the second, at temperature 1/100
-    -> [B] float32 in 0..1.
+    """CLIP-IQA: the probability of the first prompt against the second -> [B] float32 in 0..1.
 
-    As torchmetrics computes it with a CLIP of transformers. The paper's own variant, a ResNet without position embeddings
-    that keeps the picture's size, is another model; its figures differ. Arguments and errors as for `pick_score`.
+    Wang et al. 2023, as torchmetrics computes it with a CLIP of transformers, at temperature 1/100. Their
+    own model, a ResNet without position embeddings that keeps a picture's size, gives other figures.
     """
     logits = 100 * embed_pictures(model, images) @ embed_prompts(model, prompts).T  # [B,2]
     return logits.softmax(dim=-1)[:, 0]
 
 
 def aesthetic_score(model, head, images):
-    """LAION's aesthetic score: a linear map of the image embedding, of unit length -> [B] float32, about 1..10.
+    """LAION's aesthetic score -> [B] float32, about 1..10.
 
-    model: CLIP-L/14 for the published heads. head: from `aesthetic_head`. images: as for `pick_score`. Raises ValueError if
-    they do not fit.
+    model: CLIP-L/14 for the published heads. head: from `aesthetic_head`. Raises ValueError if the two
+    do not fit.
     """
-    x = embed_pictures(model, images)
-    if head[0][0].shape[1] != x.shape[1]:
-        raise ValueError(f"the aesthetic head reads {head[0][0].shape[1]} numbers and this CLIP makes {x.shape[1]}; the "
-                         f"published heads belong to openai/clip-vit-large-patch14")
-    for weight, bias in head:  # the published MLP has no activations: dropout alone separates its layers
+    x = embed_pictures(model, images)  # [B,P], of unit length as the heads were trained on
+    width = head[0][0].shape[1]
+    if width != x.shape[1]:
+        raise ValueError(f"the aesthetic head reads {width} numbers and this CLIP makes {x.shape[1]}; "
+                         f"the published heads belong to openai/clip-vit-large-patch14")
+    # The published MLP has no activations: in training dropout alone stood between its layers.
+    for weight, bias in head:
         x = F.linear(x, weight.to(x.device), bias.to(x.device))
     return x[:, 0]
 
 
 def aesthetic_head(path):
-    """[(weight, bias)] float32, first layer first, of an aesthetic predictor as LAION publishes it: the linear one
-    (`weight`, `bias`; sa_0_4_vit_l_14_linear.pth) or the MLP (`layers.0.weight`, …; sac+logos+ava1-l14-linearMSE.pth).
+    """The layers of an aesthetic predictor as LAION publishes it: [(weight, bias)] float32.
 
-    A .pth file is read as plain tensors: no code in it is run. A .safetensors file with the same names is read too. Raises
-    UserError.
+    Either the linear one (`weight`, `bias`; sa_0_4_vit_l_14_linear.pth) or the MLP (`layers.0.weight`, …;
+    sac+logos+ava1-l14-linearMSE.pth); a .safetensors file may hold the same names. Raises UserError.
     """
     path = Path(path).expanduser()
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True)  # runs no code that the file may hold
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
-                                      f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
+                        f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
     except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a file of plain tensors ({reason}); download it again") from error
-    layers = {}  # {number: {"weight": tensor, "bias": tensor}}
+        raise UserError(
+            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    layers = {}  # {number in the file: {"weight": [out,in], "bias": [out]}}
     for name, value in state.items() if isinstance(state, dict) else ():
         if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
             layers.setdefault(int(match[1] or 0), {})[match[2]] = value
-    head = [(layer.get("weight"), layer.get("bias")) for _, layer in sorted(layers.items())]
-    whole = head and sum(map(len, layers.values())) == len(state) and all(b is not None and w is not None for w, b in head)
-    if not whole or len(head[-1][0]) != 1 or any(len(a[0]) != b[0].shape[1] for a, b in pairwise(head)):
-        raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one number; expected "
-                                      f"weight and bias, or layers.0.weight, layers.0.bias, …")
-    return [(w.float(), b.float()) for w, b in head]
+    # Anything beside whole layers means that this is another model's file.
+    whole = layers and sum(map(len, layers.values())) == len(state) == 2 * len(layers)
+    head = [(layer["weight"], layer["bias"]) for _, layer in sorted(layers.items())] if whole else []
+    chained = all(len(weight) == after.shape[1] for (weight, _), (after, _) in pairwise(head))
+    if not head or not chained or len(head[-1][0]) != 1:
+        raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one number; "
+                        f"expected weight and bias, or layers.0.weight, layers.0.bias, …")
+    return [(weight.float(), bias.float()) for weight, bias in head]
+
+
+# Over cases. A record is a line that run.measure wrote; axis 0 is V, axis 1 is A. NaN stands where a
+# reader's answer could not be read, and every statistic leaves it out.
+
+
+def targets_and_readings(records, reader, axis):
+    """(target, what the reader saw) of each record, [n,2]."""
+    return np.array([(r["va"[axis]], r["read"][reader][axis] if r["read"][reader] else math.nan)
+                     for r in records])
+
+
+def errors(records, reader, axis):
+    """V-Error or A-Error of each record, |V̂ − V| or |Â − A|, [n]."""
+    target, reading = targets_and_readings(records, reader, axis).T
+    return abs(reading - target)
+
+
+def neighbours_in_order(records, reader, axis):
+    """1 where the next higher target in a record's grid was read as higher, 0 where not, [n].
+
+    NaN also at the upper border and outside of grids, where there is no next one.
+    """
+    lines = {}  # {(group, the other coordinate): {coordinate on this axis: index of the record}}
+    for index, record in enumerate(records):
+        if record.get("group"):
+            target = (record["v"], record["a"])
+            line = lines.setdefault((record["group"], target[1 - axis]), {})
+            line[target[axis]] = index
+    found = np.full(len(records), math.nan)
+    readings = targets_and_readings(records, reader, axis)[:, 1]
+    for line in lines.values():
+        for (_, low), (_, high) in pairwise(sorted(line.items())):
+            if not np.isnan(readings[[low, high]]).any():
+                found[low] = readings[high] > readings[low]
+    return found
+
+
+def mean(values):
+    """Mean of [n] without the NaN; NaN if nothing is left."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
+
+
+def ranks(x):
+    """Ranks 0..n-1 of a sequence; equal values share their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(x, float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def spearman(x, y):
+    """Rank correlation in -1..1; NaN if one side has no spread."""
+    x = ranks(x)
+    y = ranks(y)
+    spread = x.std() * y.std()
+    covariance = ((x - x.mean()) * (y - y.mean())).mean()
+    return float(covariance / spread) if spread else math.nan
+
+
+def correlation(pairs):
+    """Spearman of [n,2] without the rows that hold a NaN; NaN if fewer than two are left."""
+    pairs = pairs[~np.isnan(pairs).any(axis=1)]
+    return spearman(*pairs.T) if len(pairs) > 1 else math.nan

@@ -1,0 +1,284 @@
+"""Draw and measure one method: V-Error, A-Error, CLIP-Score, CLIP-IQA, Aes-Score (section 4.2).
+
+    python -m evaluation run          # the miniature, 200 held-out cases, about 2 minutes on 2 cores
+    python -m evaluation run --adapter runs/gen/adapter --judge tiny/weights/judge
+    python -m evaluation run --preset paper --cases DATASET/test.jsonl --judge runs/judge/judge \\
+        --judge other=FOLDER_OR_ID
+    python -m evaluation run --preset paper --cases cases.jsonl --judge FOLDER_OR_ID --images FLUX_DIR
+
+A generator of ours draws each case with the target as numbers, as words, or by textual feedback;
+another method's pictures are read from a folder, `<id>.png` each. Who reads V and A of a picture is
+named in every column: judges, and for the miniature the analytic meter, which knows its landscapes and
+nothing else. A generator trained by one judge should not be graded by it alone: give --judge twice.
+Every finished batch is a few lines in the run's folder: the same command goes on where it was stopped.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
+import feedback
+from evaluation import metrics, tables
+from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
+from parts import cli, clip, weights
+from parts.cli import UserError, integer, number
+from parts.files import open_picture, read_json, whole_records, write_json
+from parts.pipeline import PAPER, TINY, load_generator, load_judge, name_of, to_images
+from tiny import scenes
+
+FORMS = {  # how a generator gets the target: the prompt for (neutral prompt, V, A)
+    "numbers": data.with_numbers,
+    "words": data.with_words,
+    "feedback": None,  # the judge writes it: Algorithm 1
+}
+SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
+    "model": (PAPER, str(TINY), str, "folder or hub id of a generator"),
+    "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str,
+             "folder or hub id of the CLIP of the scores, or none"),
+    "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str,
+                  "file of LAION's aesthetic head for that CLIP, or none"),
+    "size": (512, 128, cli.picture_side, "side in pixels"),
+    "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
+    "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
+    "forms": (("numbers", "words"), ("numbers", "words"), cli.some_of(FORMS),
+              f"how the target is given: {', '.join(FORMS)}, or several of them"),
+    "rounds": (3, 3, integer(1, 1000), "rounds of --forms feedback"),
+    "n": (8, 8, integer(2, 1000), "pictures a round of --forms feedback"),
+    "micro": (20, 20, integer(1, 10_000), "pictures or questions in one forward pass"),
+    "seed": (0, 0, integer(0, 2**31), "of the miniature's cases and the noise"),
+}
+
+
+def draw_with(generator, form, args, judge, cases, seeds):
+    """PIL images of cases by a generator of ours, which gets the target in one of FORMS.
+
+    args: size, sample_steps and guidance; for feedback also rounds and n. judge: of feedback.judge_of.
+    """
+    def generate(prompts, seeds):
+        pixels = generator.draw(prompts, seeds, args.size, args.sample_steps, args.guidance)
+        return to_images(pixels)
+
+    if form != "feedback":
+        return generate([FORMS[form](case.neutral, case.v, case.a) for case in cases], seeds)
+    images = []
+    for case, seed in zip(cases, seeds, strict=True):
+        rounds = feedback.refine(
+            case.neutral, case.v, case.a,
+            lambda prompt, seeds: generate([prompt] * len(seeds), seeds), judge,
+            rounds=args.rounds, images_per_round=args.n,
+            seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
+        r, i = feedback.best_of(rounds)
+        images.append(rounds[r].pictures[i].image)
+    return images
+
+
+def read_pictures(folder, cases, seeds):
+    """PIL images of cases by another method, whose pictures are there already. Raises UserError."""
+    return [open_picture(path) for path in pictures_of(folder, cases)]
+
+
+@dataclass(frozen=True)
+class Instruments:
+    readers: dict  # {name: read(images) -> [(V, A)]}, as of readers_of
+    scorer: clip.CLIP | None = None  # of CLIP-Score and CLIP-IQA
+    head: list | None = None  # of the aesthetic score, from metrics.aesthetic_head; needs a scorer
+
+
+def readers_of(judges, meter):
+    """{name: read(images) -> [(V, A)]}, NaN where an answer cannot be read.
+
+    judges: {name: judge of feedback.judge_of}. meter: whether the analytic meter reads, too.
+    """
+    def ask(judge, images):
+        return [said.va for said in feedback.judge_images(judge, images, ("regression",))]
+
+    readers = {"meter": lambda images: list(map(scenes.measure_va, images))} if meter else {}
+    return readers | {name: partial(ask, judge) for name, judge in judges.items()}
+
+
+def scores_of(instruments, images, cases):
+    """{name: [B]} of the scores that there are instruments for. CLIP sees each picture once."""
+    scores = {}
+    scorer = instruments.scorer
+    if scorer is not None:
+        embedded = clip.embed_pictures(scorer, images)  # [B,P]
+        # The cosine as it is, and not CLIP-Score's max(·, 0): torchmetrics clips the mean over cases.
+        scores["clip_score"] = 100 * clip.cosines(scorer, embedded, [case.neutral for case in cases])
+        scores["clip_iqa"] = metrics.clip_iqa(scorer, embedded)
+    if instruments.head is not None:
+        scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
+    return scores
+
+
+def measure(draw, cases, seeds, path, instruments, batch, name=""):
+    """Append the records of the cases that the file `path` does not hold yet, a batch at a time.
+
+    A record: id, v, a, group, "read" {reader: [V, A], or None if its answer could not be read},
+    clip_score (100 · cosine), clip_iqa, aesthetic, seconds to draw. draw(cases, seeds) -> PIL images.
+    """
+    done = {record["id"] for record in whole_records(path)}
+    left = [pair for pair in zip(cases, seeds, strict=True) if pair[0].id not in done]
+    bar = tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture")
+    with bar, open(path, "a", encoding="utf-8") as file:
+        for start in range(0, len(left), batch):
+            part, part_seeds = zip(*left[start:start + batch])
+            began = time.perf_counter()
+            images = draw(part, part_seeds)
+            seconds = (time.perf_counter() - began) / len(part)
+            scores = scores_of(instruments, images, part)
+            said = {reader: read(images) for reader, read in instruments.readers.items()}
+            for i, case in enumerate(part):
+                record = {"id": case.id, "v": case.v, "a": case.a, "group": case.group}
+                record["read"] = {
+                    reader: None if np.isnan(va[i][0]) else list(va[i]) for reader, va in said.items()}
+                record |= {key: float(values[i]) for key, values in scores.items()}
+                record["seconds"] = seconds
+                file.write(json.dumps(record) + "\n")
+            file.flush()  # the batch is safe from here on
+            bar.update(len(part))
+
+
+def stamp(source):
+    """What tells a checkpoint from others: its name, and size and time of its files.
+
+    A folder that is trained again keeps its name but not its time, and must not go on an old run.
+    """
+    if source is None or not Path(source).exists():
+        return None if source is None else str(source)
+    path = Path(source)
+    found = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return [name_of(source), *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]]
+
+
+def open_run(args, command, cases, generator):
+    """(folder, facts) of the run; the facts are in its settings.json, too.
+
+    Raises UserError if the folder holds another run, so that no two are mixed.
+    """
+    digest = hashlib.sha256(repr(cases).encode()).hexdigest()[:16]
+    facts = {
+        "name": args.name, "command": command, "cases": [args.cases, digest], "count": len(cases),
+        "seed": args.seed, "images": args.images and str(args.images), "model": None,
+        "adapter": stamp(args.adapter), "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "judges": {name: stamp(source) for name, source in args.judge.items()},
+        "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
+    if generator is not None:
+        facts["name"] = args.name or generator.name
+        facts["model"] = stamp(args.model)
+        facts["billions"] = weights.count_parameters(generator.mmdit) / 1e9
+        for key in ("size", "sample_steps", "guidance", "rounds", "n", "micro"):
+            facts[key] = getattr(args, key)
+    out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
+    before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
+    changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
+    if changed:
+        raise UserError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it or "
+                        f"give another --out")
+    write_json(out / "settings.json", facts)
+    return out, facts
+
+
+def parse_args(argv):
+    parser = cli.parser(__doc__, prog="python -m evaluation run")
+    add = parser.add_argument
+    add("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of what follows")
+    add("--cases", default="200",
+        help="a file of cases, or how many of the miniature's (default: %(default)s)")
+    add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
+    add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
+        help="folder or hub id of a judge, once for each; the first one also gives the feedback")
+    add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
+    add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
+    add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
+    add("--name", help="of the method in tables (default: that of the generator or the folder)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
+    cli.add_settings(parser, SETTINGS)
+    return cli.parse_settings(parser, SETTINGS, argv)
+
+
+def complete(args):
+    """Read what flags mean together, and refuse what cannot work. Raises UserError."""
+    args.device = cli.device_of(args.device)
+    judges = {}
+    for i, text in enumerate(args.judge):
+        name, _, source = text.rpartition("=")
+        judges[name or f"judge{i or ''}"] = source
+    if len(judges) < len(args.judge) or "meter" in judges:
+        raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER_OR_ID")
+    args.judge = judges
+    if args.images:
+        args.forms = ("images",)
+        args.name = args.name or args.images.resolve().name
+    if "feedback" in args.forms and not judges:
+        raise UserError("--forms feedback: needs a --judge that rewrites the prompts")
+    _, own_clip, *_ = SETTINGS["clip"]
+    _, own_head, *_ = SETTINGS["aesthetic"]
+    if args.aesthetic == own_head and args.clip != own_clip:
+        args.aesthetic = "none"  # the miniature's head reads the embeddings of its own CLIP only
+    args.clip = None if args.clip == "none" else args.clip
+    args.aesthetic = None if args.aesthetic == "none" else args.aesthetic
+    if args.aesthetic and not args.clip:
+        raise UserError("--aesthetic: needs the CLIP that its head belongs to, --clip")
+    if args.clip and not args.aesthetic:
+        cli.say("no --aesthetic: the Aes-Score is left out")
+
+
+def evaluate(args, command):
+    # 1. refuse what cannot work before gigabytes are read
+    complete(args)
+    if not args.cases.isdecimal():
+        cases = load_cases(args.cases)
+    elif int(args.cases) >= 2:
+        cases = held_out_cases(int(args.cases), args.seed)
+    else:
+        raise UserError(f"--cases {args.cases}: expected at least 2, or a file of cases")
+    if args.images:
+        pictures_of(args.images, cases)
+
+    # 2. load: the judges, what scores, and last the generator
+    limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
+    judges = {}
+    for name, source in args.judge.items():
+        model = load_judge(source, args.device, args.size)
+        judges[name] = feedback.judge_of(model, args.micro, limit, partial(tqdm, disable=True))
+    instruments = Instruments(
+        readers_of(judges, meter=args.preset == "tiny"),
+        clip.CLIP.from_pretrained(args.clip, args.device) if args.clip else None,
+        metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None)
+    generator = None
+    if not args.images:
+        generator = load_generator(args.model, args.device, adapter=args.adapter)
+
+    # 3. the folder, unless it holds another run
+    out, facts = open_run(args, command, cases, generator)
+
+    # 4. draw, read and score, once for each form of the target
+    seeds = seeds_of(cases, args.seed)
+    first_judge = next(iter(judges.values()), None)
+    for form in args.forms:
+        draw = partial(draw_with, generator, form, args, first_judge)
+        if args.images:
+            draw = partial(read_pictures, args.images)
+        measure(draw, cases, seeds, out / f"{form}.jsonl", instruments, args.micro, form)
+
+    # 5. all figures, as a table and as JSON
+    methods = tables.read_run(out)
+    print(tables.overview(methods))
+    results = {method.form: tables.figures(method) for method in methods}
+    write_json(out / "evaluate.json", {"settings": facts, "results": results})
+
+
+def main(argv):
+    args = parse_args(argv)
+    command = f"python -m evaluation run {shlex.join(argv)}"
+    return cli.run_program(lambda: evaluate(args, command))
