@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from parts import ops as kernels
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/kernel_table.py` finds kernels
+from kernels import log_probs
 from kernels import triton_forms as fused
 from parts import ops
 
@@ -120,9 +121,9 @@ def scan_fused(logits, targets, *state):
 
 
 def scan_plain(logits, targets, *state):
-    """With grpo.scan_vocabulary's tile of float32, and the product's operand in the type of the logits."""
+    """With log_probs.scan_vocabulary's tile of float32, and the product's operand in the type of the logits."""
     z = logits.float()
-    keep = ops.scan_tile(z, targets, 16, *state)
+    keep = log_probs.scan_tile(z, targets, 16, *state)
     return z.to(logits.dtype), *state, keep
 
 

@@ -69,8 +69,10 @@ def scan_vocabulary(hidden, weight, targets, temperature, with_slope):
     every tile.
     """
     N = len(hidden)
+    triton_forms = triton_for(hidden)
+    scan = scan_tile if triton_forms is None else triton_forms.scan_tile
     # The Triton kernel computes in float32 whatever type its tile has, so that may be a narrow one.
-    buffer = tile_buffer(hidden, weight, None if triton_for(hidden) is None else hidden.dtype)
+    buffer = tile_buffer(hidden, weight, None if triton_forms is None else hidden.dtype)
     wide = torch.promote_types(buffer.dtype, torch.float32)
     peak = buffer.new_full((N,), -math.inf, dtype=wide)
     total = buffer.new_zeros((N,), dtype=wide)
@@ -80,8 +82,8 @@ def scan_vocabulary(hidden, weight, targets, temperature, with_slope):
     for columns in slices(len(weight), CHUNK):
         for rows in slices(N, ROWS):
             z = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
-            keep = scan_tile(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows],
-                             1 / temperature)
+            keep = scan(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows],
+                        1 / temperature)
             if with_slope:
                 add_product(pull[rows].mul_(keep[:, None]), z, weight[columns])
     lse = peak + total.log()
@@ -159,9 +161,6 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
     Σ exp(logit − peak), and the target's scaled logit once its tile has passed. Returns keep [N]:
     what sums of exp(logit − old peak) must be multiplied by.
     """
-    triton_forms = triton_for(z)
-    if triton_forms is not None:
-        return triton_forms.scan_tile(z, targets, start, peak, total, picked, scale)
     if scale != 1:
         z.mul_(scale)
     index, inside = index_in_tile(targets, start, z.shape[1])

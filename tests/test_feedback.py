@@ -12,7 +12,7 @@ from PIL import Image
 
 import data
 import feedback
-import qwen_vl
+from parts import chat
 from parts.cli import UserError
 
 PICTURE = Image.new("RGB", (64, 64))
@@ -31,7 +31,7 @@ def said_in(conversation):
 @pytest.mark.parametrize("task", feedback.TASKS)
 def test_a_question_shows_the_picture_and_says_task_scales_and_keys(task):
     conversation = feedback.ask(task, PICTURE)
-    text = qwen_vl.chat_text(conversation)
+    text = chat.chat_text(conversation)
     assert text.count("<|image_pad|>") == 1 and conversation[1]["content"][0]["image"] is PICTURE
     for word in ("weather", "light", "background", "objects", "faces", "composition", "JSON"):
         assert word in text
@@ -43,11 +43,11 @@ def test_feedback_is_asked_with_both_pictures_scores_target_scales_and_keys():
     best, worst = Image.new("RGB", (8, 8)), Image.new("RGB", (9, 9))
     question = feedback.ask_compare(REQUEST, "a swan, gloomy", 7, 3, (best, 5.5, 4.25), (worst, None, None), "it is empty")
     assert [part.get("image") for part in question[1]["content"]] == [best, worst, None]
-    text = qwen_vl.chat_text(question)
+    text = chat.chat_text(question)
     for word in (REQUEST, "a swan, gloomy", "valence 7.00, arousal 3.00", "valence 5.50, arousal 4.25",
                  "valence unknown, arousal unknown", "it is empty"):
         assert word in text
-    rewrite = qwen_vl.chat_text(feedback.ask_rewrite(REQUEST, 7, 3))
+    rewrite = chat.chat_text(feedback.ask_rewrite(REQUEST, 7, 3))
     assert "image_pad" not in rewrite and "last answer" not in rewrite and "valence 7.00, arousal 3.00" in rewrite
     for asked in (text, rewrite):
         for word in ("weather", "light", "colours", "composition", "objects", "faces", "very sad", "very excited",
@@ -56,7 +56,8 @@ def test_feedback_is_asked_with_both_pictures_scores_target_scales_and_keys():
 
 
 def test_a_file_replaces_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback, "PROMPTS", dict(feedback.PROMPTS))
+    for name in ("rewrite", "system"):
+        monkeypatch.setitem(feedback.PROMPTS, name, feedback.PROMPTS[name])  # to be put back
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"rewrite": "$request at $v for $$5", "system": "You are terse."}))
     feedback.load_prompts(path)
@@ -65,7 +66,7 @@ def test_a_file_replaces_prompts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "Expecting"), ("[]", "object of texts"), ('{"compare": 3}', "object of texts"),
+    ("{", "Expecting"), ("[]", "expected JSON"), ('{"compare": 3}', "expected JSON"),
     ('{"poem": ""}', "unknown prompt 'poem'"),
     ('{"rewrite": "$request $best_v"}', "best_v"), ('{"class": "$"}', "Invalid placeholder"), (None, "No such file"),
 ])
@@ -89,18 +90,8 @@ WRITTEN = {
     "fenced": f"```json\n{json.dumps(GOOD, indent=2)}\n```",
     "talkative": f"Sure! Here it is: {json.dumps(GOOD)}\nI hope {{that}} helps.",
     "thinking": f"<think>a {{\"analysis\": \"no\"}}</think>\n<answer>{json.dumps(GOOD)}</answer>",
-    "trailing comma": '{"analysis": "Too dark: it\'s gloomy, and the sky is \\"low\\".", '
-                      '"optimized_prompt": "a swan on the lake at noon, sunny",}',
-    "single quotes": "{'analysis': 'Too dark: it\\'s gloomy, and the sky is \"low\".', "
-                     "'optimized_prompt': 'a swan on the lake at noon, sunny'}",
-    "loose quotes": '{"analysis": "Too dark: it\'s gloomy, and the sky is "low".", '
-                    '"optimized_prompt": "a swan on the lake at noon, sunny"}',
-    "other spellings": '{Analysis: "Too dark: it\'s gloomy, and the sky is \\"low\\".", '
-                       '"Optimised prompt" : "a swan on the lake at noon, sunny"}',
-    "line breaks": '{"analysis": "Too dark: it\'s gloomy,\nand the sky is \\"low\\".",\n'
-                   '"optimized_prompt":\n"a swan on the lake at noon,\n sunny"\n}',
-    "no end": json.dumps(GOOD)[:-1],
-    "a list": json.dumps(GOOD | {"analysis": ["Too dark: it's gloomy,", "and the sky is \"low\"."]}),
+    "line breaks": json.dumps(GOOD).replace(" the sky", "\nthe sky"),
+    "more keys": json.dumps({"note": 1} | GOOD),
 }
 
 
@@ -110,9 +101,11 @@ def test_what_language_models_write_is_read(how):
 
 
 @pytest.mark.parametrize("answer, why", [
-    ("I cannot.", "no JSON object"), ('{"analysis": "dark", "optimized_pr', "breaks off: no optimized_prompt"),
-    ('{"analysis": "dark", "optimized_prompt": "a swan on the la', "breaks off"), ('{"analysis": "dark"}', "broken"),
-    ('{"analysis": "", "optimized_prompt": ", , "}', "expected words"), ("{" * 5000, "breaks off"),
+    ("I cannot.", "no JSON object"), ('{"analysis": "dark", "optimized_pr', "is broken"), ("{" * 5000, "is broken"),
+    ('{"analysis": "dark", "optimized_prompt": "a swan on the la', "is broken"),
+    ('{"analysis": "dark"}', "optimized_prompt"),
+    (json.dumps(GOOD | {"analysis": ["dark", "cold"]}), "two texts"),
+    ('{"analysis": "", "optimized_prompt": ", , "}', "expected words"),
     (json.dumps(GOOD | {"optimized_prompt": "swan lake noon " * 400}), "5,999 characters"),
     (json.dumps(GOOD | {"optimized_prompt": "a sunny lake at noon"}), "lost swan")])
 def test_what_cannot_be_used_says_why(answer, why):
@@ -122,46 +115,55 @@ def test_what_cannot_be_used_says_why(answer, why):
 
 @given(st.text(max_size=300))
 def test_no_text_breaks_the_reader(text):
-    for answer in (text, '{"analysis": "' + text, '{"valence": ' + text + "}"):
-        for read in (lambda t: feedback.read_rewrite(t, REQUEST), feedback.read_scores, feedback.read_emotion):
-            try:
-                assert read(answer)
-            except feedback.Unusable as reason:
-                assert str(reason)
+    for answer in (text, '{"analysis": "' + text, '{"valence": ' + text + "}", '{"emotion_class": ' + text + "}"):
+        for task in feedback.TASKS:
+            assert feedback.read_answer(answer, task, strict=True) is None
+            feedback.read_answer(answer, task, strict=False)
+        try:
+            assert feedback.read_rewrite(answer, REQUEST)
+        except feedback.Unusable as reason:
+            assert str(reason)
 
 
-TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="{}<\\\"“”", exclude_categories=("C", "Z")), min_size=1,
-                max_size=40)
-
-
-@given(TEXTS, TEXTS, st.sampled_from("\"'"), st.booleans(), st.sampled_from(("", "Well: ", "```json\n")),
-       st.integers(0, 200))
-def test_every_loose_form_of_any_texts_is_read_or_given_up(analysis, prompt, quote, comma, before, cut):
-    analysis, prompt = (text.replace("'", "").replace(":", "") for text in (analysis, prompt))
-    pairs = {"analysis": analysis, "optimized_prompt": prompt}.items()
-    answer = f"{before}{{" + ", ".join(f"{quote}{key}{quote}: {quote}{value}{quote}" for key, value in pairs)
-    whole = answer + (",}" if comma else "}")
-    found = feedback.read_object(whole, ("analysis", "optimized_prompt"))
-    assert found == {"analysis": analysis, "optimized_prompt": prompt}
-    try:  # a text that breaks off is whole or missing, never a part
-        assert feedback.read_object(whole[:cut], ("optimized_prompt",))["optimized_prompt"] == prompt
-    except feedback.Unusable:
-        assert cut < len(answer)
+STRICT = "<think>fog</think><answer>{}</answer>"
 
 
 @pytest.mark.parametrize("answer, scores", [
-    ('<think>fog</think><answer>{"valence": 2.5, "arousal": 3}</answer>', (2.5, 3.0)),
-    ("{'valence': '6.2 of 9', arousal: four}", (6.2, 4)),
-    ('```\n{"Valence score": 7.25, "Arousal score": 1.00,}\n```', (7.25, 1.0)), ('{"valence": 20, "arousal": 3}', None),
-    ('{"valence": true, "arousal": 3}', None), ('{"valence": "high", "arousal": 3}', None),
-    ('{"valence": NaN, "arousal": 3}', None),
-])
-def test_scores_are_read_and_kept_within_the_scale(answer, scores):
-    if scores is None:
-        with pytest.raises(feedback.Unusable, match=r"1\.\.9"):
-            feedback.read_scores(answer)
-    else:
-        assert feedback.read_scores(answer) == scores
+    ('{"valence": 2.5, "arousal": 3}', (2.5, 3.0)), ('{"valence": 1, "arousal": 9.0}', (1.0, 9.0)),
+    ('{"valence": 20, "arousal": 3}', None), ('{"valence": true, "arousal": 3}', None),
+    ('{"valence": null, "arousal": 3}', None), ('{"valence": NaN, "arousal": 3}', None), ('{"valence": 3}', None)])
+def test_both_readings_agree_on_answers_in_the_form_that_was_asked_for(answer, scores):
+    for strict in (True, False):
+        assert feedback.read_answer(STRICT.format(answer), "regression", strict) == scores
+        assert feedback.read_answer(STRICT.format(answer), "class", strict) is None
+
+
+@pytest.mark.parametrize("answer, scores", [
+    ('{"valence": 2.5, "arousal": 3}', (2.5, 3.0)),
+    ('```json\n{"valence": "7.25", "arousal": 1.00}\n```', (7.25, 1.0)),
+    ('I would say {"valence": "6.2 of 9", "arousal": "four"}.', (6.2, 4.0)),
+    (STRICT.format('{"valence": 2.5, "arousal": 3, "mood": "sad"}'), (2.5, 3.0)),
+    (STRICT.format('{"valence": "Seven ", "arousal": 3}'), (7.0, 3.0)),
+    ('{"valence": "high", "arousal": 3}', None), ('{"valence": "-2", "arousal": 3}', None),
+    ('{"valence": "99", "arousal": 3}', None), ('{"valence": 2.5, "arousal": 3', None), ("[2.5, 3]", None)])
+def test_only_the_lenient_reading_forgives_what_general_models_write(answer, scores):
+    assert feedback.read_answer(answer, "regression", strict=False) == scores
+    assert feedback.read_answer(answer, "regression", strict=True) is None
+
+
+@pytest.mark.parametrize("answer, emotion", [
+    ('{"emotion_class": "awe"}', "awe"), ('{"emotion_class": " Sadness"}', "sadness"), ('{"emotion_class": "joy"}', None),
+    ('{"emotion_class": null}', None), ('{"emotion_class": ["awe"]}', None)])
+def test_a_class_is_one_of_the_eight(answer, emotion):
+    for strict in (True, False):
+        assert feedback.read_answer(STRICT.format(answer), "class", strict) == emotion
+    assert feedback.read_answer(answer, "class", strict=False) == emotion
+
+
+@given(st.floats(1, 9), st.floats(1, 9), st.text(st.characters(exclude_characters="<")))
+def test_every_pair_of_the_scale_is_read_exactly(v, a, thought):
+    text = f"<think>{thought}</think>\n<answer>{json.dumps({'valence': v, 'arousal': a})}</answer>"
+    assert feedback.read_answer(text, "regression", True) == feedback.read_answer(text, "regression", False) == (v, a)
 
 
 @pytest.mark.parametrize("request_, prompt, lost", [
@@ -251,10 +253,12 @@ ROUND_0 = data.with_words(REQUEST, 7, 3)
 def test_refine_draws_judges_compares_best_and_worst_and_goes_on_with_the_new_prompt():
     better, last = f"{REQUEST}, sunny", f"{REQUEST}, golden"
     world = World({ROUND_0: (5, 3), better: (6.38, 3), last: (6, 4)}, [advice(better, "more sun"), advice(last)])
-    finished = []
-    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 3, 4, report=finished.append)
+    steps = feedback.refine_rounds(REQUEST, 7, 3, world.generate, world.judge, 3, 4)
+    rounds = [next(steps)]
+    assert len(world.drawn) == len(world.asked) == 1  # a round is handed over before the next is drawn
+    rounds += steps
     assert world.drawn == [(ROUND_0, [0, 1, 2, 3]), (better, [4, 5, 6, 7]), (last, [8, 9, 10, 11])]
-    assert [(r.best, r.worst) for r in rounds] == [(3, 0), (2, 0), (2, 0)] and rounds == finished
+    assert [(r.best, r.worst) for r in rounds] == [(3, 0), (2, 0), (2, 0)]
     assert [p.loss for p in rounds[0].pictures] == pytest.approx([2, 1.9, 1.8, 1.7])
     told = [(r.analysis, r.next_prompt, r.note) for r in rounds]
     assert told == [("more sun", better, ""), ("darker", last, ""), (None, None, "")]
@@ -305,8 +309,8 @@ def test_among_pictures_of_equal_loss_that_of_the_latest_round_is_the_best():
     world = World({ROUND_0: (6, 3), better: (5.8, 3)}, [advice(better)])
     rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 2, 2)
     assert rounds[0].pictures[1].loss == pytest.approx(0.9) and rounds[1].pictures[1].loss == pytest.approx(0.9)
-    equal = [replace(r, pictures=[replace(p, loss=1.0) for p in r.pictures]) for r in rounds]
-    assert feedback.best_of(equal) == (1, 0) and [r.best for r in equal] == [0, 0]
+    equal = [replace(r, pictures=[replace(p, loss=1.0) for p in r.pictures], best=0) for r in rounds]
+    assert feedback.best_of(equal) == (1, 0)
 
 
 @pytest.mark.parametrize("settings", [

@@ -1,16 +1,15 @@
-"""Rewards on honest and hostile answers, advantages, the tiled log-probabilities against all logits, the loss by hand."""
+"""Rewards on honest and hostile answers, advantages, log-probabilities and the loss by hand."""
 
 import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import feedback
 import grpo
 
 GOOD = '{"valence": 7.0, "arousal": 3.0}'  # the truth in these tests is V 7, A 3, awe
@@ -41,7 +40,7 @@ HONEST = {
     "neither near": (wrap('{"valence": 1, "arousal": 9}'), (1, 0, 0)),
     "lone surrogate in the thought": (wrap(GOOD, "\ud800"), (1, 1, 0)),
     "other tags in the thought": (wrap(GOOD, "<b>1 < 2</b> <THINK> </ answer>"), (1, 1, 0)),
-    "the longest text": (wrap(GOOD, "x" * (grpo.LONGEST_TEXT - len(wrap(GOOD, "")))), (1, 1, 0)),
+    "the longest text": (wrap(GOOD, "x" * (feedback.LONGEST_ANSWER - len(wrap(GOOD, "")))), (1, 1, 0)),
     "class": (wrap(CLASS), (1, 0, 1)),
     "class in capitals with spaces": (wrap('{"emotion_class": " Awe\\n"}'), (1, 0, 1)),
     "another class": (wrap('{"emotion_class": "fear"}'), (1, 0, 0)),
@@ -124,7 +123,7 @@ MALFORMED = {
     "zero width space after": wrap(GOOD) + "\u200b",
     "text between": wrap(GOOD).replace("<answer>", "so <answer>"),
     "code fence": f"```\n{wrap(GOOD)}\n```",
-    "one character too long": wrap(GOOD, "x" * (grpo.LONGEST_TEXT + 1 - len(wrap(GOOD, "")))),
+    "one character too long": wrap(GOOD, "x" * (feedback.LONGEST_ANSWER + 1 - len(wrap(GOOD, "")))),
     "200 kB of thought": wrap(GOOD, "a" * 200_000),
     "200 kB of tags": "<think>" * 30_000,
     "200 kB of less-than": "<" * 200_000,
@@ -141,7 +140,7 @@ def test_honest_answers_earn_their_rewards(name):
 
 @pytest.mark.parametrize("text", [*map(wrap, NO_JSON_OBJECT), *MALFORMED.values()], ids=lambda text: repr(text[:60]))
 def test_malformed_answers_earn_nothing(text):
-    assert grpo.parse_answer(text) is None
+    assert feedback.strict_object(text) is None
     assert rewards(text) == (0, 0, 0)
 
 
@@ -151,7 +150,7 @@ def test_objects_that_are_no_plain_answer_earn_the_format_only(answer):
     assert grpo.va_reward(wrap(answer), 7, 3, kind="continuous") == 0
 
 
-PARTS = st.sampled_from([*grpo.TAGS, GOOD, CLASS, *'{}[]":,\\\n\ud800 7', "valence", "NaN", "1e999"])
+PARTS = st.sampled_from([*feedback.TAGS, GOOD, CLASS, *'{}[]":,\\\n\ud800 7', "valence", "NaN", "1e999"])
 
 
 @settings(max_examples=400, deadline=None)
@@ -174,7 +173,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 @given(JSON, st.booleans())
 def test_every_json_object_is_read_as_it_is_and_nothing_else(value, ascii_only):
     text = json.dumps(value, ensure_ascii=ascii_only)
-    assert grpo.parse_answer(wrap(text)) == (value if isinstance(value, dict) else None)
+    assert feedback.strict_object(wrap(text)) == (value if isinstance(value, dict) else None)
 
 
 @given(st.integers(100, 900), st.integers(-70, 70))
@@ -200,16 +199,6 @@ def test_epsilon_and_weights_can_be_set():
     text = wrap('{"valence": 5.5, "arousal": 5.0}')
     assert grpo.va_reward(text, 7, 7, epsilon=1.5, weights=(2, 3)) == 2
     assert grpo.va_reward(text, 7, 7, epsilon=2, weights=(2, 3)) == 5
-
-
-def test_wrong_kinds_labels_and_targets_are_refused_even_for_malformed_answers():
-    for text in (wrap(GOOD), ""):
-        with pytest.raises(ValueError, match="continuous"):
-            grpo.va_reward(text, 7, 3, kind="steps")
-        with pytest.raises(ValueError, match="arousal"):
-            grpo.va_reward(text, 7, float("nan"))
-        with pytest.raises(ValueError, match="joy"):
-            grpo.class_reward(text, "joy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,196 +252,27 @@ def test_rewards_that_are_not_finite_are_refused_with_their_row():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Log-probabilities
+# Log-probabilities (the form in tiles: test_log_probs.py)
 
 
-def plain(hidden, weight, targets, temperature=1.0):
-    logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-    return F.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-
-
-def inputs(N, D, V, dtype=torch.float64, scale=3.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, D, generator=g, dtype=torch.float64).mul(scale).to(dtype)
-    weight = torch.randn(V, D, generator=g, dtype=torch.float64).mul(D ** -0.5).to(dtype)
-    return hidden, weight, torch.randint(V, (N,), generator=g), torch.randn(N, generator=g, dtype=torch.float64).to(dtype)
-
-
-def with_gradients(function, hidden, weight, upstream, trained):
-    """function(hidden, weight) and the gradients of (hidden, weight) that are trained, None for the others."""
-    hidden, weight = hidden.detach().requires_grad_(trained[0]), weight.detach().requires_grad_(trained[1])
-    out = function(hidden, weight)
-    out.backward(upstream.to(out.dtype))
-    return out.detach(), hidden.grad, weight.grad
-
-
-def both(hidden, weight, targets, upstream, trained=(True, True), chunk=None, temperature=1.0):
-    """`with_gradients` of the tiled path and of the plain one."""
-    tiled = with_gradients(lambda h, w: grpo.token_log_probs(h, w, targets, chunk, temperature), hidden, weight, upstream,
-                           trained)
-    return tiled, with_gradients(lambda h, w: plain(h, w, targets, temperature), hidden, weight, upstream, trained)
-
-
-def relative(ours, reference):
-    """Greatest difference, relative to the greatest entry of the reference; 0 if neither exists."""
-    if ours is None and reference is None:
-        return 0.0
-    return ((ours.double() - reference.double()).abs().max() / reference.double().abs().max()).item()
-
-
-TRAINED = [(True, False), (False, True), (True, True)]
-
-
-@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_values_and_gradients_equal_those_of_all_logits(dtype, tolerance, temperature, trained):
-    ours, reference = both(*inputs(37, 48, 5003, dtype), trained, 512, temperature)
-    assert ours[0].dtype == dtype
-    for x, y in zip(ours, reference):
-        assert relative(x, y) < tolerance
+def test_log_probabilities_are_those_of_the_softmax_over_the_vocabulary(temperature):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((5, 4), (9, 4)))
+    targets = torch.tensor([0, 8, 3, 3, 7])
+    for i, (row, target) in enumerate(zip((hidden @ weight.T / temperature).tolist(), targets.tolist())):
+        expected = row[target] - math.log(sum(math.exp(z) for z in row))
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+            for form in (grpo.token_log_probs, grpo.token_log_probs.plain):
+                out = form(hidden.to(dtype), weight.to(dtype), targets, temperature)
+                assert out[i].item() == pytest.approx(expected, abs=tolerance)
+                assert out.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_the_truth_as_the_plain_path(dtype):
-    hidden, weight, targets, upstream = inputs(65, 64, 700, dtype, scale=1.0)
-    _, truth = both(hidden.double(), weight.double(), targets, upstream.double())
-    ours, theirs = both(hidden, weight, targets, upstream, chunk=128)
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
-    for x, y, z in zip(ours, theirs, truth):
-        assert relative(x, z) < max(2 * relative(y, z), 4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("trained", TRAINED)
-def test_gradients_pass_gradcheck(trained):
-    hidden, weight, targets, _ = inputs(4, 3, 7)
-    hidden.requires_grad_(trained[0])
-    weight.requires_grad_(trained[1])
-    assert torch.autograd.gradcheck(lambda h, w: grpo.token_log_probs(h, w, targets, 3, 0.8), (hidden, weight))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 5), st.integers(1, 45), st.sampled_from(TRAINED))
-def test_every_tiling_gives_the_same(N, V, rows, chunk, trained):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "ROWS", rows)
-        ours, reference = both(*inputs(N, 3, V, seed=N + V), trained, chunk)
-    for x, y in zip(ours, reference):
-        assert (x is None and y is None) or torch.allclose(x, y, rtol=1e-10, atol=1e-12)
-
-
-def test_extreme_logits_stay_finite():
-    ours, reference = both(*inputs(20, 8, 300, torch.float32, scale=1e4), chunk=7)
-    for x, y in zip(ours, reference):
-        assert x.isfinite().all() and relative(x, y) < 1e-4
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest tensor had that any operation gave back."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
-
-
-@pytest.mark.parametrize("trained", TRAINED)
-def test_no_tensor_of_all_logits_is_ever_made(trained):
-    N, D, V, chunk = 96, 8, 1000, 40
-    hidden, weight, targets, upstream = inputs(N, D, V, torch.float32)
-    with LargestTensor() as tiled:
-        with_gradients(lambda h, w: grpo.token_log_probs(h, w, targets, chunk), hidden, weight, upstream, trained)
-    with LargestTensor() as full:
-        with_gradients(lambda h, w: plain(h, w, targets), hidden, weight, upstream, trained)
-    assert full.numel == N * V
-    assert tiled.numel == max(V * D, N * chunk)  # the weight or its gradient, and the tile
-
-
-@pytest.mark.parametrize("trained, expected", [((True, False), 30 * 4), ((True, True), 2 * 30 * 4 + 500 * 4 + 2 * 30)])
-def test_what_waits_for_the_backward_pass_is_small(trained, expected):
-    hidden, weight, targets, _ = inputs(30, 4, 500)
-    hidden.requires_grad_(trained[0])
-    weight.requires_grad_(trained[1])
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        grpo.token_log_probs(hidden, weight, targets)
-    assert sum(saved) == expected
-
-
-def test_without_gradients_the_values_are_the_same():
-    hidden, weight, targets, _ = inputs(33, 16, 900, torch.float32)
-    expected = grpo.token_log_probs(hidden, weight, targets)
-    trained = hidden.clone().requires_grad_()
-    assert torch.equal(grpo.token_log_probs(trained, weight, targets), expected)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            out = grpo.token_log_probs(trained, weight, targets)
-        assert torch.equal(out, expected) and not out.requires_grad
-
-
-@pytest.mark.parametrize("trained", TRAINED)
-def test_no_tokens_give_no_values_and_zero_gradients(trained):
-    (out, hidden_grad, weight_grad), _ = both(*inputs(0, 4, 9, torch.float32), trained)
-    assert out.shape == (0,) and out.dtype == torch.float32
-    assert hidden_grad is None or hidden_grad.shape == (0, 4)
-    assert weight_grad is None or torch.equal(weight_grad, torch.zeros(9, 4))
-
-
-def test_strided_inputs_give_the_same():
-    hidden, weight, targets, upstream = inputs(20, 12, 50)
-    transposed = hidden.t().contiguous().t(), weight.t().contiguous().t(), targets.int()
-    stepped = hidden.repeat_interleave(2, 1)[:, ::2], weight.repeat_interleave(3, 0)[::3], targets.repeat_interleave(2)[::2]
-    reference = both(hidden, weight, targets, upstream)[1]
-    for h, w, t in (transposed, stepped):
-        assert not h.is_contiguous() and not w.is_contiguous()
-        ours = with_gradients(lambda x, y, t=t: grpo.token_log_probs(x, y, t, 8), h, w, upstream, (True, True))
-        for x, y in zip(ours, reference):
-            assert relative(x, y) < 1e-10
-
-
-def test_a_tied_embedding_gets_both_its_gradients():
-    _, weight, targets, upstream = inputs(15, 6, 30)
-    tokens, grads = torch.arange(15), []
-    for function in (grpo.token_log_probs, plain):
-        table = torch.nn.Embedding(30, 6, dtype=torch.float64)
-        table.weight.data = weight.clone()
-        function(table(tokens).tanh(), table.weight, targets).backward(upstream)
-        grads.append(table.weight.grad)
-    assert relative(*grads) < 1e-10
-
-
-def test_the_backward_pass_can_run_twice_when_the_graph_is_kept():
-    hidden, weight, targets, upstream = inputs(9, 4, 20)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    out = grpo.token_log_probs(hidden, weight, targets, 6)
-    first = torch.autograd.grad(out, (hidden, weight), upstream, retain_graph=True)
-    for x, y in zip(first, torch.autograd.grad(out, (hidden, weight), upstream)):
-        assert torch.equal(x, y)
-
-
-@pytest.mark.parametrize("change, match", [
-    ({"hidden": torch.zeros(2, 3, 4)}, r"\[N,D\]"),
-    ({"hidden": torch.zeros(3, 5)}, r"\[3, 5\]"),
-    ({"lm_head_weight": torch.zeros(4)}, "shapes"),
-    ({"hidden": torch.zeros(3, 4).double()}, "share a floating type"),
-    ({"targets": torch.zeros(2).long()}, "3 integers"),
-    ({"targets": torch.zeros(3)}, "3 integers"),
-    ({"targets": torch.tensor([0, -100, 1])}, r"0\.\.6, got -100\.\.1"),
-    ({"targets": torch.tensor([0, 7, 1])}, r"0\.\.6"),
-    ({"chunk": 0}, "chunk"),
-    ({"temperature": 0.0}, "temperature"),
-    ({"temperature": math.nan}, "temperature"),
-])
-def test_inputs_that_do_not_fit_are_refused(change, match):
-    good = {"hidden": torch.zeros(3, 4), "lm_head_weight": torch.zeros(7, 4), "targets": torch.zeros(3).long()}
-    grpo.token_log_probs(**good)
-    with pytest.raises(ValueError, match=match):
-        grpo.token_log_probs(**{**good, **change})
+def test_log_probabilities_have_gradients_in_states_and_head():
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((4, 3), (7, 3))]
+    assert torch.autograd.gradcheck(lambda h, w: grpo.token_log_probs(h, w, torch.tensor([0, 6, 2, 2]), 0.8), inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
