@@ -1,7 +1,7 @@
 """The fused operations as Triton kernels for CUDA, each with its gradient; ops.py defines them.
 
 The functions take and return what their plain forms do. Two have no plain form there: the SDE step is that of flow_grpo.py,
-scan_tile the loop body of grpo.scan_vocabulary.
+scan_tile the loop body of log_probs.scan_vocabulary.
 Memory and not arithmetic limits all of them, so each reads its inputs and writes its results once. Common to all:
 - float32 inside, float32, bfloat16 or float16 outside. A result is rounded where the plain form rounds it, if that is
   cheap (rms_norm, split_qkv, split_rotate, swiglu), else only once, at the end. Gradients are rounded once.
@@ -712,7 +712,7 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
     V vocabulary entries from `start` on; targets [N] int64, counted over the whole vocabulary. peak, total, picked [N]
     float32: the greatest scaled logit so far (−inf at first), Σ exp(logit − peak), and the target's scaled logit once its
     tile has passed. scale: 1/temperature. Returns keep [N]: what sums of exp(logit − old peak) must be multiplied by.
-    Sums are of values before they are rounded to z's type. No gradient of its own: grpo.TokenLogProbs forms it.
+    Sums are of values before they are rounded to z's type. No gradient of its own: log_probs.TokenLogProbs forms it.
     """
     N, V = z.shape
     for name, x in (("targets", targets), ("peak", peak), ("total", total), ("picked", picked)):

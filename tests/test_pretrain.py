@@ -107,7 +107,7 @@ def test_lessons_are_answers_as_grpo_rewards_them_with_values_of_the_class():
     for _ in range(30):
         scene, (v, a) = scenes.random_scene(rng), rng.uniform(1, 9, 2)
         label = data.nearest_emotion(v, a)
-        told = [grpo.read_va(grpo.parse_answer(lessons.answer("regression", scene, v, a, rng))) for _ in range(40)]
+        told = [feedback.read_answer(lessons.answer("regression", scene, v, a, rng), "regression") for _ in range(40)]
         mean, sd = np.mean(told, axis=0), np.std(told, axis=0)
         assert abs(mean[0] - data.LEXICON[label][0]) < 1.5 and sd[0] > 0.5  # noise around the class, not the scene's own
         assert grpo.class_reward(lessons.answer("class", scene, v, a, rng), label) == 1
