@@ -194,19 +194,6 @@ def vae_fields_of_tensors(entries, path):
                         f"{error}); give sd3.5_medium.safetensors or a diffusers folder") from error
 
 
-def vae_json(c):
-    """The config.json of a VAEConfig."""
-    levels = len(c.channels)
-    return {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
-        "block_out_channels": list(c.channels), "layers_per_block": c.blocks,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels, "latent_channels": c.latent_channels,
-        "norm_num_groups": c.groups, "scaling_factor": c.scale, "shift_factor": c.shift,
-        "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": True,
-        "force_upcast": True}
-
-
 # --------------------------------------------------------------------------------------------------
 # Qwen2.5-VL
 
