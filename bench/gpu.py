@@ -35,7 +35,7 @@ import grpo
 import mmdit
 import qwen_vl
 from bench.measure import attempt, cell, measured, peak_rates, run_table, save
-from parts import lora, ops, vae
+from parts import chat, lora, ops, vae
 
 MODEL = torch.bfloat16  # the type of all models
 
@@ -272,7 +272,7 @@ def judge_prompt(s):
     """A square picture, as noise, among random words."""
     c, side = s.judge, s.picture // s.judge.patch
     words, image = torch.randint(c.image_token, (WORDS,)), torch.full((side**2 // c.merge**2,), c.image_token)
-    return qwen_vl.Prompt(torch.cat([words[:14], image, words[14:]]), torch.randn(side**2, 3 * c.frames * c.patch**2),
+    return chat.Prompt(torch.cat([words[:14], image, words[14:]]), torch.randn(side**2, 3 * c.frames * c.patch**2),
                           ((1, side, side),))
 
 
@@ -303,7 +303,7 @@ def qwen_part(report, s, copy_rate, _):
             (prefill, *_), (whole, _, peak) = (
                 measured(functools.partial(run, n), s.device, s.repeats) for n in (1, s.new_tokens))
         ms = (whole - prefill) / (s.new_tokens - 1)
-        rate = (sum(p.nbytes for p in model.blocks.parameters()) + model.head_weight.nbytes) / ms * 1e3
+        rate = (sum(p.nbytes for p in model.model.layers.parameters()) + model.head_weight.nbytes) / ms * 1e3
         return {"prefill, ms": prefill, "decode, ms a step": ms, "tokens/s": s.group / ms * 1e3, "weights, GB/s": rate / 1e9,
                 "share of copy": rate / copy_rate, "peak, GB": peak}
 

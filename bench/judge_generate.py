@@ -27,7 +27,7 @@ from parts.files import write_json
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/judge_generate.py` finds qwen_vl
 import qwen_vl
 from bench import timing
-from parts import weights
+from parts import chat, weights
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -62,7 +62,7 @@ def make_prompt(config, side, text_tokens):
     start, end = (torch.tensor([config.image_token + i]) for i in (-2, -1))  # <|vision_start|>, <|vision_end|>
     before, after = torch.randint(config.vocab - len(SPECIAL), (text_tokens - 2,), generator=generator).split(
         [14, text_tokens - 16])
-    return qwen_vl.Prompt(torch.cat([before, start, image, end, after]), pixels, (grid,))
+    return chat.Prompt(torch.cat([before, start, image, end, after]), pixels, (grid,))
 
 
 def ours_tokens(model, prompt, n, new_tokens, sample=True):
@@ -84,7 +84,7 @@ def theirs_tokens(model, prompt, n, new_tokens, sample=True):
 
 def weight_bytes(model):
     """What every step of the decode must read: the blocks and the head."""
-    return sum(t.nbytes for t in (*model.blocks.parameters(), model.head_weight))
+    return sum(t.nbytes for t in (*model.model.layers.parameters(), model.head_weight))
 
 
 def make_rows(model, prompt, args, seconds):

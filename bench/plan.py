@@ -27,7 +27,7 @@ import feedback
 import flow_grpo
 import mmdit
 import qwen_vl
-from parts import clip, lora, text_encoders, vae
+from parts import chat, clip, lora, text_encoders, vae
 from parts.cli import UserError
 from parts.pipeline import PAPER
 
@@ -169,7 +169,8 @@ def build(args):
     texts = [on_meta(clip.TextTower, clip.CLIP_L_TEXT), on_meta(clip.TextTower, clip.BIG_G_TEXT),
              None if args.no_t5 else on_meta(text_encoders.T5Encoder, text_encoders.T5_XXL)]
     tokenizers = [lambda prompts, warn=True, length=length: torch.zeros(len(prompts), length, dtype=torch.long)
-                  for length in (clip.CLIP_L_TEXT.positions, clip.BIG_G_TEXT.positions, text_encoders.T5_TOKENS)]
+                  for length in (clip.CLIP_L_TEXT.max_position_embeddings, clip.BIG_G_TEXT.max_position_embeddings,
+                                 text_encoders.T5_TOKENS)]
     encoding, together = [], text_encoders.TextEncoders(*texts, tokenizers)
     encoder = measure(lambda _: encoding.extend(together.encode(["a prompt"])))
     return Models(generator, trained, on_meta(vae.VAE, vae.SD3_VAE), [m for m in texts if m is not None], encoding, encoder,
@@ -221,9 +222,9 @@ def rollout_parts(models, args, n):
 
 def judge_cache(judge, args, n):
     """(cache of n answers, tokens of a prompt, (1, h, w): patches of its picture)."""
-    _, (_, h, w) = qwen_vl.image_patches(Image.new("RGB", (args.size, args.size)), qwen_vl.ImageConfig())
+    _, (_, h, w) = chat.image_patches(Image.new("RGB", (args.size, args.size)), chat.ImageConfig())
     tokens = QUESTION + h * w // judge.config.merge**2
-    cache = qwen_vl.StaticCache(judge.config, [tokens] * n, 1, feedback.ANSWER_LIMIT, "meta", torch.bfloat16)
+    cache = qwen_vl.StaticCache(judge.config, [tokens] * n, 1, feedback.ANSWER_LIMIT, judge.head_weight)
     return cache, tokens, (1, h, w)
 
 
@@ -231,19 +232,20 @@ def judge_meters(judge, args, n):
     """Meters of the prefill of n prompts and of a token in the middle of their answers, as QwenVL.generate takes them."""
     cache, tokens, grid = judge_cache(judge, args, n)
     ids, last = empty(n * tokens), empty(n)
-    pixels = empty(n * grid[1] * grid[2], judge.visual.patches.in_features, dtype=torch.float32)
+    pixels = empty(n * grid[1] * grid[2], judge.visual.patch_embed.proj.in_features, dtype=torch.float32)
 
     def prefill(_):
         pictures = judge.visual(pixels, [grid] * n)  # held; to the trunk it is all one what the tokens stand for
-        hidden = judge.trunk(ids, ids.expand(3, -1), cache)
-        return pictures, qwen_vl.sample(judge.logits(hidden[last]), 0, 1.0, None)
+        hidden = judge.trunk(cache.prefill, ids, ids.expand(3, -1))
+        return pictures, qwen_vl.sample(judge.logits(hidden[last]), 0, None)
 
     def decode(_):
-        hidden = judge.trunk(last, last.expand(3, -1), cache)
-        return qwen_vl.sample(judge.logits(hidden), 0, 1.0, None)
+        hidden = judge.trunk(cache.decode, last, last.expand(3, -1))
+        return qwen_vl.sample(judge.logits(hidden), 0, None)
 
     first = measure(prefill)
-    cache.go_to(ANSWER // 2)  # attention grows evenly, so the middle is the mean
+    cache.room = ANSWER // 2 + 1  # attention grows evenly, so the middle is the mean
+    cache.go_to(empty(1))
     return first, measure(decode)
 
 

@@ -123,6 +123,18 @@ def save_lora(folder, model, *base):
         "target_modules": sorted({name for layer in layers for name in layer.names})})
 
 
+def base_of(folder):
+    """The model that the adapter in a folder belongs to, or None if none is there."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.exists():
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{file}: no base_model_name_or_path; add the folder or hub id of the "
+                        f"model this adapter belongs to")
+    return base
+
+
 def load_lora(folder, model, targets):
     """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
 

@@ -60,7 +60,7 @@ def test_the_decode_is_what_is_left_of_each_pair_of_runs(tmp_path):
                ("ours", 1): [0.5, 0.5, 0.5], ("ours", 5): [2.5, 2.5, 2.5]}
     rows, _ = judge_generate.make_rows(model, prompt, args, seconds)
     assert [(row.theirs, row.ours, row.ratio) for row in rows] == [(8.0, 2.5, 3.2), (1.0, 0.5, 2.0), (6.0, 2.0, 3.0)]
-    read = 4 * sum(p.numel() for p in (*model.blocks.parameters(), model.head.weight))
+    read = 4 * sum(p.numel() for p in (*model.model.layers.parameters(), model.head_weight))
     assert judge_generate.weight_bytes(model) == read
     assert float(rows[2].share.split()[0]) == pytest.approx(read * 4 / 2.0 / 1e10, abs=0.005)
 

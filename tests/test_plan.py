@@ -19,7 +19,7 @@ import mmdit
 import qwen_vl
 import train_gen
 from bench import plan
-from parts import clip, lora, ops
+from parts import chat, clip, lora, ops
 from parts.pipeline import PAPER
 from tests.launch import ROOT
 from tests.test_mmdit import reference
@@ -42,7 +42,7 @@ def small(monkeypatch):
     monkeypatch.setitem(plan.SCORERS, "yuvalkirstain/PickScore_v1", (
         clip.TextConfig(64, 2, 2, 128), clip.VisionConfig(64, 2, 2, 128)))
     for name, projection in (("CLIP_L_TEXT", 768), ("BIG_G_TEXT", 1280)):
-        monkeypatch.setattr(clip, name, clip.TextConfig(64, 1, 2, 128, projection=projection))
+        monkeypatch.setattr(clip, name, clip.TextConfig(64, 1, 2, 128, projection_dim=projection))
     return lambda *flags: plan.Plan(parse("--no-t5", "--size", 128, *flags))
 
 
@@ -195,23 +195,23 @@ def test_the_settings_are_respected(small):
 def test_a_token_of_the_judge_reads_all_its_weights_and_the_cache(full):
     args, judge = parse(), full.judge
     first, token = plan.judge_meters(judge, args, 8)
-    read = plan.size_of([*judge.blocks.parameters(), *judge.norm.parameters(), judge.head.weight])
+    read = plan.size_of([*judge.model.layers.parameters(), *judge.model.norm.parameters(), judge.head_weight])
     cache, tokens, grid = plan.judge_cache(judge, args, 8)
     assert grid == (1, 36, 36) and tokens == plan.QUESTION + 18 * 18
-    past = plan.size_of([cache.k, cache.v]) * (tokens + plan.ANSWER // 2) / (tokens + feedback.ANSWER_LIMIT)
+    past = plan.size_of([cache.prompts, cache.own]) * (tokens + plan.ANSWER // 2) / (tokens + feedback.ANSWER_LIMIT)
     assert read + past < token.traffic < 1.05 * (read + past)
     assert token.seconds[plan.GPUS[0]] == pytest.approx(token.traffic / (3.35e12 * plan.TRAFFIC))
     assert first.flops == pytest.approx(2 * 8 * (
-        frozen(judge.blocks) * tokens + frozen(judge.visual.blocks) * 36 * 36 + frozen(judge.head)), rel=0.08)
+        frozen(judge.model.layers) * tokens + frozen(judge.visual.blocks) * 36 * 36 + frozen(judge.lm_head)), rel=0.08)
 
 
 def test_the_judges_question_has_as_many_tokens_as_qwens_tokenizer_makes_of_it():
     folder = Path(importlib.util.find_spec("dashscope").submodule_search_locations[0])
     lines = (folder / "resources" / "qwen.tiktoken").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    special = {token: len(ranks) + i for i, token in enumerate(qwen_vl.SPECIAL)}
-    tokenizer = tiktoken.Encoding("qwen", pat_str=qwen_vl.WORDS, mergeable_ranks=ranks, special_tokens=special)
-    text = qwen_vl.chat_text(feedback.ask("regression", Image.new("RGB", (8, 8))))
+    special = {token: len(ranks) + i for i, token in enumerate(chat.SPECIAL)}
+    tokenizer = tiktoken.Encoding("qwen", pat_str=chat.WORDS, mergeable_ranks=ranks, special_tokens=special)
+    text = chat.chat_text(feedback.ask("regression", Image.new("RGB", (8, 8))))
     assert len(tokenizer.encode(text, allowed_special="all")) - 1 == plan.QUESTION
 
 

@@ -1,44 +1,29 @@
-"""Qwen2.5-VL against transformers on random weights: pixels, positions, logits, tokens; tokenization against tiktoken."""
+"""Qwen2.5-VL against transformers on random weights: positions, logits, tokens, files."""
 
-import base64
 import contextlib
 import copy
-import importlib.util
 import json
-import random
-import unicodedata
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import qwen_vl
-from parts import lora, ops, weights
+from kernels import graphs
+from kernels.inverse_cdf import inverse_cdf
+from parts import chat, layouts, lora, ops, weights
 from parts.cli import UserError
 from parts.files import read_json, write_json
-
-SYSTEM = {"role": "system", "content": "You look at pictures."}
-
-
-def small_tokenizer():
-    """Bytes, a few merges, Qwen's special tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("a", "n")]
-    vocab = {t: i for i, t in enumerate([*letters, *map("".join, merges)])}
-    return qwen_vl.byte_bpe(vocab, merges)
+from tests.test_chat import CONVERSATIONS, ask, picture, small_tokenizer
 
 
 def random_reference(folder, tied=False, seed=0, **vision):
@@ -71,57 +56,7 @@ def pair(tmp_path_factory):
     return random_reference(folder), qwen_vl.QwenVL.from_pretrained(folder)
 
 
-def picture(width, height, seed=0, mode="RGB"):
-    rng = np.random.default_rng([seed, width, height])
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-
-
-def ask(*parts, system=True):
-    content = [{"type": "image", "image": p} if isinstance(p, Image.Image) else {"type": "text", "text": p} for p in parts]
-    return [SYSTEM] * system + [{"role": "user", "content": content}]
-
-
-CONVERSATIONS = {
-    "no picture": ask("What is in the tin?"),
-    "one picture": ask(picture(120, 90), "Rate it."),
-    "small picture": ask(picture(20, 33), "And this?", system=False),
-    "wide": ask(picture(1000, 56), "the end"),
-    "tall": ask("Before", picture(56, 1000)),
-    "odd": ask(picture(500, 333), "Why?"),
-    "several pictures": ask(picture(100, 60), "against", picture(60, 180, 1), picture(84, 84, 2), "Which is better?"),
-    "several messages": [*ask(picture(90, 90), "Hello the"), {"role": "assistant", "content": "An inn."},
-                         *ask("And", picture(140, 70, 3), system=False), {"role": "assistant", "content": "Yes."},
-                         *ask("then", system=False)],
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-@pytest.mark.parametrize("width, height", [(56, 1000), (1000, 56), (500, 333), (28, 28), (13, 200), (301, 299), (1, 1)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_pixels_and_grid_equal_the_reference_processor(width, height, mode):
-    image = picture(width, height, mode=mode)
-    expected = Qwen2VLImageProcessorPil(max_pixels=28 * 28 * 100)([image], return_tensors="pt")
-    patches, grid = qwen_vl.image_patches(image, qwen_vl.ImageConfig(max_pixels=28 * 28 * 100))
-    assert expected["image_grid_thw"].tolist() == [list(grid)]
-    torch.testing.assert_close(patches, expected["pixel_values"], atol=1e-5, rtol=0)
-
-
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_smart_resize_keeps_to_its_bounds(height, width):
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ValueError, match="200 times"):
-            qwen_vl.smart_resize(height, width, 28, 56 * 56, 28 * 28 * 1280)
-        return
-    tall, wide = qwen_vl.smart_resize(height, width, 28, 56 * 56, 28 * 28 * 1280)
-    assert tall % 28 == wide % 28 == 0 and tall * wide >= 56 * 56
-    assert tall * wide <= 28 * 28 * 1280 or min(tall, wide) == 28
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Positions, logits, tokens
 
 
@@ -195,7 +130,7 @@ def test_greedy_tokens_equal_transformers_with_a_tied_head_and_other_patches(tmp
     theirs = random_reference(tmp_path, tied=True, seed=3, patch_size=16, window_size=64)
     Qwen2VLImageProcessorPil(patch_size=16, min_pixels=64 * 64, max_pixels=256 * 256).save_pretrained(tmp_path)
     ours = qwen_vl.QwenVL.from_pretrained(tmp_path)
-    assert ours.head is None and ours.config.window == 64
+    assert ours.lm_head is None and ours.config.window == 64
     prompts = [ours.processor(ask(picture(128, 128), "the")), ours.processor(ask(picture(200, 128), "an inn"))]
     ours.processor.stop = (-1,)
     found = ours.generate(prompts, max_new_tokens=24, temperature=0)
@@ -205,7 +140,7 @@ def test_greedy_tokens_equal_transformers_with_a_tied_head_and_other_patches(tmp
 @torch.no_grad()
 def test_a_pictures_features_do_not_depend_on_the_pictures_beside_it(pair):
     visual = pair[1].visual
-    pictures = [qwen_vl.image_patches(picture(w, h), qwen_vl.ImageConfig())
+    pictures = [chat.image_patches(picture(w, h), chat.ImageConfig())
                 for w, h in ((300, 200), (60, 60), (112, 224), (60, 60), (333, 90))]
     together = visual(torch.cat([p for p, _ in pictures]), [grid for _, grid in pictures])
     alone = [visual(patches, [grid]) for patches, grid in pictures]
@@ -216,25 +151,26 @@ def test_pictures_that_do_not_belong_to_the_tokens_are_refused(pair):
     _, ours = pair
     prompt = ours.processor(CONVERSATIONS["one picture"])
     positions = qwen_vl.position_ids(prompt.ids, prompt.grids, ours.config)
-    patches, grid = qwen_vl.image_patches(picture(60, 60), ours.processor.image)
+    patches, grid = chat.image_patches(picture(60, 60), ours.processor.image)
+    many, grids = chat.image_patches(picture(600, 600), chat.ImageConfig())
     with pytest.raises(ValueError, match="image tokens for pictures that need"):
-        ours.trunk(prompt.ids, positions, qwen_vl.Sequences([len(prompt.ids)]), patches, (grid,))
+        ours.trunk(qwen_vl.Sequences([len(prompt.ids)]), prompt.ids, positions, many, (grids,))
     for grids in ((), (grid,)):  # fewer than the tokens ask for
         with pytest.raises(ValueError, match="do not belong"):
             ours(prompt.ids[None], patches, grids)
         with pytest.raises(ValueError, match="do not belong"):
-            ours.generate([qwen_vl.Prompt(prompt.ids, patches, grids)], max_new_tokens=1)
+            ours.generate([chat.Prompt(prompt.ids, patches, grids)], max_new_tokens=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
 
 
 def test_log_probabilities_of_an_answer_are_those_of_the_whole_sequence(pair):
     _, ours = pair
     prompts = [ours.processor(CONVERSATIONS[name]) for name in ("odd", "no picture", "several pictures")]
-    for temperature, top_p in ((1.0, 1.0), (0.7, 1.0), (1.3, 0.6)):
-        answers = ours.generate(prompts, n=2, max_new_tokens=10, temperature=temperature, top_p=top_p,
+    for temperature in (1.0, 0.7, 1.3):
+        answers = ours.generate(prompts, n=2, max_new_tokens=10, temperature=temperature,
                                 generator=torch.Generator().manual_seed(0))
         for prompt, group in zip(prompts, answers, strict=True):
             for answer in group:
@@ -336,12 +272,12 @@ def test_generation_by_a_graph_gives_the_same_answers(pair, names, recorded, mon
     conversations = [CONVERSATIONS[name] for name in names]
 
     def answers():
-        out = ours.generate(conversations, n=3, max_new_tokens=8, top_p=0.9, generator=torch.Generator().manual_seed(3))
+        out = ours.generate(conversations, n=3, max_new_tokens=8, generator=torch.Generator().manual_seed(3))
         return [a for group in out for a in group]
 
     expected, recordings = answers(), []
     if recorded:
-        monkeypatch.setattr(ops, "has_graphs", lambda x: True)
+        monkeypatch.setattr(graphs, "as_graph", graphs.record)  # for CPU tensors, too
         stream = SimpleNamespace(wait_stream=lambda other: None)
         stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Recording,
                      "stream": lambda stream: contextlib.nullcontext(), "graph": lambda recording: recording}
@@ -353,11 +289,12 @@ def test_generation_by_a_graph_gives_the_same_answers(pair, names, recorded, mon
     for a, b in zip(expected, answers(), strict=True):
         assert torch.equal(a.tokens, b.tokens) and a.text == b.text
         torch.testing.assert_close(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
+    recorded = recorded and ops.FUSED
     assert len(recordings) == (max(len(a.tokens) for a in expected) - 1 if recorded else 0)
-    assert len({id(recording) for recording in recordings}) == recorded  # one recording for all steps
+    assert len({id(recording) for recording in recordings}) == recorded  # one for all steps
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -0.1}, {"max_new_tokens": 0}])
 def test_settings_out_of_range_are_refused(pair, wrong):
     with pytest.raises(ValueError, match="expected n >= 1"):
         pair[1].generate([CONVERSATIONS["no picture"]], **wrong)
@@ -366,65 +303,61 @@ def test_settings_out_of_range_are_refused(pair, wrong):
 LOGITS = torch.tensor([1.5, -2.0, 0.0, 1.0, 3.0, -0.5, 2.5])
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_their_probability_says(temperature, top_p):
-    luck = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    token, log_prob = qwen_vl.sample(LOGITS.expand(20_000, -1), temperature, top_p, luck)
+def test_tokens_are_drawn_as_often_as_their_probability_says(temperature):
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    token, log_prob = qwen_vl.sample(LOGITS.expand(20_000, -1), temperature, uniforms)
     expected = (LOGITS.double() / temperature).softmax(-1)
     torch.testing.assert_close(log_prob, expected.log()[token].float(), atol=1e-5, rtol=0)
-    if top_p < 1:
-        likely, places = expected.sort(descending=True)
-        count = int((likely.cumsum(0) < top_p).sum()) + 1  # the fewest that reach top_p
-        expected = torch.zeros(7).double().scatter(0, places[:count], likely[:count] / likely[:count].sum())
-        assert 1 <= count < 7
     frequency = token.bincount(minlength=7) / 20_000
-    assert not frequency[expected == 0].any()
-    assert bool(((frequency - expected).abs() <= 4 * (expected * (1 - expected) / 20_000).sqrt() + 1e-9).all())
+    deviation = (expected * (1 - expected) / 20_000).sqrt()
+    assert bool(((frequency - expected).abs() <= 4 * deviation).all())
 
 
-def test_temperature_zero_takes_the_likeliest_token_whatever_the_luck():
-    token, log_prob = qwen_vl.sample(LOGITS.expand(3, -1), 0, 1.0, torch.tensor([0.0, 0.5, 0.99999994]))
+def test_temperature_zero_takes_the_likeliest_token_whatever_the_uniform_number():
+    uniforms = torch.tensor([0.0, 0.5, 0.99999994])
+    token, log_prob = qwen_vl.sample(LOGITS.expand(3, -1), 0, uniforms)
     assert token.tolist() == [4, 4, 4]
     torch.testing.assert_close(log_prob, LOGITS.log_softmax(-1)[4].expand(3))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40).filter(any), st.integers(0, 2**10 - 1), st.integers(1, 9))
-def test_the_place_of_a_share_is_that_of_the_whole_running_sum(mass, share, block):
+def test_the_index_of_a_share_is_where_the_running_sum_exceeds_it(mass, share, block):
     """Small integers and a share in 1024ths, whose sums and products are exact."""
-    rows, luck = torch.tensor([mass, mass[::-1]], dtype=torch.float32), torch.tensor([[share], [share]]) / 2**10
-    places = qwen_vl.place_of(rows, luck, block)
-    for row, place in zip(rows, places[:, 0]):
-        assert place == int((row.cumsum(0) > share / 2**10 * row.sum()).nonzero()[0]) and row[place] > 0
+    rows = torch.tensor([mass, mass[::-1]], dtype=torch.float32)
+    uniforms = torch.tensor([share, share]) / 2**10
+    for found in (qwen_vl.inverse_cdf(rows, uniforms), inverse_cdf(rows, uniforms, block)):
+        for row, index in zip(rows, found, strict=True):
+            exceeded = row.cumsum(0) > share / 2**10 * row.sum()
+            assert index == int(exceeded.nonzero()[0]) and row[index] > 0
 
 
 def test_a_token_without_probability_is_never_drawn_however_sums_are_rounded():
     mass = torch.rand(200, 1000, generator=torch.Generator().manual_seed(0)) ** 40
     mass[:, ::2] = 0
     mass[:, -300:] = 0
-    for luck in (0.0, 0.3, 0.99999994):
-        assert (mass.gather(1, qwen_vl.place_of(mass, torch.full((200, 1), luck), 7)) > 0).all()
+    for uniform in (0.0, 0.3, 0.99999994):
+        uniforms = torch.full((200,), uniform)
+        for found in (qwen_vl.inverse_cdf(mass, uniforms), inverse_cdf(mass, uniforms, 7)):
+            assert (mass.gather(1, found[:, None]) > 0).all()
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(st.integers(-40, 40).map(lambda i: i / 4), st.sampled_from([-1e9, -1e4, 1e4, -np.inf])),
                 min_size=1, max_size=30).filter(lambda logits: max(logits) > -np.inf),
-       st.sampled_from([0.25, 0.7, 1.0, 1.5]), st.one_of(st.just(1.0), st.floats(1e-3, 1.0)),
-       st.one_of(st.sampled_from([0.0, 0.99999994]), st.floats(0, 1, exclude_max=True, width=32)))
-def test_a_sampled_token_lies_in_the_nucleus(logits, temperature, top_p, luck):
-    token, log_prob = qwen_vl.sample(torch.tensor([logits]), temperature, top_p, torch.tensor([luck]))
+       st.sampled_from([0.25, 0.7, 1.0, 1.5]),
+       st.one_of(st.sampled_from([0.0, 0.99999994]), st.floats(0, 1 - 2**-24, width=32)))
+def test_a_sampled_token_has_a_probability_above_zero(logits, temperature, uniform):
+    token, log_prob = qwen_vl.sample(torch.tensor([logits]), temperature, torch.tensor([uniform]))
     scores = np.array(logits, np.float64) / temperature
     probs = np.exp(scores - scores.max())
     probs /= probs.sum()
-    order = np.argsort(-probs, kind="stable")
-    before = np.cumsum(probs[order]) - probs[order]  # the mass of all likelier ones
-    nucleus = order[(before < top_p + 1e-5) & (probs[order] > 0)]  # a hair more: ours adds in float32
-    assert int(token) in nucleus
+    assert probs[int(token)] > 0 and np.isfinite(float(log_prob))
     assert abs(float(log_prob) - np.log(probs[int(token)])) < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -476,166 +409,7 @@ def test_an_answer_may_contain_an_image_token_that_is_no_picture(pair):
     assert bool(((after - before).abs().amax(-1)[~same] > 1e-3).all())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """{bytes: id} of Qwen's published vocabulary, as the Python package of its cloud service carries it."""
-    folder = Path(importlib.util.find_spec("dashscope").submodule_search_locations[0])
-    lines = (folder / "resources" / "qwen.tiktoken").read_bytes().splitlines()
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-
-
-def halves(token, ranks):
-    """The two parts that byte-pair encoding joins last."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        assert ranks[parts[at] + parts[at + 1]] < ranks[token]
-        parts[at:at + 2] = [parts[at] + parts[at + 1]]
-    return parts
-
-
-@pytest.fixture(scope="module")
-def files(ranks):
-    """(vocab, merges) as in the published vocab.json and merges.txt."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    own = {ord(c): c for c in alphabet if ord(c) < 256}  # a printable byte stands for itself
-    letters = own | dict(zip(sorted(set(range(256)) - set(own)), sorted(alphabet - set(own.values())), strict=True))
-    spell = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [tuple(spell[part] for part in halves(token, ranks)) for token in ranks if len(token) > 1]
-    return {spell[token]: rank for token, rank in ranks.items()}, merges
-
-
-@pytest.fixture(scope="module")
-def published(files):
-    return qwen_vl.byte_bpe(*files)
-
-
-def strings():
-    """2,466 strings of many kinds: scripts, code, emoji, marks, numbers, spacing, contractions, long and empty ones."""
-    rng = random.Random(0)
-    words = ("a picture of the old lighthouse, misty morning; it's vivid & bright! don't we'll I'd they've I'm you're "
-             "IT'S DON'T WE'LL I'D THEY'VE I'M YOU'RE ''s 'tis 'ſ o'clock 3.14 1,000 20250101 0xFF 1e-5 x² ½ Ⅷ ١٢٣ HDR 4k "
-             "(8k) café cafe\u0301 naïve Ångström A\u030angstro\u0308m façade Zürich Łódź İstanbul ΑΒΓΔ σοφός привет мир "
-             "שָׁלוֹם سلامٌ नमस्ते สวัสดี ខ្មែរ 你好世界 這是圖片 こんにちは か\u3099 カタカナ 안녕하세요 \u1112\u1161\u11ab 🌄 🌧️ "
-             "👨\u200d👩\u200d👧 👩🏽\u200d🚀 🏳\ufe0f\u200d🌈 ❤\ufe0f 🇯🇵 1\ufe0f⃣ → ∑ €5 #tag @user snake_case CamelCase "
-             "http://x.org/?q=1 C++ f(x)={a} def\u00a0f(self): if(x!=y){return&z;} <b>&amp;</b> [0] ~ ^ | ` … – — “quoted” "
-             "‘single’ ™ ® © ° %20 \\n $x_1^2$ z\u0351\u036b\u0343 <|im_end <im_end|> |>").split(" ")
-    spaces = (" ", "", "  ", "\n", "\r\n", "\t", "\n\n", " \n", ", ", "   ", "\u3000", "\r")
-    yield from ("", " ", "\n\t ", "a", "!", "'", "\r\n" * 5, "\t" * 9 + "x", " " * 200, "\n" * 40 + "x", "x" * 3000,
-                "\u00a0x\u3000y", "\x00\x1f\x7f\x85\u2028", "\ufeffx", "\U0010ffff", "0123456789" * 30,
-                "the quick brown fox " * 2000, "日本語" * 1000)
-    yield from words
-    for n in (1, 2, 3, 5, 8, 13, 40):
-        for _ in range(120):
-            yield "".join(rng.choice(words) + rng.choice(spaces) for _ in range(n))
-    for _ in range(300):
-        yield "".join(rng.choice(spaces) for _ in range(rng.randrange(1, 9))) + rng.choice(words) + rng.choice(spaces)
-    ranges = ((0x20, 0x7F), (0xA1, 0x250), (0x300, 0x370), (0x370, 0x400), (0x400, 0x500), (0x5D0, 0x5EB), (0x620, 0x650),
-              (0x900, 0x980), (0xE01, 0xE3B), (0x1100, 0x1200), (0x1E00, 0x1F00), (0x2000, 0x2070), (0x3041, 0x3097),
-              (0x4E00, 0x5000), (0xAC00, 0xAD00), (0x1F300, 0x1F650), (0x2190, 0x2300), (0x20000, 0x20100))
-    for low, high in ranges:
-        for _ in range(60):
-            yield "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 30)))
-    for _ in range(120):
-        yield " ".join(rng.choice((*qwen_vl.SPECIAL, *words[:20], "\n")) for _ in range(rng.randrange(1, 20)))
-
-
-def test_tokenization_equals_tiktokens_on_the_published_vocabulary(ranks, published):
-    special = {token: len(ranks) + i for i, token in enumerate(qwen_vl.SPECIAL)}
-    theirs = tiktoken.Encoding("qwen", pat_str=qwen_vl.WORDS, mergeable_ranks=ranks, special_tokens=special)
-    compared, different = 0, []
-    for text in strings():
-        compared += 1
-        normal = unicodedata.normalize("NFC", text)  # Qwen's own code does so before it calls tiktoken
-        ours, expected = published.encode(text).ids, theirs.encode(normal, allowed_special="all")
-        if ours != expected or published.decode(ours, skip_special_tokens=False) != normal:
-            different.append((text, ours, expected))
-    assert compared == 2466
-    assert not different, (len(different), different[:5])
-
-
-def test_special_tokens_have_the_published_ids(ranks, published):
-    assert len(ranks) == 151_643 and len(qwen_vl.SPECIAL) == 22 and published.get_vocab_size() == 151_665
-    for token, number in (("<|endoftext|>", 151_643), ("<|im_start|>", 151_644), ("<|im_end|>", 151_645),
-                          ("<|vision_start|>", 151_652), ("<|vision_end|>", 151_653), ("<|image_pad|>", 151_655),
-                          ("<|video_pad|>", 151_656), ("</tool_call>", 151_658), ("<|file_sep|>", 151_664)):
-        assert published.token_to_id(token) == number and published.encode(token).ids == [number]
-    assert [published.token_to_id(token) for token in qwen_vl.SPECIAL] == list(range(151_643, 151_665))
-    assert qwen_vl.QWEN25_VL_7B.image_token == 151_655
-
-
-def test_an_answers_text_leaves_out_what_is_published_as_special_and_only_that(published):
-    kept = published.decode(published.encode("".join(("a", *qwen_vl.SPECIAL, "b"))).ids, skip_special_tokens=True)
-    assert kept == "".join(("a", *qwen_vl.SPECIAL[14:], "b"))  # tool calls and the marks of code files are ordinary
-
-
-def test_vocabulary_and_merges_read_to_the_tokens_of_the_one_file_form(tmp_path, files, published):
-    vocab, merges = files
-    one, three = tmp_path / "one", tmp_path / "three"
-    one.mkdir(), three.mkdir()
-    published.save(str(one / "tokenizer.json"))
-    added = {i: {"content": t, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                 "special": i < 151_657} for i, t in enumerate(qwen_vl.SPECIAL, 151_643)}
-    (three / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
-    (three / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
-    (three / "merges.txt").write_text("\n".join(("#version: 0.2", *map(" ".join, merges))) + "\n")
-    first, second = qwen_vl.read_tokenizer(one), qwen_vl.read_tokenizer(three)
-    assert first.get_vocab() == second.get_vocab() == published.get_vocab()
-    sample = list(strings())[::5]
-    ids = [encoding.ids for encoding in published.encode_batch(sample)]
-    assert [e.ids for e in first.encode_batch(sample)] == [e.ids for e in second.encode_batch(sample)] == ids
-    assert first.decode_batch(ids) == second.decode_batch(ids) == published.decode_batch(ids)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chat template
-
-
-@pytest.mark.parametrize("messages, answer, expected", [
-    ([{"role": "user", "content": "Hi"}], True,
-     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
-    ([SYSTEM, {"role": "user", "content": "Hi"}], True,
-     "<|im_start|>system\nYou look at pictures.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
-    (ask("See ", picture(9, 9), " and", picture(9, 9), "?"), True,
-     "<|im_start|>system\nYou look at pictures.<|im_end|>\n<|im_start|>user\nSee <|vision_start|><|image_pad|><|vision_end|>"
-     " and<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"),
-    ([SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}], False,
-     "<|im_start|>system\nYou look at pictures.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-     "<|im_start|>assistant\nYes<|im_end|>\n"),
-    ([], False, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"),
-], ids=["default system message", "own system message", "pictures", "whole conversation", "empty"])
-def test_a_conversation_is_written_as_published(messages, answer, expected):
-    assert qwen_vl.chat_text(messages, answer) == expected
-
-
-@pytest.mark.parametrize("message", [
-    {"role": "judge", "content": "Hi"}, {"content": "Hi"}, {"role": "user", "content": None}, {"role": "user"},
-    {"role": "user", "content": "a <|image_pad|>"}, {"role": "user", "content": [{"type": "text", "text": "<|image_pad|>"}]},
-    {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, {"role": "user", "content": [{"type": "text"}]},
-    {"role": "user", "content": [{"type": "text", "text": None}]}, {"role": "user", "content": ["Hi"]},
-    {"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": [{"type": "image", "image": "a.png"}]}])
-def test_malformed_messages_are_refused(pair, message):
-    for read in (qwen_vl.chat_text, pair[1].processor):
-        with pytest.raises(ValueError, match="message"):
-            read([message])
-
-
-def test_a_picture_becomes_as_many_tokens_as_it_has_merged_patches(pair):
-    processor = pair[1].processor
-    prompt = processor(CONVERSATIONS["several pictures"])
-    assert int((prompt.ids == processor.image_token).sum()) == sum(h * w // 4 for _, h, w in prompt.grids)
-    assert prompt.pixels.shape == (sum(h * w for _, h, w in prompt.grids), 3 * 2 * 14 * 14)
-    marks = [processor.tokenizer.token_to_id(f"<|vision_{end}|>") for end in ("start", "end")]
-    bare = [i for i in prompt.ids.tolist() if i != processor.image_token]
-    assert bare == processor.tokenizer.encode(qwen_vl.chat_text(
-        CONVERSATIONS["several pictures"]).replace("<|image_pad|>", "")).ids and bare.count(marks[0]) == 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -656,12 +430,13 @@ def test_full_size_models_have_the_published_names_shapes_and_counts(size):
             vision_config={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
                            "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": width}, tie_word_embeddings=tied))
     assert weights.count_parameters(ours) == count
-    expected = {qwen_vl.published_name(name): tuple(t.shape) for name, t in theirs.state_dict().items()}
+    expected = weights.renamed(theirs.state_dict(), layouts.QWEN_NEWER)
+    expected = {name: tuple(t.shape) for name, t in expected.items()}
     if tied:
         expected.pop("lm_head.weight")
-    found = weights.shapes(ours.views())
-    assert found == expected
-    assert all(qwen_vl.published_name(name) == name for name in (*found, "lm_head.weight"))
+    views = layouts.qwen_views(ours)
+    assert weights.shapes(views) == expected
+    assert list(weights.renamed(views, layouts.QWEN_NEWER)) == list(views)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -680,7 +455,7 @@ def test_the_published_configurations_are_read(tmp_path, size):
             "in_chans": 3, "out_hidden_size": width, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
             "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2},
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": vocab}))
-    assert qwen_vl.read_config(tmp_path) == config
+    assert qwen_vl.QwenVLConfig(**layouts.qwen_fields(tmp_path)) == config
 
 
 def same_weights(one, two):
@@ -698,7 +473,7 @@ def test_the_newer_naming_scheme_loads_to_the_same_weights(pair, tmp_path):
         elif name.startswith("model."):
             name = f"model.language_model.{name[6:]}"
         newer[name] = tensor
-    assert set(newer) != set(ours.views())
+    assert set(newer) != set(layouts.qwen_views(ours))
     save_file(newer, tmp_path / "model.safetensors")
     assert same_weights(qwen_vl.QwenVL.from_pretrained(tmp_path), ours)
 
@@ -719,7 +494,7 @@ def test_what_we_save_is_read_back_by_us_and_by_transformers(tmp_path, tied):
         reread = Qwen2_5_VLForConditionalGeneration.from_pretrained(out).eval()
         torch.testing.assert_close(reread(**inputs).logits, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
     their_tokenizer = AutoTokenizer.from_pretrained(out)
-    for text in (qwen_vl.chat_text(CONVERSATIONS["several messages"]), "the inn's 42 cafe\u0301s\r\n\n  in  the 東京 🏳️‍🌈"):
+    for text in (chat.chat_text(CONVERSATIONS["several messages"]), "the inn's 42 cafe\u0301s\r\n\n  in  the 東京 🏳️‍🌈"):
         assert their_tokenizer(text)["input_ids"] == again.processor.tokenizer.encode(text).ids
 
 

@@ -1,0 +1,255 @@
+"""What Qwen2.5-VL reads: a conversation with pictures becomes tokens and patches.
+
+In the order data meets it: pictures to patches, the chat template, the tokenizer, and `Processor`,
+which joins them. `qwen_vl.py` goes on from a `Prompt`.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from parts import weights
+from parts.cli import UserError
+from parts.files import read_json, write_json, write_whole
+
+IMAGE_TOKEN = 151_655  # published id of <|image_pad|>
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    patch: int = 14  # pixels
+    frames: int = 2  # of one patch in time; a picture is shown twice
+    merge: int = 2  # merge² patches become one token
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 16_384  # as published; lower it to save memory
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """[height, width] as multiples of `factor`, pixels in range, aspect ratio nearly kept.
+
+    Raises ValueError if one side is more than 200 times the other.
+    """
+    sides = (height, width)
+    if max(sides) > 200 * min(sides):
+        raise ValueError(f"a picture of {width}×{height} pixels is more than 200 times as long as "
+                         f"wide; crop it")
+    rounded = [round(side / factor) * factor for side in sides]
+    if math.prod(rounded) > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        return [max(factor, math.floor(side / shrink / factor) * factor) for side in sides]
+    if math.prod(rounded) < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        return [math.ceil(side * grow / factor) * factor for side in sides]
+    return rounded
+
+
+def image_patches(image, c):
+    """PIL image -> (patches [h·w, 3·frames·patch²] float32, grid (1, h, w)); c an ImageConfig.
+
+    h, w: patches of the sides. The m·m patches of one merged token, m = merge, follow each other:
+    that is the order of the vision tower's input.
+    """
+    image = image.convert("RGB")
+    unit = c.patch * c.merge
+    height, width = smart_resize(image.height, image.width, unit, c.min_pixels, c.max_pixels)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = (np.asarray(image, np.float32) / 255 - np.float32(c.mean)) / np.float32(c.std)
+    h = height // c.patch
+    w = width // c.patch
+    x = torch.from_numpy(pixels)  # [h·patch, w·patch, 3]
+    x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
+    x = x.permute(0, 3, 1, 4, 6, 2, 5)  # [h/m, w/m, m, m, 3, patch, patch]
+    x = x.unsqueeze(5).expand(*x.shape[:5], c.frames, c.patch, c.patch)
+    return x.reshape(h * w, -1), (1, h, w)
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat template
+
+
+def chat_text(messages):
+    """A conversation as Qwen reads it, up to where its answer begins; a picture is <|image_pad|>.
+
+    messages: [{"role": "system" | "user" | "assistant", "content": text, or a list of
+    {"type": "text", "text": …} and {"type": "image", "image": PIL image}}]. Without a system
+    message the published default is put in front. Raises ValueError for anything else.
+    """
+    if not messages or messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+    turns = []
+    for message in messages:
+        text = "".join(part_text(part) for part in parts_of(message))
+        turns.append(f"<|im_start|>{message['role']}\n{text}<|im_end|>\n")
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def parts_of(message):
+    """The texts and pictures of a message. Raises ValueError if it is none."""
+    match message:
+        case {"role": "system" | "user" | "assistant", "content": str(text)}:
+            return [{"type": "text", "text": text}]
+        case {"role": "system" | "user" | "assistant", "content": list(parts)}:
+            return parts
+    raise ValueError(f"a message needs a role (system, user, assistant) and content (text or a "
+                     f"list of parts), got {str(message)[:80]}")
+
+
+def part_text(part):
+    match part:
+        case {"type": "image", "image": Image.Image()}:
+            return "<|vision_start|><|image_pad|><|vision_end|>"
+        case {"type": "text", "text": str(text)} if "<|image_pad|>" not in text:
+            return text
+    raise ValueError(f"a part of a message is an image or a text without <|image_pad|>; got "
+                     f"{str(part)[:80]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+CONTROL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+TOOLS = (
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
+SPECIAL = CONTROL + TOOLS
+
+
+def byte_bpe(vocab, merges, special=SPECIAL):
+    """Qwen's tokenizer: byte-level BPE over words and single digits.
+
+    vocab: {token: id}; merges: [(left, right)]. The special tokens follow the vocabulary in the
+    order given. TOOLS are published as ordinary text, which stays in a decoded answer.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.normalizer = normalizers.NFC()
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    letters = pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [AddedToken(text, special=text not in TOOLS, normalized=False) for text in special])
+    return tokenizer
+
+
+def read_tokenizer(folder):
+    """A folder's tokenizer: tokenizer.json, or vocab.json, merges.txt and the added tokens."""
+    folder = Path(folder)
+    try:
+        if (folder / "tokenizer.json").exists():
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        special = [added[i]["content"] for i in sorted(added, key=int)] or SPECIAL
+        vocab = read_json(folder / "vocab.json")
+        return byte_bpe(vocab, weights.read_merges(folder / "merges.txt"), special)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Both together
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as tokens, ready for the model."""
+    ids: torch.Tensor  # [L]
+    pixels: torch.Tensor  # [patches of all its pictures, 3·frames·patch²]
+    grids: tuple  # (1, h, w) of each picture, in patches
+
+
+class Processor:
+    """Conversations to prompts."""
+
+    def __init__(self, tokenizer, image=ImageConfig(), image_token=IMAGE_TOKEN, stop=None):
+        """stop: ids that end an answer; by default those of <|im_end|> and <|endoftext|>."""
+        self.tokenizer = tokenizer
+        self.image = image
+        self.image_token = image_token
+        self.stop = tuple(stop or map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        found = tokenizer.id_to_token(image_token)
+        if found != "<|image_pad|>":
+            raise UserError(f"token {image_token} of the tokenizer is {found!r}, expected "
+                            f"'<|image_pad|>'; model and tokenizer are of different checkpoints")
+
+    def __call__(self, messages):
+        """One conversation -> Prompt. Raises ValueError for a malformed one."""
+        text, *following = chat_text(messages).split("<|image_pad|>")
+        parts = [part for message in messages for part in parts_of(message)]
+        images = [part["image"] for part in parts if part["type"] == "image"]
+        patches = [torch.empty(0, 3 * self.image.frames * self.image.patch**2)]
+        grids = []
+        for image, piece in zip(images, following, strict=True):
+            own, (_, h, w) = image_patches(image, self.image)
+            patches.append(own)
+            grids.append((1, h, w))
+            # The picture's features will stand at these tokens, one for each m·m patches.
+            text += "<|image_pad|>" * (h * w // self.image.merge**2) + piece
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return Prompt(torch.tensor(ids), torch.cat(patches), tuple(grids))
+
+    def decode(self, ids):
+        """Tokens -> text, without special tokens."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @classmethod
+    def from_pretrained(cls, folder, image_token=IMAGE_TOKEN):
+        """The processor of a folder of Qwen2.5-VL. Raises UserError."""
+        folder = Path(folder)
+        file = folder / "preprocessor_config.json"
+        if not file.exists() and (folder / "processor_config.json").exists():
+            file = folder / "processor_config.json"  # a newer layout
+        raw = read_json(file)
+        raw = raw.get("image_processor", raw)
+        size = raw.get("size") or {}
+        fields = {
+            "patch": raw.get("patch_size"), "frames": raw.get("temporal_patch_size"),
+            "merge": raw.get("merge_size"), "mean": raw.get("image_mean"),
+            "std": raw.get("image_std"),
+            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": raw.get("max_pixels") or size.get("longest_edge")}
+        fields = {name: tuple(value) if isinstance(value, list) else value
+                  for name, value in fields.items() if value is not None}
+        stop = None
+        if (folder / "generation_config.json").exists():
+            stop = read_json(folder / "generation_config.json").get("eos_token_id")
+            stop = [stop] if isinstance(stop, int) else stop
+        return cls(read_tokenizer(folder), ImageConfig(**fields), image_token, stop)
+
+    def save_pretrained(self, folder):
+        """Write the tokenizer and what else from_pretrained reads, in the published layout."""
+        folder = Path(folder)
+        image = self.image
+        write_json(folder / "preprocessor_config.json", {
+            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": image.patch,
+            "temporal_patch_size": image.frames, "merge_size": image.merge,
+            "min_pixels": image.min_pixels, "max_pixels": image.max_pixels,
+            "image_mean": list(image.mean), "image_std": list(image.std)})
+        write_json(folder / "generation_config.json", {
+            "eos_token_id": list(self.stop), "pad_token_id": self.stop[-1]})
+        write_whole(folder / "tokenizer.json", self.tokenizer.to_str())
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>"})
