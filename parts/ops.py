@@ -66,6 +66,7 @@ def fusable(plain):
         return result
 
     operation.plain = plain
+    operation.forms = forms
     return operation
 
 
@@ -108,6 +109,7 @@ def code_of(function, seen):
             words.append(token.string)
         if token.type not in (tokenize.COMMENT, tokenize.NL):
             begins = token.type in LAYOUT
+    words = words[words.index("def"):]  # without decorators
     scope = function.__globals__
     own = (function.__module__, __name__)
     called = []

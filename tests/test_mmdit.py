@@ -10,7 +10,8 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import save_file
 
 import mmdit
-from parts import ops, weights
+from parts import layouts, lora, ops, weights
+from tiny.initialise import initialise
 
 SMALL = mmdit.MMDiTConfig(depth=3, heads=4, head_dim=16, dual_blocks=(0, 1), context_dim=40, pooled_dim=24,
                           positions=12, sample_size=16)
@@ -41,7 +42,7 @@ def inputs(c, batch=2, height=8, width=12, length=7):
 
 
 def stability_file(model):
-    return {name: part.detach().clone() for name, (part,) in model.stability_views().items()}
+    return {name: part.detach().clone() for name, (part,) in weights.named_views(model).items()}
 
 
 def relative_error(ours, theirs):
@@ -68,7 +69,7 @@ def test_full_size_names_shapes_and_counts_equal_the_published_models(config, co
         ours = mmdit.MMDiT(config)
     assert weights.count_parameters(ours) == count
     expected = {name: tuple(t.shape) for name, t in reference(config, "meta").state_dict().items()}
-    found = weights.shapes(ours.diffusers_views())
+    found = weights.shapes(layouts.mmdit_views(ours))
     assert found == expected
 
 
@@ -77,7 +78,7 @@ def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for():
     model = shake(mmdit.MMDiT(SMALL))
     model.pos_embed.normal_()
     converted = convert_sd3_transformer_checkpoint_to_diffusers(stability_file(model))
-    views = model.diffusers_views()
+    views = layouts.mmdit_views(model)
     assert set(converted) == set(views)
     for name, parts in views.items():
         assert torch.equal(converted[name], torch.cat([p.detach() for p in parts])), name
@@ -111,7 +112,7 @@ def test_shards_are_read_like_one_file(tmp_path):
 def test_a_new_model_starts_at_zero_velocity_with_diffusers_position_table():
     with torch.device("meta"):
         model = mmdit.MMDiT(SMALL)
-    model = model.to_empty(device="cpu").initialise()
+    model = initialise(model.to_empty(device="cpu"))
     assert torch.equal(model(*inputs(SMALL)), torch.zeros(2, 16, 8, 12))
     table = reference(SMALL).pos_embed.pos_embed
     assert (model.pos_embed - table).abs().max() < 1e-5
@@ -126,12 +127,12 @@ def test_gradients_flow_to_every_parameter():
     assert idle == ["joint_blocks.2.context_block.attn.ln_q.weight"]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing_changes_neither_output_nor_gradients(lora):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_checkpointing_changes_neither_output_nor_gradients(adapted):
     torch.manual_seed(0)
     model = mmdit.MMDiT(SMALL)
     model.pos_embed.normal_()
-    if lora:
+    if adapted:
         lora.add_lora(model, model.lora_targets(), 4, 8)
     shake(model)
     outputs, gradients, recomputed = [], [], []
@@ -164,8 +165,9 @@ def test_compiled_blocks_are_whole_graphs_and_give_the_same(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=count,
                                                                             fullgraph=True))
     torch._dynamo.reset()
-    model.compile_blocks()
-    with ops.all_laid_out(model):  # which leaves compiled modules alone
+    for block in model.joint_blocks:
+        block.compile()
+    with ops.fast_linears(model):  # which leaves compiled modules alone
         out = model(*inputs(SMALL))
     torch._dynamo.reset()
     assert relative_error(out, expected) < 1e-6

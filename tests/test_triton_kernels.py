@@ -23,7 +23,8 @@ import flow_grpo
 import grpo
 import mmdit
 import qwen_vl
-from flow_grpo import kl_of, sde_step
+from flow_grpo import sde_step
+from kernels import log_probs
 from parts import ops
 
 pytest.importorskip("triton")
@@ -94,8 +95,13 @@ def hold_together(function, reference, tensors):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=bound)
 
 
+def kl_of(mean, ref_mean, sigma_t):
+    """(mean − ref_mean)²/(2σ_t²), averaged over the elements of each row."""
+    return (mean - ref_mean).square().flatten(1).mean(1) / (2 * sigma_t**2)
+
+
 def rms(x, weight, eps):
-    """ops.rms_norm without its own float32."""
+    """ops.rms_norm.plain without its own float32."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
@@ -111,14 +117,14 @@ def test_modulate(B, L, D, dtype):
     x = tensor(B, L, D, dtype=dtype) + 3
     # one value has no deviation: the gradient in float64 is 0, and what rounding leaves must not be blown up by 1/√eps
     eps = 0.1 if D == 1 else 1e-6
-    hold_together(lambda *t: fused.modulate(*t, eps), lambda *t: ops.modulate(*t, eps), (x, shift, scale))
+    hold_together(lambda *t: fused.modulate(*t, eps), lambda *t: mmdit.modulate.plain(*t, eps), (x, shift, scale))
 
 
 @pytest.mark.parametrize("B, L, D", [(2, 3, 7), (1, 1, 1), (2, 33, 130), (1, 2, 1536)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gate_residual(B, L, D, dtype):
     x, branch, gate = tensor(B, L, D, dtype=dtype), tensor(B, L, D, dtype=dtype, seed=1), chunks_of(B, D, 6, dtype)[2]
-    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, gate))
+    hold_together(fused.gate_residual, mmdit.gate_residual.plain, (x, branch, gate))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1,), (17, 40), (2, 1536), (2, 3584)])
@@ -132,12 +138,12 @@ def test_rms_norm(shape, dtype):
 @pytest.mark.parametrize("dtype", TYPES)
 def test_split_qkv(B, L, H, E, dtype):
     def reference(qkv, wq, wk):
-        q, k, v = ops.split_qkv(qkv, H)
+        q, k, v = ops.split_qkv.plain(qkv, H)
         return rms(q, wq, 0.1), rms(k, wk, 0.1), v
 
     qkv, wq, wk = tensor(B, L, 3 * H * E, dtype=dtype), tensor(E, dtype=dtype), tensor(E, dtype=dtype, seed=1)
     hold_together(lambda *t: fused.split_qkv(t[0], H, *t[1:], 0.1), reference, (qkv, wq, wk))
-    hold_together(lambda t: fused.split_qkv(t, H), lambda t: ops.split_qkv(t, H), (qkv,))
+    hold_together(lambda t: fused.split_qkv(t, H), lambda t: ops.split_qkv.plain(t, H), (qkv,))
     assert fused.split_qkv(qkv, H, wq, wk)[2].data_ptr() == qkv[..., 2 * H * E:].data_ptr()
 
 
@@ -146,7 +152,7 @@ def test_split_qkv(B, L, H, E, dtype):
 def test_joint_qkv(B, L, N, H, E, dtype):
     def reference(context, x, *norms):
         streams = zip((context, x), (norms[:2], norms[2:]))
-        split = [(ops.split_qkv(t, H), own) for t, own in streams]
+        split = [(ops.split_qkv.plain(t, H), own) for t, own in streams]
         return tuple(torch.cat(pair, 2) for pair in zip(*(
             (rms(q, wq, 0.1), rms(k, wk, 0.1), v) for (q, k, v), (wq, wk) in split)))
 
@@ -154,7 +160,7 @@ def test_joint_qkv(B, L, N, H, E, dtype):
     norms = [tensor(E, dtype=dtype, seed=10 + i) for i in range(4)]
     hold_together(lambda c, x, *w: fused.joint_qkv(c, x, H, w[:2], w[2:], 0.1), reference, (*streams, *norms))
     values = fused.joint_qkv(*streams, H, norms[:2], norms[2:])[2]
-    assert torch.equal(values, torch.cat([ops.split_qkv(t, H)[2] for t in streams], dim=2))
+    assert torch.equal(values, torch.cat([ops.split_qkv.plain(t, H)[2] for t in streams], dim=2))
 
 
 @pytest.mark.parametrize("N, H, K, E", [(3, 4, 2, 6), (1, 1, 1, 2), (9, 7, 1, 128), (5, 2, 2, 80)])
@@ -165,7 +171,7 @@ def test_split_rotate(N, H, K, E, dtype, wide_angles):
     cos, sin = (torch.cat([t, t], -1).to(torch.float32 if wide_angles else dtype) for t in (angle.cos(), angle.sin()))
 
     def plain(qkv):
-        return ops.split_rotate(qkv, H, K, cos, sin)
+        return qwen_vl.split_rotate.plain(qkv, H, K, cos, sin)
 
     qkv = tensor(N, (H + 2 * K) * E, dtype=dtype)
     hold_together(lambda t: fused.split_rotate(t, H, K, cos, sin), plain, (qkv,))
@@ -176,7 +182,7 @@ def test_split_rotate(N, H, K, E, dtype, wide_angles):
 @pytest.mark.parametrize("shape", [(2, 3, 14), (2,), (3, 2 * 1030), (1, 2 * 3420)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_swiglu(shape, dtype):
-    hold_together(fused.swiglu, ops.swiglu, (tensor(*shape, dtype=dtype, scale=3),))
+    hold_together(fused.swiglu, qwen_vl.swiglu.plain, (tensor(*shape, dtype=dtype, scale=3),))
 
 
 @settings(max_examples=6, deadline=None)
@@ -184,8 +190,8 @@ def test_swiglu(shape, dtype):
 def test_all_row_kernels_at_any_shape(B, L, D, dtype):
     shift, scale, gate = chunks_of(B, D, 3, dtype)
     x, branch = tensor(B, L, D, dtype=dtype), tensor(B, L, D, dtype=dtype, seed=1)
-    hold_together(lambda *t: fused.modulate(*t, 0.1), lambda *t: ops.modulate(*t, 0.1), (x, shift, scale))
-    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, gate))
+    hold_together(lambda *t: fused.modulate(*t, 0.1), lambda *t: mmdit.modulate.plain(*t, 0.1), (x, shift, scale))
+    hold_together(fused.gate_residual, mmdit.gate_residual.plain, (x, branch, gate))
     hold_together(lambda *t: fused.rms_norm(*t, 0.1), lambda *t: rms(*t, 0.1), (x[:1], gate[0]))
 
 
@@ -258,16 +264,16 @@ def test_scan_tile_makes_the_log_softmax_as_the_tiles_pass(N, V, tile, dtype, sc
 def test_inputs_of_any_layout_and_tensors_that_need_no_gradient():
     x, branch = tensor(5, 2, 6).transpose(0, 1), tensor(2, 6, 5).transpose(1, 2)  # [2,5,6]
     shift, scale, weight = tensor(6, 2).t(), tensor(1, 6).expand(2, 6), tensor(6)
-    hold_together(fused.modulate, ops.modulate, (x, shift, scale))
-    hold_together(lambda t: fused.modulate(t, shift, scale), lambda t: ops.modulate(t, shift.to(t), scale.to(t)), (x,))
-    hold_together(lambda t: fused.modulate(x, t, scale), lambda t: ops.modulate(x.to(t), t, scale.to(t)), (shift,))
-    hold_together(fused.gate_residual, ops.gate_residual, (x, branch, scale))
+    hold_together(fused.modulate, mmdit.modulate.plain, (x, shift, scale))
+    hold_together(lambda t: fused.modulate(t, shift, scale), lambda t: mmdit.modulate.plain(t, shift.to(t), scale.to(t)), (x,))
+    hold_together(lambda t: fused.modulate(x, t, scale), lambda t: mmdit.modulate.plain(x.to(t), t, scale.to(t)), (shift,))
+    hold_together(fused.gate_residual, mmdit.gate_residual.plain, (x, branch, scale))
     hold_together(lambda t: fused.gate_residual(t, branch, shift),
-                  lambda t: ops.gate_residual(t, branch.to(t), shift.to(t)), (x,))
+                  lambda t: mmdit.gate_residual.plain(t, branch.to(t), shift.to(t)), (x,))
     hold_together(lambda t: fused.gate_residual(x, t, shift),
-                  lambda t: ops.gate_residual(x.to(t), t, shift.to(t)), (branch,))
+                  lambda t: mmdit.gate_residual.plain(x.to(t), t, shift.to(t)), (branch,))
     hold_together(lambda t: fused.gate_residual(x, branch, t),
-                  lambda t: ops.gate_residual(x.to(t), branch.to(t), t), (shift,))
+                  lambda t: mmdit.gate_residual.plain(x.to(t), branch.to(t), t), (shift,))
     hold_together(lambda t: fused.rms_norm(t, weight), lambda t: rms(t, weight.to(t), 1e-6), (x,))
 
 
@@ -275,7 +281,7 @@ def test_heads_through_attention():
     """Its gradients come in a layout of their own, and only the image's queries are asked, as in the last block."""
     weight, mine = tensor(4), tensor(2, 2, 3, 4)
     gradients = []
-    for split in (fused.split_qkv, ops.split_qkv):
+    for split in (fused.split_qkv, ops.split_qkv.plain):
         qkv = tensor(2, 5, 24).transpose(0, 1).requires_grad_()  # [5,2,24]
         q, k, v = split(qkv.transpose(0, 1), 2, weight, weight)
         out = ops.attention(torch.cat([q, mine], 2)[:, :, 2:], torch.cat([k, mine], 2), torch.cat([v, mine], 2))
@@ -286,11 +292,11 @@ def test_heads_through_attention():
 def test_a_type_for_each_tensor():
     """A float32 norm in a bfloat16 model: the result has the wider type, each gradient that of its tensor."""
     x, weight = tensor(3, 8, dtype=torch.bfloat16), tensor(8)
-    assert fused.rms_norm(x, weight).dtype == ops.rms_norm(x, weight).dtype == torch.float32
+    assert fused.rms_norm(x, weight).dtype == ops.rms_norm.plain(x, weight).dtype == torch.float32
     hold_together(fused.rms_norm, lambda *t: rms(*t, 1e-6), (x, weight))
     shift, scale = tensor(1, 8), tensor(1, 8, seed=1)
-    hold_together(fused.modulate, ops.modulate, (x[None], shift, scale))
-    hold_together(fused.gate_residual, ops.gate_residual, (x[None], tensor(1, 3, 8), scale))
+    hold_together(fused.modulate, mmdit.modulate.plain, (x[None], shift, scale))
+    hold_together(fused.gate_residual, mmdit.gate_residual.plain, (x[None], tensor(1, 3, 8), scale))
 
 
 def test_no_rows_give_nothing_and_zero_sums():
@@ -344,7 +350,11 @@ def on_the_kernels(monkeypatch, run):
     """(results of run() on the plain forms, the same on the kernels)."""
     monkeypatch.setattr(ops, "FUSED", False)
     plain = run()
-    monkeypatch.setattr(ops, "on_gpu", lambda x: fused)
+    monkeypatch.setattr(ops, "FUSED", True)
+    for module in (flow_grpo, mmdit, ops, qwen_vl):
+        for name, operation in vars(module).items():
+            if hasattr(operation, "forms"):
+                monkeypatch.setitem(operation.forms, DEVICE, getattr(fused, name, None))
     return plain, run()
 
 
@@ -381,8 +391,8 @@ def test_a_qwen_vl_with_a_picture_is_the_same_on_the_kernels(monkeypatch):
 
     def run():
         logits = model(ids, pixels, grid)
-        return logits.detach(), *torch.autograd.grad(logits.square().mean(), [model.blocks[0].qkv.weight,
-                                                                             model.visual.blocks[0].qkv.weight])
+        return logits.detach(), *torch.autograd.grad(logits.square().mean(), [model.model.layers[0].self_attn.qkv_proj.weight,
+                                                                             model.visual.blocks[0].attn.qkv.weight])
 
     for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
@@ -395,13 +405,18 @@ def test_token_log_probs_and_their_gradients_are_the_same_on_the_kernels(monkeyp
     hidden, weight = (tensor(*shape, dtype=dtype).requires_grad_(on) for shape, on in zip([(5, 8), (50, 8)], trained))
     targets = torch.tensor([0, 49, 7, 16, 17], device=DEVICE)
 
-    def run(hidden=hidden, weight=weight):
-        out = grpo.token_log_probs(hidden, weight, targets, 17, temperature)
+    def run(form=log_probs.token_log_probs, hidden=hidden, weight=weight):
+        out = form(hidden, weight, targets, temperature)
         leaves = [x for x in (hidden, weight) if x.requires_grad]
         return [out.detach(), *torch.autograd.grad((out * torch.arange(1.0, 6, device=DEVICE)).sum(), leaves)]
 
-    exact = run(hidden.detach().double().requires_grad_(trained[0]), weight.detach().double().requires_grad_(trained[1]))
-    for wanted, plain, ours in zip(exact, *on_the_kernels(monkeypatch, run), strict=True):
+    exact = run(grpo.token_log_probs.plain, hidden.detach().double().requires_grad_(trained[0]),
+                weight.detach().double().requires_grad_(trained[1]))
+    monkeypatch.setattr(log_probs, "CHUNK", 17)
+    monkeypatch.setattr(log_probs, "triton_for", lambda x: None)
+    in_torch = run()
+    monkeypatch.setattr(log_probs, "triton_for", lambda x: fused)
+    for wanted, plain, ours in zip(exact, in_torch, run(), strict=True):
         assert ours.dtype == plain.dtype
         torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=2 * ERRORS[dtype] * float(wanted.abs().max()))
 
@@ -417,12 +432,12 @@ def test_a_trajectory_its_ratio_and_the_gradient_of_its_loss_are_the_same_on_the
         with torch.no_grad():
             reference = torch.einsum("bchw,cd->bdhw", latents, weight.roll(1, 0))
         seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-        trajectory = flow_grpo.sample_sde(model, latents, *texts, 4, window=(0, 3), generator=seeds)
+        trajectory = flow_grpo.sample_sde(model, latents, *texts, flow_grpo.SDESettings(4, window=(0, 3)), generator=seeds)
         out = [trajectory.latents]
         for k, kept in enumerate(trajectory.steps):
             step = flow_grpo.evaluate_step(model, trajectory, k, *texts, reference)
             assert torch.equal(step.log_prob, kept.log_prob)  # the ratio is exactly 1
-            loss, metrics = flow_grpo.step_loss(step.log_prob, kept.log_prob, tensor(2), step.kl)
+            loss, metrics = flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, tensor(2), step.kl)
             out += [step.mean.detach(), step.log_prob.detach(), step.kl.detach(), loss.detach(),
                     torch.autograd.grad(loss, weight)[0]]
         return out
