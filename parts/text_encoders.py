@@ -1,10 +1,12 @@
-"""The three text encoders of Stable Diffusion 3.5 and their tokenizers, joined as the MMDiT expects them.
+"""The three text encoders of Stable Diffusion 3.5 and their tokenizers, joined for the MMDiT.
 
-Each prompt becomes a sequence of 77 CLIP tokens (CLIP-L's hidden states beside OpenCLIP-bigG's, padded with zeros to
-T5's width) followed by T T5 tokens, and one pooled vector (CLIP-L's beside bigG's) (Esser et al. 2024, section 4).
-T5 may be left out: zeros stand in its place, as in training, where it is dropped at random.
+Each prompt becomes a sequence of 77 CLIP tokens (CLIP-L's hidden states beside OpenCLIP-bigG's,
+padded with zeros to T5's width) followed by T T5 tokens, and one pooled vector (CLIP-L's beside
+bigG's) (Esser et al. 2024, section 4). T5 may be left out: zeros stand in its place, as in
+training, where it is dropped at random.
 
-Shapes: B batch, L CLIP tokens (77), T T5 tokens (256), D width of a tower, C context width (4096).
+Shapes: B batch, L CLIP tokens (77), T T5 tokens (256), D width of a tower, H heads, C context
+width (4096).
 """
 
 import functools
@@ -22,108 +24,112 @@ from parts.files import read_json
 T5_TOKENS = 256  # of SD3.5's pipeline
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T5's encoder (Raffel et al. 2020, version 1.1)
 
 
 @dataclass(frozen=True)
 class T5Config:
-    width: int = 4096
-    layers: int = 24
-    heads: int = 64
-    head_dim: int = 64
-    mlp: int = 10_240
-    vocab: int = 32_128
-    buckets: int = 32  # of relative distance, half of them for each direction
-    distance: int = 128  # from where on all distances share the last bucket
-    eps: float = 1e-6
+    d_model: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    d_kv: int = 64  # channels of a head
+    d_ff: int = 10_240
+    vocab_size: int = 32_128
+    relative_attention_num_buckets: int = 32  # of distance, half of them for each direction
+    relative_attention_max_distance: int = 128  # from where on all share the last bucket
+    layer_norm_epsilon: float = 1e-6
 
 
 T5_XXL = T5Config()
+T5_FUSED = {"qkv": ("q", "k", "v"), "wi": ("wi_0", "wi_1")}
+T5_NAMES = (  # (ours, published)
+    (r"^blocks\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"^blocks\.(\d+)\.mlp_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.(w\w+)\.", r"encoder.block.\1.layer.1.DenseReluDense.\2."),
+    (r"^relative_attention", "encoder.block.0.layer.0.SelfAttention.relative_attention"),
+    (r"^final_layer_norm\.", "encoder.final_layer_norm."),
+)
 
 
 class T5Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        inner = c.heads * c.head_dim
-        self.norm1, self.norm2 = ops.RMSNorm(c.width, c.eps), ops.RMSNorm(c.width, c.eps)
-        self.qkv, self.out = nn.Linear(c.width, 3 * inner, bias=False), nn.Linear(inner, c.width, bias=False)
-        self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)  # wi_0 (through GELU) and wi_1
-        self.down = nn.Linear(c.mlp, c.width, bias=False)
-        self.heads = c.heads
+        inner = c.num_heads * c.d_kv
+        self.heads = c.num_heads
+        self.attn_norm = ops.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        self.mlp_norm = ops.RMSNorm(c.d_model, c.layer_norm_epsilon)
+        self.qkv = nn.Linear(c.d_model, 3 * inner, bias=False)
+        self.o = nn.Linear(inner, c.d_model, bias=False)
+        self.wi = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)  # the gate's half, then the other
+        self.wo = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x, bias):  # x [B,T,D], bias [1,H,T,T]
-        q, k, v = ops.split_qkv(self.qkv(self.norm1(x)), self.heads)
-        x = x + self.out(ops.attention(q, k, v, mask=bias, scale=1.0))  # T5 does not scale its scores
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
-        return x + self.down(F.gelu(gate, approximate="tanh") * up)
+        q, k, v = ops.split_qkv(self.qkv(self.attn_norm(x)), self.heads)  # each [B,H,T,E]
+        x = x + self.o(ops.attention(q, k, v, mask=bias, scale=1.0))  # T5 does not scale its scores
+        gate, up = self.wi(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.wo(F.gelu(gate, approximate="tanh") * up)
 
 
 class T5Encoder(nn.Module):
     def __init__(self, config=T5_XXL):
         super().__init__()
         c = self.config = config
-        self.tokens = nn.Embedding(c.vocab, c.width)
-        self.distance_bias = nn.Embedding(c.buckets, c.heads)
-        self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.layers))
-        self.norm = ops.RMSNorm(c.width, c.eps)
+        self.shared = nn.Embedding(c.vocab_size, c.d_model)
+        self.relative_attention_bias = nn.Embedding(c.relative_attention_num_buckets, c.num_heads)
+        self.blocks = nn.ModuleList(T5Block(c) for _ in range(c.num_layers))
+        self.final_layer_norm = ops.RMSNorm(c.d_model, c.layer_norm_epsilon)
 
     def forward(self, ids):
         """ids [B,T] -> hidden states [B,T,D]. No mask: SD3.5 lets tokens attend to the padding."""
-        x, length = self.tokens(ids), ids.shape[1]
-        position = torch.arange(length, device=ids.device)
+        x = self.shared(ids)  # [B,T,D]
+        position = torch.arange(ids.shape[1], device=ids.device)
         bucket = distance_bucket(position[None, :] - position[:, None], self.config)  # [T,T]
-        bias = self.distance_bias(bucket).permute(2, 0, 1)[None]  # [1,H,T,T]
-        for block in self.blocks:
+        bias = self.relative_attention_bias(bucket).permute(2, 0, 1)[None]  # [1,H,T,T]
+        for block in self.blocks:  # the first block's bias serves all
             x = block(x, bias)
-        return self.norm(x)
+        return self.final_layer_norm(x)
 
     def views(self):
-        views = {"shared.weight": [self.tokens.weight], "encoder.final_layer_norm.weight": [self.norm.weight],
-                 "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": [self.distance_bias.weight]}
-        for i, block in enumerate(self.blocks):
-            at = f"encoder.block.{i}.layer"
-            for name, rows in zip("qkv", weights.split_rows(block.qkv.weight, 3), strict=True):
-                views[f"{at}.0.SelfAttention.{name}.weight"] = [rows]
-            gate, up = weights.split_rows(block.gate_up.weight, 2)
-            views |= {f"{at}.0.SelfAttention.o.weight": [block.out.weight],
-                      f"{at}.0.layer_norm.weight": [block.norm1.weight],
-                      f"{at}.1.DenseReluDense.wi_0.weight": [gate], f"{at}.1.DenseReluDense.wi_1.weight": [up],
-                      f"{at}.1.DenseReluDense.wo.weight": [block.down.weight],
-                      f"{at}.1.layer_norm.weight": [block.norm2.weight]}
-        return views
+        """Names of transformers' T5EncoderModel."""
+        return weights.renamed(weights.named_views(self, T5_FUSED), T5_NAMES)
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None, component=None):
-        """A folder or hub id with T5EncoderModel (its `component`, e.g. `text_encoder_3`, if one is named)."""
+        """A folder or hub id with T5EncoderModel. Raises UserError.
+
+        component: its folder in a whole pipeline, e.g. `text_encoder_3`.
+        """
         path = weights.find(source, component)
         raw = weights.read_config(path)
-        try:
-            if raw.get("feed_forward_proj") != "gated-gelu":
-                raise ValueError(f"feed_forward_proj {raw.get('feed_forward_proj')!r}, expected 'gated-gelu'")
-            config = T5Config(raw["d_model"], raw["num_layers"], raw["num_heads"], raw["d_kv"], raw["d_ff"],
-                              raw["vocab_size"], raw.get("relative_attention_num_buckets", 32),
-                              raw.get("relative_attention_max_distance", 128), raw.get("layer_norm_epsilon", 1e-6))
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{path}/config.json: not T5 version 1.1 ({error}); give an SD3.5 "
-                                          f"text_encoder_3/ folder") from error
+        if raw.get("feed_forward_proj") != "gated-gelu":
+            raise UserError(
+                f"{path}/config.json: not T5 version 1.1, whose feed_forward_proj is gated-gelu; "
+                f"give an SD3.5 text_encoder_3/ folder")
+        make = functools.partial(cls, weights.fields_of(T5Config, raw))
         entries = weights.index(path)
-        if "shared.weight" not in entries and "encoder.embed_tokens.weight" in entries:  # the same table, tied
-            entries["shared.weight"] = entries.pop("encoder.embed_tokens.weight")
-        return weights.build(functools.partial(cls, config), cls.views, entries, path, device, dtype,
-                             optional=("encoder.embed_tokens.weight",))
+        tied = "encoder.embed_tokens.weight"  # a second name of the same table
+        if "shared.weight" not in entries and tied in entries:
+            entries["shared.weight"] = entries.pop(tied)
+        return weights.build(make, cls.views, entries, path, device, dtype, optional=(tied,))
 
 
 def distance_bucket(offset, c):
-    """Bucket of each key − query offset: exact for small distances, logarithmic up to c.distance, then one for all."""
-    half = c.buckets // 2
-    exact, far = half // 2, offset.abs()
-    ratio = torch.log(far.clamp(min=1).float() / exact) / math.log(c.distance / exact)
+    """Bucket of each key − query offset.
+
+    Small distances have one each; the others share, on a logarithmic scale up to the greatest.
+    """
+    half = c.relative_attention_num_buckets // 2
+    exact = half // 2
+    far = offset.abs()
+    span = math.log(c.relative_attention_max_distance / exact)
+    ratio = torch.log(far.clamp(min=1).float() / exact) / span
     logarithmic = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(far < exact, far, logarithmic) + half * (offset > 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The three together
 
 
@@ -136,41 +142,58 @@ class TextEncoders:
     """Not a module: three frozen encoders that may live on another device than the MMDiT."""
 
     def __init__(self, clip_l, clip_g, t5, tokenizers, context_width=4096, t5_tokens=T5_TOKENS):
-        """tokenizers: of CLIP-L, bigG and, unless t5 is None, T5. t5 None: t5_tokens rows of zeros in its place."""
-        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
-        self.context_width, self.t5_tokens = context_width, t5_tokens
+        """tokenizers: of CLIP-L, bigG and T5. t5 None: t5_tokens rows of zeros in its place."""
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+        self.t5 = t5
+        self.tokenizers = tokenizers
+        self.context_width = context_width
+        self.t5_tokens = t5_tokens
 
     @torch.no_grad()
     def encode(self, prompts):
-        """list of B strings -> (context [B, 77 + T, 4096], pooled [B, 2048]). Warns about what a prompt is cut by."""
-        device = self.clip_l.tokens.weight.device
+        """list of B strings -> (context [B, 77 + T, 4096], pooled [B, 2048]).
+
+        Warns with the words that a prompt loses because it is too long.
+        """
+        # 1. both CLIPs, side by side
+        device = self.clip_l.token_embedding.weight.device
         hidden_l, pooled_l = self.clip_l(self.tokenizers[0](prompts).to(device))
-        hidden_g, pooled_g = self.clip_g(self.tokenizers[1](prompts, warn=False).to(device))  # it cuts where CLIP-L does
+        # bigG cuts where CLIP-L does, so one warning is enough
+        hidden_g, pooled_g = self.clip_g(self.tokenizers[1](prompts, warn=False).to(device))
         context = torch.cat([hidden_l, hidden_g], dim=-1)  # [B,L,D_l+D_g]
         context = F.pad(context, (0, self.context_width - context.shape[-1]))  # [B,L,C]
+        # 2. T5 behind them
         if self.t5 is None:
             long = context.new_zeros(len(prompts), self.t5_tokens, self.context_width)
         else:
-            long = self.t5(self.tokenizers[2](prompts).to(self.t5.tokens.weight.device)).to(context)  # [B,T,C]
+            ids = self.tokenizers[2](prompts).to(self.t5.shared.weight.device)
+            long = self.t5(ids).to(context)  # [B,T,C]
         return torch.cat([context, long], dim=1), torch.cat([pooled_l, pooled_g], dim=-1)
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None, use_t5=True):
-        """A diffusers folder or hub id: text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/, as its model_index.json lists them.
+        """A diffusers folder or hub id: text_encoder{,_2,_3}/ and tokenizer{,_2,_3}/.
 
-        use_t5 False: T5 is not loaded and zeros stand in its place. `t5_tokens` in model_index.json overrides T = 256.
+        use_t5 False, or no T5 in model_index.json: T5 is not loaded and zeros stand in its place.
+        `t5_tokens` in model_index.json overrides T = 256.
         """
         index = read_json(weights.find_file(source, "model_index.json"))
         use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
-        tokenizers = [clip.PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
+        tokenizers = [
+            clip.PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
         if use_t5:
-            tokenizers.append(clip.PromptTokenizer(weights.find(source, "tokenizer_3"), max_length=t5_tokens))
-        clip_l, clip_g = (clip.TextTower.from_pretrained(source, device, dtype, component)
-                          for component in ("text_encoder", "text_encoder_2"))
-        t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3") if use_t5 else None
-        if t5 is not None:
-            width = t5.config.width
+            folder = weights.find(source, "tokenizer_3")
+            tokenizers.append(clip.PromptTokenizer(folder, max_length=t5_tokens))
+        clip_l, clip_g = (
+            clip.TextTower.from_pretrained(source, device, dtype, component)
+            for component in ("text_encoder", "text_encoder_2"))
+        if use_t5:
+            t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3")
+            width = t5.config.d_model
         else:
-            width = read_json(weights.find_file(source, "transformer/config.json"))["joint_attention_dim"]
+            t5 = None
+            mmdit = read_json(weights.find_file(source, "transformer/config.json"))
+            width = mmdit["joint_attention_dim"]
         return cls(clip_l, clip_g, t5, tokenizers, width, t5_tokens)

@@ -11,14 +11,12 @@ slicing, by which others decode very large pictures piece by piece.
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from parts import layouts, ops, weights
-from parts.files import write_json
 
 
 @dataclass(frozen=True)
@@ -228,9 +226,3 @@ class VAE(nn.Module):
             fields = layouts.vae_fields(path)
         make = functools.partial(cls, VAEConfig(**fields))
         return weights.build(make, views, entries, path, device, dtype)
-
-    def save_pretrained(self, folder, dtype=None):
-        """Write the diffusers layout: config.json and diffusion_pytorch_model.safetensors."""
-        path = Path(folder) / "diffusion_pytorch_model.safetensors"
-        write_json(Path(folder) / "config.json", layouts.vae_json(self.config))
-        weights.save(path, layouts.vae_views(self), dtype)

@@ -15,12 +15,13 @@ tensors.
 import fnmatch
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from parts.cli import UserError
 from parts.files import read_json, write_whole
@@ -106,13 +107,29 @@ def read_config(folder):
     return read_json(Path(folder) / "config.json")
 
 
-def read_merges(path):
-    """[(left, right)] of a merges.txt, whose first line is a version."""
+def fields_of(kind, raw):
+    """A dataclass whose fields are keys of a config.json; what that leaves out has its default."""
+    return kind(**{field.name: raw[field.name] for field in fields(kind) if field.name in raw})
+
+
+def read_tokenizer(folder, assemble):
+    """A folder's tokenizer: of tokenizer.json, or assemble(vocab, merges) of two older files.
+
+    vocab {token: id}, merges [(left, right)]. Raises UserError.
+    """
+    file = folder / "tokenizer.json"
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: missing; download the tokenizer again") from error
-    return [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        if file.exists():
+            return Tokenizer.from_file(str(file))
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [line.split() for line in lines if not line.startswith("#version")]
+        return assemble(vocab, [tuple(pair) for pair in pairs if pair])
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,18 +362,3 @@ def save(path, views, dtype=None):
 def count_parameters(module):
     """Number of trainable values (buffers, such as position tables, are not counted)."""
     return sum(math.prod(p.shape) for p in module.parameters())
-
-
-# The three below go when mmdit.py and qwen_vl.py use named_views.
-
-
-def affine_views(name, module):
-    return {f"{name}.weight": [module.weight], f"{name}.bias": [module.bias]}
-
-
-def identity_views(module):
-    return named_views(module)
-
-
-def split_rows(tensor, parts):
-    return tensor.split(tensor.shape[0] // parts)

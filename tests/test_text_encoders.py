@@ -14,6 +14,7 @@ from transformers import T5Config, T5EncoderModel
 from parts import clip, text_encoders, weights
 from parts.cli import UserError
 from tests.checkpoint import T5, make_pipeline
+from tiny.pretrain import byte_alphabet
 
 
 @torch.no_grad()
@@ -147,4 +148,4 @@ def test_clip_tokenization_equals_openais_on_their_vocabulary(openai, published)
 
 
 def test_the_byte_alphabet_is_clips(openai):
-    assert clip.byte_alphabet() == list(openai.bytes_to_unicode().values())
+    assert byte_alphabet() == list(openai.bytes_to_unicode().values())

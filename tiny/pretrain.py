@@ -40,9 +40,10 @@ import data
 import feedback
 import mmdit
 import qwen_vl
-from parts import clip, text_encoders, weights
+from parts import chat, clip, text_encoders, weights
 from parts import vae as vae_model
-from tiny import lessons, scenes
+from tiny.initialise import initialise
+from tiny import lessons, publish, scenes
 
 HERE = Path(__file__).resolve().parent
 CACHE, WEIGHTS = HERE / "cache", HERE / "weights"
@@ -227,7 +228,7 @@ def train_vae(args):
           2e-3, average=0.998, minutes=args.minutes)
     psnr, z = reconstruct(model, held_out)
     model.config = replace(VAE_CONFIG, scale=round(1 / float(z.std()), 4), shift=round(float(z.mean()), 4))
-    model.save_pretrained(WEIGHTS / "vae", torch.bfloat16)
+    publish.save_vae(WEIGHTS / "vae", model, torch.bfloat16)
     print(f"vae: held-out PSNR {psnr:.2f} dB, latents mean {z.mean():.3f} sd {z.std():.3f}")
 
 
@@ -240,7 +241,7 @@ def train_decoder(args):
     train("decoder", [model.decoder], lambda step, *draw: reconstruction_loss(model, seen, *draw), args,
           args.samples or 64_000, 16, 1.5e-3, average=0.998, minutes=args.minutes)
     after, _ = reconstruct(model, held_out)
-    model.save_pretrained(WEIGHTS / "vae", torch.bfloat16)
+    publish.save_vae(WEIGHTS / "vae", model, torch.bfloat16)
     print(f"decoder: held-out PSNR {before:.2f} -> {after:.2f} dB")
 
 
@@ -258,9 +259,16 @@ def learn_bpe(texts, size):
         vocab_size=size, end_of_word_suffix="</w>", show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    letters = clip.byte_alphabet()
+    letters = byte_alphabet()
     tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def byte_alphabet():
+    """The 256 characters that stand for bytes in a byte-level BPE, in CLIP's order: printable bytes first."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    printable = sorted(c for c in alphabet if ord(c) < 256)  # these stand for themselves
+    return printable + sorted(alphabet - set(printable))
 
 
 def write_tokenizers(vocab, merges):
@@ -280,7 +288,8 @@ def train_clip(args):
     write_tokenizers(vocab, merges)
     tokenize = [clip.PromptTokenizer(WEIGHTS / name) for name in ("tokenizer", "tokenizer_2")]
     torch.manual_seed(args.seed)
-    shared = {"projection": 96, "vocab": len(vocab), "positions": TEXT_LENGTH, "end_token": len(vocab) - 1}
+    shared = {"projection_dim": 96, "vocab_size": len(vocab), "max_position_embeddings": TEXT_LENGTH,
+              "eos_token_id": len(vocab) - 1}
     small = clip.TextTower(clip.TextConfig(64, 3, 2, 256, "quick_gelu", **shared))
     processor = clip.Processor(tokenize[1], clip.ImageConfig(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
     model = clip.CLIP(clip.TextConfig(96, 4, 3, 384, "gelu", **shared), clip.VisionConfig(96, 4, 3, 384, "gelu", 96, 64, 8),
@@ -317,9 +326,9 @@ def train_clip(args):
     with torch.no_grad():
         image, *texts = embed(np.arange(held_out, len(pictures)), np.random.default_rng(0))
         top1 = [float(((image @ text.T).argmax(1) == torch.arange(len(image))).float().mean()) for text in texts]
-    small.save_pretrained(WEIGHTS / "text_encoder", torch.bfloat16)
-    model.text.save_pretrained(WEIGHTS / "text_encoder_2", torch.bfloat16)
-    model.save_pretrained(WEIGHTS / "clip", torch.bfloat16)
+    publish.save_text_tower(WEIGHTS / "text_encoder", small, torch.bfloat16)
+    publish.save_text_tower(WEIGHTS / "text_encoder_2", model.text, torch.bfloat16)
+    publish.save_clip(WEIGHTS / "clip", model, torch.bfloat16)
     print(f"clip: a picture finds its own among {len(image)} held-out captions: {top1[0]:.1%} (tower in CLIP-L's place: "
           f"{top1[1]:.1%}; chance {1 / len(image):.1%})")
 
@@ -360,7 +369,7 @@ def train_mmdit(args):
     rows, pictures = load_data()
     latents = encode_latents(pictures)
     torch.manual_seed(args.seed)
-    model = mmdit.MMDiT(MMDIT_CONFIG).initialise()
+    model = initialise(mmdit.MMDiT(MMDIT_CONFIG))
     if not (WEIGHTS / "transformer" / "config.json").exists():  # the text encoders are read from a whole folder
         model.save_pretrained(WEIGHTS / "transformer", torch.bfloat16)
     write_pipeline_files()
@@ -395,13 +404,13 @@ def judge_processor(rows, rng):
     for scene, v, a in rows:
         texts += [lessons.answer(task, scene, v, a, rng) for task in feedback.TASKS]
         texts += [scenes.emotional_caption(scene, v, a, rng), lessons.rewrite(scene, (v, a))]
-    learner = qwen_vl.byte_bpe({}, [], special=())
+    learner = chat.byte_bpe({}, [], special=())
     learner.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1200, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     learned = json.loads(learner.to_str())["model"]
-    tokenizer = qwen_vl.byte_bpe(learned["vocab"], [tuple(pair) for pair in learned["merges"]])
-    image = qwen_vl.ImageConfig(JUDGE_CONFIG.patch, min_pixels=64 * 64, max_pixels=SIZE * SIZE)
-    return qwen_vl.Processor(tokenizer, image, tokenizer.token_to_id("<|image_pad|>"))
+    tokenizer = chat.byte_bpe(learned["vocab"], [tuple(pair) for pair in learned["merges"]])
+    image = chat.ImageConfig(JUDGE_CONFIG.patch, min_pixels=64 * 64, max_pixels=SIZE * SIZE)
+    return chat.Processor(tokenizer, image, tokenizer.token_to_id("<|image_pad|>"))
 
 
 def train_judge(args):
@@ -425,7 +434,7 @@ def train_judge(args):
 
     def judging(task, i, rng):
         """(Prompt, answers) about row i; an answer's figures are drawn anew each time."""
-        prompt = replace(questions[task], pixels=qwen_vl.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
+        prompt = replace(questions[task], pixels=chat.image_patches(Image.fromarray(pictures[i]), processor.image)[0])
         if task == "describe":
             return prompt, [lessons.thought(*rows[i])]
         return prompt, [lessons.answer(task, *rows[i], rng) for _ in range(3)]
