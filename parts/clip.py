@@ -110,12 +110,12 @@ def to_pil(images):
 
 def cut_out(image, size, square=False):
     """The middle of a PIL image as size × size pixels."""
-    width, height = (size, size)
-    if not square:
-        width, height = (int(size * side / min(image.size)) for side in image.size)  # rounded down
+    shorter = min(image.size)
+    sides = [size if square else int(size * side / shorter) for side in image.size]  # rounded down
+    width, height = sides
     left = (width - size) // 2
     top = (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    resized = image.resize(sides, Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))
 
 
@@ -138,10 +138,10 @@ def image_config(folder, side):
         sides = sizes.values() if isinstance(sizes, dict) else [sizes]
         if any(given != side for given in sides):
             odd.append(name)
-    mean = raw.get("image_mean", list(ImageConfig.mean))
-    std = raw.get("image_std", list(ImageConfig.std))
+    mean = raw.get("image_mean", ImageConfig.mean)
+    std = raw.get("image_std", ImageConfig.std)
     for name, values in (("image_mean", mean), ("image_std", std)):
-        if not isinstance(values, list) or len(values) != 3:
+        if not isinstance(values, (list, tuple)) or len(values) != 3:
             odd.append(name)
     if odd:
         found = ", ".join(f"{name} {raw[name]!r}" for name in odd)
@@ -149,7 +149,8 @@ def image_config(folder, side):
             f"{file}: {found}; the model reads pictures of {side} px, resized by bicubic "
             f"interpolation, cropped and normalised by 3 means and deviations; give the processor "
             f"that belongs to it")
-    return ImageConfig(side, tuple(mean), tuple(std), "height" in str(raw.get("size")))
+    square = isinstance(raw.get("size"), dict) and "height" in raw["size"]
+    return ImageConfig(side, tuple(mean), tuple(std), square)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,8 +209,7 @@ def clip_tokenizer(vocab, merges):
         pre_tokenizers.Split(words, behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = [tokenizers.AddedToken(name, special=True) for name in (start, END)]
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens([start, END])
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(
         (END, vocab[END]), (start, vocab[start]), trim_offsets=False, add_prefix_space=False)
     return tokenizer
@@ -237,6 +237,7 @@ class Processor:
                 f"model; give a processor that belongs to the model")
         tokenizer.max_length = min(tokenizer.max_length, text.max_position_embeddings)
         return cls(tokenizer, image_config(folder, vision.image_size))
+
 
 # --------------------------------------------------------------------------------------------------
 # Towers
@@ -338,7 +339,7 @@ def published(tower, prefix):
         (r"^layers\.", f"{prefix}.encoder.layers."),
         (r"\.(\w+_proj)\.", r".self_attn.\1."),
         (r"\.(fc[12])\.", r".mlp.\1."),
-        (r"^(\w+_la\w+norm)\.", rf"{prefix}.\1."))
+        (r"^(final_layer_norm|pre_layrnorm|post_layernorm)\.", rf"{prefix}.\1."))
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
     return weights.renamed(weights.named_views(tower, fused), table)
 
@@ -354,10 +355,6 @@ def tower_config(kind, raw):
         # Published files often say 2, which is wrong: CLIP's end token is its vocabulary's last.
         config = replace(config, eos_token_id=config.vocab_size - 1)
     return config
-
-
-# --------------------------------------------------------------------------------------------------
-# Both towers
 
 
 class CLIP(nn.Module):
@@ -414,6 +411,7 @@ class CLIP(nn.Module):
         scale = {"logit_scale": entries["logit_scale"]}
         weights.load({"logit_scale": [model.logit_scale]}, scale, path)
         return model
+
 
 # --------------------------------------------------------------------------------------------------
 # Scores

@@ -1,6 +1,6 @@
 """LoRA: a frozen model with a small trained change (Hu et al. 2021), in peft's file layout.
 
-    targets = {"layers.0.qkv_proj": {"layers.0.q_proj": 64, "layers.0.k_proj": 64, "layers.0.v_proj": 64}}
+    targets = {"layers.0.qkv": {"layers.0.q": 64, "layers.0.k": 64, "layers.0.v": 64}}
     add_lora(model, targets, rank=32, alpha=64)
     save_lora("adapter", model, base="owner/name")
 
@@ -42,6 +42,7 @@ class LoRA(nn.Module):
         self.B = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows.values())
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # B = 0, so at first nothing is changed
 
+    # What reads a layer's weights without calling it finds them where nn.Linear has them.
     @property
     def weight(self):
         return self.linear.weight
@@ -55,9 +56,10 @@ class LoRA(nn.Module):
         if not self.enabled:
             return y
         # All A in one product, as they read the same x; then each projection's own B.
-        low = F.linear(x.to(self.A.dtype), self.A).split(self.rank, dim=-1)
+        low = F.linear(x.to(self.A.dtype), self.A)  # [...,projections·rank]
+        low = low.split(self.rank, dim=-1)
         change = torch.cat([F.linear(z, B) for z, B in zip(low, self.B, strict=True)], dim=-1)
-        return y + (self.alpha / self.rank * change).to(y.dtype)
+        return y + (self.alpha / self.rank * change).to(y.dtype)  # [...,rows]
 
     def pairs(self):
         """[(peft's name, A [rank,in], B [rows,rank])] of the projections."""
@@ -66,7 +68,7 @@ class LoRA(nn.Module):
 
 def add_lora(model, targets, rank, alpha):
     """Freeze a model and put a LoRA around each linear layer of `targets`."""
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before the new parameters, which are trained
     for path, rows in targets.items():
         model.set_submodule(path, LoRA(model.get_submodule(path), rows, rank, alpha))
 
@@ -93,7 +95,7 @@ def lora_disabled(model):
 def merge_lora(model):
     """Add every LoRA's change to its weight and take the LoRA away."""
     for path, layer in lora_layers(model).items():
-        change = torch.cat([B @ A for _, A, B in layer.pairs()])
+        change = torch.cat([B @ A for _, A, B in layer.pairs()])  # [rows,in]
         layer.weight.add_((layer.alpha / layer.rank * change).to(layer.weight.dtype))
         model.set_submodule(path, layer.linear)
 
@@ -102,7 +104,7 @@ def merge_lora(model):
 # Files
 
 
-def lora_views(model, *_):
+def lora_views(model):
     """Views of the adapter alone, under peft's names."""
     views = {}
     for layer in lora_layers(model).values():
@@ -112,13 +114,13 @@ def lora_views(model, *_):
     return views
 
 
-def save_lora(folder, model, *base):
+def save_lora(folder, model, base):
     """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to."""
     layers = lora_layers(model).values()
     first = next(iter(layers))
     save(Path(folder) / "adapter_model.safetensors", lora_views(model))
     write_json(Path(folder) / "adapter_config.json", {
-        "peft_type": "LORA", "base_model_name_or_path": str(base[-1]), "r": first.rank,
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": first.rank,
         "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({name for layer in layers for name in layer.names})})
 
@@ -153,7 +155,8 @@ def load_lora(folder, model, targets):
             raise ValueError(f"r is {rank}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA") from error
+            f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
+        ) from error
     add_lora(model, targets, rank, alpha)
     load(lora_views(model), index(Path(folder) / "adapter_model.safetensors"), folder)
     merge_lora(model)

@@ -182,7 +182,8 @@ class TextEncoders:
         use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
         tokenizers = [
-            clip.PromptTokenizer(weights.find(source, name)) for name in ("tokenizer", "tokenizer_2")]
+            clip.PromptTokenizer(weights.find(source, component))
+            for component in ("tokenizer", "tokenizer_2")]
         if use_t5:
             folder = weights.find(source, "tokenizer_3")
             tokenizers.append(clip.PromptTokenizer(folder, max_length=t5_tokens))

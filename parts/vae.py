@@ -1,6 +1,6 @@
-"""The 16-channel autoencoder of Stable Diffusion 3 (Esser et al. 2024): pictures to latents and back.
+"""The 16-channel autoencoder of Stable Diffusion 3 (Esser et al. 2024).
 
-A latent is an eighth of the picture in height and width. Modules carry the tensor names of
+It turns pictures into latents an eighth as high and wide, and back. Modules carry the tensor names of
 Stability's single file (`first_stage_model.encoder.down.0.block.0.norm1.weight`);
 parts/layouts.py maps the layout of diffusers (`vae/`) on them.
 

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from parts.cli import UserError
 from parts.files import read_json, write_whole
 
-DTYPES = {
+DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing without their scales
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -41,13 +41,14 @@ def find(source, component=None):
     source: a file, a folder (of the whole pipeline or of the component itself), or a hub id
     "owner/name". Returns a file, or a folder that holds the component's files. Raises UserError.
     """
+    # Of a hub id only the component's files are downloaded, not the tens of GB beside them.
     path = root(source, f"{component}/*" if component else "*")
     if path.is_file() or component is None:
         return path
     if (path / component).is_dir():
         return path / component
     own_files = ("config.json", "tokenizer.json", "vocab.json")
-    if any((path / name).exists() for name in own_files):  # the folder is the component's own
+    if any((path / name).exists() for name in own_files):  # it is the component's own folder
         return path
     raise UserError(
         f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again or "
@@ -71,6 +72,7 @@ def root(source, wanted):
     path = Path(source).expanduser()
     if path.exists():
         return path
+    # Only what can be a hub id is asked of the hub, so that a misspelt path fails at once.
     name = str(source)
     is_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
     if is_path or name.count("/") != 1:
@@ -81,9 +83,11 @@ def root(source, wanted):
 
 
 def download(hub_id, wanted):
-    """The local folder of a hub repository, its files that match a pattern fetched into the cache."""
+    """The local folder of a hub repository; files that match a pattern are fetched into it."""
+    # Imported here, because it takes long and most runs read local files.
     from huggingface_hub import errors, snapshot_download
 
+    # The same weights in other formats and in half precision.
     unwanted = ["*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[wanted], ignore_patterns=unwanted))
@@ -103,7 +107,6 @@ def download(hub_id, wanted):
 
 
 def read_config(folder):
-    """The content of a folder's config.json."""
     return read_json(Path(folder) / "config.json")
 
 
@@ -129,7 +132,8 @@ def read_tokenizer(folder, assemble):
         raise
     except Exception as error:  # tokenizers raises plain Exception for a malformed file
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+            f"{folder}: its tokenizer cannot be read ({str(error)!r}); download it again"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,6 +175,7 @@ def files_of(path):
     if indexes:
         try:
             shards = sorted(set(read_json(indexes[0])["weight_map"].values()))
+            # A shard lies in this folder, whatever path a stranger's index names.
             files = [path / Path(shard).name for shard in shards]
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{indexes[0]}: no index of shards; download it again") from error
@@ -195,15 +200,17 @@ def read_header(file):
     """
     try:
         with safe_open(file, "numpy") as opened:
+            # Only names, types and shapes are asked of the library: it would map a file's data
+            # into memory beside the model.
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
         described = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
-        # repr, because the message may quote a stranger's names, line breaks and all
+        # repr, because the message may quote a stranger's names, line breaks and all.
         raise UserError(
             f"{file}: truncated or not a readable safetensors file ({str(error)!r}); "
             f"download it again") from error
     entries = {}
-    start = file.stat().st_size
+    start = file.stat().st_size  # from the last tensor, which ends here, to the first
     for name, (kind, shape) in reversed(described.items()):
         if kind not in DTYPES:
             raise UserError(
@@ -236,6 +243,7 @@ def check(views, entries, what, optional=()):
             problems.append(f"{name} is {entries[name].dtype}, expected {views[name][0].dtype}")
     for name in entries:
         if name not in views and not any(fnmatch.fnmatch(name, pattern) for pattern in optional):
+            # repr shows control characters; the names above are the model's own and have none.
             problems.append(f"unexpected {name!r} {list(entries[name].shape)}")
     if problems:
         shown = "; ".join(problems[:12])
@@ -259,27 +267,27 @@ def projections(path, rows, fused):
      "gate_up_proj": ("gate_proj", "up_proj")}
     """
     parent, dot, last = path.rpartition(".")
-    names = fused.get(last, (last,))
+    names = fused.get(last, (last,))  # what is not listed is one projection of its own name
     if not isinstance(names, dict):
         names = dict.fromkeys(names, rows // len(names))
     return {f"{parent}{dot}{name}": own for name, own in names.items()}
 
 
-def named_views(module, fused=None, prefix=""):
+def named_views(module, fused=None):
     """Views of a module whose names are the published ones, but for the projections it fuses.
 
     fused: as for `projections`. Of a layer q_proj, k_proj, v_proj in the file become the rows of
-    one qkv_proj, weight and bias alike. prefix: of the names in the file, e.g. "visual."
+    one qkv_proj, weight and bias alike.
     """
     views = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        path, _, kind = name.rpartition(".")
+        path, _, kind = name.rpartition(".")  # kind: "weight" or "bias"
         if path.rpartition(".")[2] not in (fused or {}):
-            views[prefix + name] = [tensor]
+            views[name] = [tensor]
             continue
-        parts = projections(path, tensor.shape[0], fused)
+        parts = projections(path, len(tensor), fused)
         for part, rows in zip(parts, tensor.split(list(parts.values())), strict=True):
-            views[f"{prefix}{part}.{kind}"] = [rows]
+            views[f"{part}.{kind}"] = [rows]
     return views
 
 
@@ -304,6 +312,7 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     with torch.device("meta"):  # shapes alone: no memory, and no random numbers drawn
         model = make()
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    # Memory is allocated here, in its final type, and filled by `load`: no second copy ever is.
     model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     load(views(model), entries, what, optional)
     return model
@@ -318,6 +327,7 @@ def load(views, entries, what, optional=()):
         by_file.setdefault(entries[name].file, []).append(name)
     for file, names in by_file.items():
         with open(file, "rb", buffering=0) as opened:
+            # In the order of their bytes, because disks and networks read forward fastest.
             for name in sorted(names, key=lambda name: entries[name].start):
                 opened.seek(entries[name].start)
                 for target in views[name]:
@@ -331,7 +341,7 @@ def read_into(file, target, dtype, name):
     """
     direct = target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
     buffer = target if direct else torch.empty(target.shape, dtype=dtype)
-    if not buffer.numel():
+    if not buffer.numel():  # an empty tensor has no memory to read into
         return
     memory = memoryview(buffer.reshape(-1).view(torch.uint8).numpy())
     done = 0

@@ -1,6 +1,6 @@
-"""Writes the miniature's models as transformers and diffusers publish theirs, so that both read them.
+"""Writes the miniature's models as transformers and diffusers publish theirs, so both read them.
 
-parts/ reads these layouts; only the miniature is ever written in them.
+parts/ only reads these layouts, because nothing but the miniature is trained from the start.
 """
 
 from dataclasses import asdict
