@@ -1,9 +1,8 @@
-"""Every problem of a dataset.
+"""Every problem of a dataset; and the lexicon against the published one.
 
     python -m prepare.check DATASET
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -12,66 +11,55 @@ import math
 import os
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from data import EMOTIONS, LEXICON, check_va
-from parts.cli import UserError, say, stop_parsing
+from parts import cli
+from parts.cli import UserError
+
+LEXICON_COLUMNS = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum")
 
 
 def check_lexicon(path):
-    """Compare LEXICON with the published ratings, BRM-emot-submit.csv of Warriner et al. (2013), to 0.005. Raises
-    UserError that lists everything missing or different."""
-    columns, found = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum"), {}
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-            reader = csv.DictReader(f)
-            wrong = [f"no column {name}" for name in ("Word", *columns) if name not in (reader.fieldnames or ())]
-            if not wrong:
-                found = {str(row["Word"]).strip().lower(): row for row in reader}
-                wrong = [f"no word {label}" for label in EMOTIONS if label not in found]
-    except (OSError, csv.Error) as error:
-        wrong = [f"cannot be read ({error})"]
-    for label in (label for label in EMOTIONS if label in found):
-        for name, own in zip(columns, LEXICON[label]):
-            said = found[label][name] or "empty"
+    """Raise UserError with every difference of data.LEXICON to Warriner's BRM-emot-submit.csv."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+        found = {str(row.get("Word")).strip().lower(): row for row in csv.DictReader(f)}
+    wrong = []
+    for label, values in LEXICON.items():
+        for column, value in zip(LEXICON_COLUMNS, values):
+            said = found.get(label, {}).get(column) or "missing"
             number = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else math.nan
-            if not abs(number - own) <= 0.005 + 1e-9:
-                wrong.append(f"{label} {name} is {said}, here {own:.2f}")
+            if not abs(number - value) <= 0.005 + 1e-9:  # NaN is a difference, too
+                wrong.append(f"{label} {column} is {said}, here {value:.2f}")
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}; give the published BRM-emot-submit.csv")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
-
-
 def look_at(path):
-    """(SHA-256 of a picture file's bytes, None), or (None, why) if it cannot be decoded whole, or is more than 200 times as
-    long as wide, which Qwen2.5-VL refuses."""
+    """(SHA-256 of a picture file's bytes, None), or (None, why) if the file is of no use."""
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            if max(image.size) > 200 * min(image.size):
-                return None, f"is more than 200 times as long as wide ({image.width}×{image.height} pixels)"
-    except UnidentifiedImageError:  # its own text names an object in memory
-        return None, "is no picture"
-    except FileNotFoundError:
-        return None, "is missing"
+            width, height = image.size
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        return None, f"cannot be decoded ({error or type(error).__name__})"
+        return None, f"cannot be read ({type(error).__name__})"
+    if max(width, height) > 200 * min(width, height):
+        return None, f"is {width}×{height} pixels, longer than Qwen2.5-VL takes"
     return hashlib.sha256(content).hexdigest(), None
 
 
 def problems_of(raw, split):
-    """What is wrong with one row of a dataset by itself, and what to do: texts. Its picture is not opened."""
-    if not isinstance(raw, dict):
+    """What is wrong with a row by itself, and what to do, as texts. Its picture is not opened."""
+    if not raw:
         return ["no JSON object; mend or remove the line"]
-    if missing := [key for key in ("id", "image", "label", "v", "a", "neutral") if key not in raw]:
+    missing = [key for key in ("id", "image", "label", "v", "a", "neutral") if key not in raw]
+    if missing:
         return [f"no {', '.join(map(repr, missing))}; add it or remove the line"]
     found = []
     try:
@@ -85,83 +73,76 @@ def problems_of(raw, split):
         if not (isinstance(text, str) and text.strip()):
             found.append(f"{key!r} is {text!r}, expected a caption; mend it or remove the line")
     if split == "test" and "emotional" in raw:
-        found.append("a test row with an emotional caption, which only training may see (section 4.1); remove 'emotional'")
+        found.append("a test row with an emotional caption (§4.1); remove the caption")
     if Path(str(raw["id"])).name != str(raw["id"]):
         found.append(f"the id {raw['id']!r} cannot name a file; give it another")
-    if not is_within(raw["image"]):
-        found.append(f"the picture {raw['image']!r} lies outside the folder; give a path within it")
     return found
 
 
-def is_within(image):
-    """Whether a row's `image` is a path that stays in the dataset's folder."""
-    return isinstance(image, str) and not Path(image).is_absolute() and ".." not in Path(image).parts
+def look_at_row(folder, raw):
+    """As `look_at`, of a row's picture."""
+    image = raw.get("image")
+    if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
+        return None, "lies outside the folder"
+    return look_at(folder / image)
 
 
-def check_dataset(folder):
-    """([problem], {split: [label of each row]}) of a dataset folder; a problem is one line: file, line, what, what to do.
+def read_rows(folder):
+    """[(split, "file, line number", row)] of a dataset; the row is {} if it is no JSON object.
 
-    train.jsonl or test.jsonl may be absent (EMOTIC has no training rows here), and so may the emotional captions of training
-    rows. Raises UserError if the folder holds neither file.
+    One of the two files may be absent: EMOTIC has test rows only. Raises UserError without both.
     """
-    files = {split: path for split in ("train", "test") if (path := Path(folder) / f"{split}.jsonl").is_file()}
-    if not files:
-        raise UserError(f"{folder}: neither train.jsonl nor test.jsonl; give the folder of a dataset")
-    found, pictures, ids, labels = [], [], {}, {split: [] for split in files}  # found: (split, line number, text)
-    for split, path in files.items():
-        lines = path.read_bytes().splitlines() or [b""]
+    rows = []
+    for path in (folder / "train.jsonl", folder / "test.jsonl"):
+        lines = path.read_bytes().splitlines() or [b""] if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                raw = json.loads(line)
-            except ValueError as error:
-                found.append((split, number, f"no JSON ({error}); mend or remove the line" if line else "no row; remove the "
-                              "line, or the file if it has no other"))
-                continue
-            found += [(split, number, text) for text in problems_of(raw, split)]
-            raw = raw if isinstance(raw, dict) else {}
-            labels[split].append(raw.get("label"))
-            if "id" in raw:
-                before = ids.setdefault(str(raw["id"]), (path.name, number))
-                if before != (path.name, number):
-                    found.append((split, number, f"the id {raw['id']!r} is that of {before[0]}, line {before[1]}, too; give "
-                                                 f"it another"))
-            if is_within(raw.get("image")):
-                pictures.append((split, number, raw["image"]))
-    first = {}  # hash: place of the first row with it
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(look_at, [Path(folder) / image for *_, image in pictures], chunksize=16)
-        for (split, number, image), (digest, why) in zip(pictures, tqdm(looks, "pictures", len(pictures)), strict=True):
+                raw = dict(json.loads(line))
+            except (ValueError, TypeError):
+                raw = {}
+            rows.append((path.stem, f"{path}, line {number}", raw))
+    if not rows:
+        raise UserError(f"{folder}: neither train.jsonl nor test.jsonl; give a dataset's folder")
+    return rows
+
+
+def check_rows(folder, rows):
+    """Every problem of rows from `read_rows`, a line each: where, what is wrong, what to do."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        looks = pool.map(partial(look_at_row, folder), [raw for *_, raw in rows])
+        looks = list(tqdm(looks, "pictures", len(rows)))
+    problems = []
+    first = {}  # an id, or the hash of a picture: where it came first
+    for (split, where, raw), (digest, why) in zip(rows, looks, strict=True):
+        found = problems_of(raw, split)
+        if "id" in raw:
+            _, earlier = first.setdefault(str(raw["id"]), (split, where))
+            if earlier != where:
+                found.append(f"the id {raw['id']!r} is that of {earlier}, too; give it another")
+        if "image" in raw:
+            # no test picture may have been trained on, whatever it is called
+            before, earlier = first.setdefault(digest, (split, where))
+            if why is None and before != split:
+                why = f"is that of {earlier}, too"
             if why is not None:
-                found.append((split, number, f"the picture {image} {why}; put it there or remove the line"))
-            elif first.setdefault(digest, (split, number))[0] != split:
-                found.append((split, number, f"the picture {image} is that of train.jsonl, line {first[digest][1]} too; "
-                                             f"remove one of the two"))
-    found.sort(key=lambda problem: (problem[0] == "test", problem[1]))
-    return [f"{files[split]}, line {number}: {text}" for split, number, text in found], labels
-
-
-def check(folder):
-    """Print every problem of a dataset, or a line about it. Exit code: 1 with problems, 0 without."""
-    problems, labels = check_dataset(folder)
-    if problems:
-        print("\n".join([*problems, f"problems: {len(problems):,}"]))
-        return 1
-    classes = {label for split in labels.values() for label in split}
-    print(f"{folder}: no problems; " + ", ".join(f"{len(rows):,} {split} rows" for split, rows in labels.items())
-          + f", {len(classes)} classes: {', '.join(sorted(classes))}")
-    return 0
+                found.append(f"the picture {raw['image']!r} {why}; give another or remove the line")
+        problems += [f"{where}: {text}" for text in found]
+    return problems
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop_parsing
+    """Print every problem and their number. Exit code: 1 with problems."""
+    parser = cli.parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of the dataset")
-    args = parser.parse_args(argv)
-    try:
-        return check(args.folder)
-    except (UserError, OSError) as error:
-        say(f"error: {error}")
-        return 2
+    folder = parser.parse_args(argv).folder
+
+    def check():
+        rows = read_rows(folder)
+        problems = check_rows(folder, rows)
+        print(*problems, f"{folder}: {len(rows):,} rows, {len(problems):,} problems", sep="\n")
+        return 1 if problems else 0
+
+    return cli.run_program(check)
 
 
 if __name__ == "__main__":

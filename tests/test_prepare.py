@@ -17,7 +17,9 @@ import data
 import feedback
 from parts import run as training
 from parts.cli import UserError
-from prepare import build, check
+from prepare import build, captions, check
+from prepare import emoset as emoset_program
+from prepare import emotic as emotic_program
 from tests import launch
 
 TINY = launch.ROOT / "tiny" / "weights" / "judge"
@@ -67,8 +69,8 @@ def own_emoset(tmp_path):
 
 
 def flags(emoset, out, *more, train=8, test=4):
-    return ["build", "--emoset", str(emoset), "--out", str(out), "--captioner", str(TINY), "--train", str(train), "--test",
-            str(test), "--device", "cpu", "--batch", "4", *more]
+    return ["--emoset", str(emoset), "--out", str(out), "--captioner", str(TINY), "--train", str(train), "--test",
+            str(test), "--device", "cpu", "--micro", "4", *more]
 
 
 def captioner(asked):
@@ -86,11 +88,10 @@ def captioner(asked):
     return lambda args, processes: answer
 
 
-def run(argv, asked=None, load=None):
-    """The rows {split: [row]} that the program writes with a made-up captioner."""
-    args = build.parse_args(argv)
-    build.check(args)
-    assert build.run(args, ONE, load or captioner([] if asked is None else asked)) == 0
+def run(argv, asked=None, load=None, program=emoset_program):
+    """The rows {split: [row]} that a program writes with a made-up captioner."""
+    args = program.parse_args(argv)
+    build.build(args, ONE, program.choose_rows, load or captioner([] if asked is None else asked))
     return {split: data.load_rows(args.out, split) for split in ("train", "test") if (args.out / f"{split}.jsonl").exists()}
 
 
@@ -118,13 +119,12 @@ def test_a_dataset_is_built_checked_and_read(emoset, tmp_path, capsys):
     assert list(first) == ["id", "image", "label", "v", "a", "neutral", "emotional", "seed", "version"]
     assert first["seed"] == 0 and first["version"] == build.VERSION
     output = capsys.readouterr().out
-    assert "train    test" in output and "0 pictures unusable, 0 repeats, 0 without a caption" in output
+    assert "|  | train | test |" in output and "0 pictures unusable, 0 repeats, 0 without a caption" in output
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert facts["captioner"] == str(TINY) and facts["arguments"]["train"] == 8
     assert sum(facts["counts"]["test"].values()) == 4
-    assert Image.open(tmp_path / "out" / "va.png").size == (1080, 564)
-    assert data.main(["check", str(tmp_path / "out")]) == 0
-    assert "8 train rows, 4 test rows" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "out")]) == 0
+    assert "12 rows, 0 problems" in capsys.readouterr().out
 
 
 def test_the_choice_depends_on_the_seed_only(emoset, tmp_path):
@@ -132,13 +132,13 @@ def test_the_choice_depends_on_the_seed_only(emoset, tmp_path):
         return [(row.id, row.v) for split in run(flags(emoset, tmp_path / out, *more)).values() for row in split]
 
     first = ids("a")
-    assert first == ids("b", "--batch", "3") and first != ids("c", "--seed", "1")
+    assert first == ids("b", "--micro", "3") and first != ids("c", "--seed", "1")
     assert len({name for name, _ in first}) == 12
 
 
 def test_unusable_pictures_are_named_and_replaced_and_repeats_passed_over(own_emoset, tmp_path, capsys):
-    whole = {row["source"] for row in build.emoset_rows(build.read_emoset(own_emoset),
-                                                        build.parse_args(flags(own_emoset, tmp_path, train=4, test=2)))[0]}
+    args = emoset_program.parse_args(flags(own_emoset, tmp_path, train=4, test=2))
+    whole = {row["source"] for row in emoset_program.choose_rows(args).rows}
     cut, gone, other, double, bare, *_ = sorted(whole)
     path = own_emoset / cut
     path.write_bytes(path.read_bytes()[:300])
@@ -153,7 +153,7 @@ def test_unusable_pictures_are_named_and_replaced_and_repeats_passed_over(own_em
     assert len(set(contents)) == 18
     said, facts = capsys.readouterr(), json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert {name for name, _ in facts["broken"]} == {cut, gone, other, bare} and facts["repeats"] == 1
-    for name, why in ((cut, "cannot be decoded"), (gone, "is missing"), (other, "'joy' in its annotation"),
+    for name, why in ((cut, "cannot be read"), (gone, "cannot be read (FileNotFoundError)"), (other, "'joy' in its annotation"),
                       (bare, "no readable annotation")):
         assert any(line.startswith(name) and why in line for line in said.err.splitlines()), name
     assert "4 pictures unusable, 1 repeats" in said.out
@@ -181,11 +181,11 @@ def test_a_row_without_a_caption_is_named_and_left_out(emoset, tmp_path, capsys)
 
 def test_the_miniature_judge_captions_alike_in_one_process_and_in_two(emoset, tmp_path, capsys):
     short = ("--max-new-tokens", "12")
-    assert data.main(flags(emoset, tmp_path / "one", *short, train=3, test=2)) == 0
-    assert data.main(["check", str(tmp_path / "one")]) == 0
+    assert emoset_program.main(flags(emoset, tmp_path / "one", *short, train=3, test=2)) == 0
+    assert check.main([str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, str(launch.ROOT / "data.py"), *flags(emoset, tmp_path / "two", *short, train=3, test=2)],
-                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    subprocess.run([*torchrun, "-m", "prepare.emoset", *flags(emoset, tmp_path / "two", *short, train=3, test=2)],
+                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, cwd=launch.ROOT)
     for split in ("train", "test"):
         assert raw_rows(tmp_path / "one", split) == raw_rows(tmp_path / "two", split)
     assert {p.name for p in (tmp_path / "two").glob("captions-*")} == {"captions-0.jsonl", "captions-1.jsonl"}
@@ -197,10 +197,8 @@ def test_the_miniature_judge_captions_alike_in_one_process_and_in_two(emoset, tm
 
 STOPPING = """
 import sys, time
-import build, data
-from tests.test_build import captioner
-from parts.cli import UserError
-from prepare import check
+from prepare import build, emoset
+from tests.test_prepare import captioner
 
 def load(args, processes):
     answer, calls = captioner([])(args, processes), []
@@ -212,12 +210,12 @@ def load(args, processes):
         return answer(conversations)
     return stopping
 
-build.run.__defaults__ = (load,)
-sys.exit(data.main(sys.argv[1:]))
+build.build.__defaults__ = (load,)
+sys.exit(emoset.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_without_a_second_look_or_question(emoset, tmp_path, number, code, monkeypatch):
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", STOPPING, *flags(emoset, out)], cwd=launch.ROOT, text=True,
@@ -226,7 +224,7 @@ def test_a_stopped_run_goes_on_without_a_second_look_or_question(emoset, tmp_pat
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
-    assert number == signal.SIGKILL or f"stopped; the same command goes on from what is kept in {out}" in said
+    assert number != signal.SIGINT or "stopped; the same command goes on" in said
     assert "Traceback" not in said and not (out / "train.jsonl").exists()
     if number == signal.SIGKILL:
         with open(out / "captions-0.jsonl", "a") as f:
@@ -242,16 +240,15 @@ def test_a_stopped_run_goes_on_without_a_second_look_or_question(emoset, tmp_pat
     run(flags(emoset, out), load=lambda *_: pytest.fail("nothing is missing"))
 
 
-def test_a_run_goes_on_with_the_same_settings_only(emoset, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_same_settings_only(emoset, tmp_path):
     out = tmp_path / "out"
     run(flags(emoset, out))
     with pytest.raises(UserError, match=r"built with other settings \(train\); repeat them"):
         run(flags(emoset, out, train=9))
-    monkeypatch.setattr(feedback, "PROMPTS", dict(feedback.PROMPTS))
     own = tmp_path / "own.json"
     own.write_text(json.dumps({"caption": "What is it?", "emotional_caption": "What makes one feel $label, $mood, $v, $a?"}))
     with pytest.raises(UserError, match=r"other settings \(questions\)"):
-        run(flags(emoset, out, "--prompts", str(own)))
+        run(flags(emoset, out, "--questions", str(own)))
     (out / "selection.json").unlink()
     with pytest.raises(UserError, match="there is another dataset; choose another --out"):
         run(flags(emoset, out))
@@ -275,21 +272,21 @@ def write_lexicon(path, change=(), quoting=csv.QUOTE_MINIMAL, encoding="utf-8"):
 
 
 @pytest.mark.parametrize("quoting, encoding", [(csv.QUOTE_MINIMAL, "utf-8"), (csv.QUOTE_NONNUMERIC, "utf-8-sig")])
-def test_the_published_lexicon_is_accepted_quoted_or_not(emoset, tmp_path, quoting, encoding):
+def test_the_published_lexicon_is_accepted_quoted_or_not(tmp_path, quoting, encoding):
     path = write_lexicon(tmp_path / "BRM-emot-submit.csv", quoting=quoting, encoding=encoding)
-    build.check(build.parse_args(flags(emoset, tmp_path / "out", "--lexicon", str(path))))
+    check.check_lexicon(path)
 
 
 def test_all_that_differs_from_the_lexicon_is_listed(emoset, tmp_path, capsys):
     path = write_lexicon(tmp_path / "own.csv", {"awe": (6.86, 1.79, 3.83, 2.85), "fear": None,
                                                 "anger": ("NA", 1.36, 5.93, 2.8)})
-    assert data.main(flags(emoset, tmp_path / "out", "--lexicon", str(path))) == 2
+    assert emoset_program.main(flags(emoset, tmp_path / "out", "--lexicon", str(path))) == 2
     said = capsys.readouterr().err
-    for text in ("awe V.Mean.Sum is 6.86, here 6.85", "no word fear", "anger V.Mean.Sum is NA", "anger A.SD.Sum is 2.8,"):
+    for text in ("awe V.Mean.Sum is 6.86, here 6.85", "fear V.Mean.Sum is missing, here 2.93", "anger V.Mean.Sum is NA", "anger A.SD.Sum is 2.8,"):
         assert text in said
     assert said.count("\n") == 1 and "sadness" not in said
     path.write_text("Word,V.Mean.Sum\nawe,1\n")
-    with pytest.raises(UserError, match=r"no column V.SD.Sum; no column A.Mean.Sum; no column A.SD.Sum"):
+    with pytest.raises(UserError, match=r"awe V.Mean.Sum is 1, here 6.85; awe V.SD.Sum is missing, here 1.79"):
         check.check_lexicon(path)
 
 
@@ -352,29 +349,30 @@ def write_csv(path, lists):
 def test_emotic_becomes_test_rows_on_our_scale(emotic, tmp_path, form, capsys):
     path = write_mat(tmp_path / "a.mat") if form == "mat" else write_csv(tmp_path / "a.csv", form == "lists")
     out = tmp_path / "out"
-    rows = run(["emotic", "--annotations", str(path), "--images", str(emotic), "--out", str(out), "--captioner", str(TINY)])
+    rows = run(["--annotations", str(path), "--images", str(emotic), "--out", str(out), "--captioner", str(TINY)],
+               program=emotic_program)
     assert list(rows) == ["test"] and {r.id: (r.v, r.a) for r in rows["test"]} == {
         name: pytest.approx(va, abs=1e-4) for name, va in EXPECTED.items()}
     assert all(r.label == data.nearest_emotion(r.v, r.a) and r.emotional is None for r in rows["test"])
     said = capsys.readouterr().err
-    assert "frame_a.jpg has no person with V and A in 1..10; passed over" in said and "missing.jpg is missing" in said
-    assert "seed" not in raw_rows(out, "test")[0] and data.main(["check", str(out)]) == 0
+    assert "frame_a.jpg has no person with V and A in 1..10; passed over" in said and "missing.jpg cannot be read" in said
+    assert "seed" not in raw_rows(out, "test")[0] and check.main([str(out)]) == 0
 
 
 def test_without_scipy_a_mat_file_is_one_line(emotic, tmp_path, monkeypatch, capsys):
     path = write_mat(tmp_path / "a.mat")
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    assert data.main(["emotic", "--annotations", str(path), "--images", str(emotic), "--out", str(tmp_path / "out"),
-                      "--device", "cpu"]) == 2
-    assert "pip install scipy, or give the CSV" in capsys.readouterr().err
+    assert emotic_program.main(["--annotations", str(path), "--images", str(emotic), "--out", str(tmp_path / "out"),
+                                "--captioner", str(TINY), "--device", "cpu"]) == 2
+    assert "and scipy to read it; or give a CSV" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--annotations", "none.csv"], "expected a file and a folder"), (["--images", "none"], "expected a file and a folder"),
-    (["--annotations", "foreign.csv"], "expected columns Folder, Filename and either"),
-    (["--annotations", "empty.csv"], "no persons in it"), (["--annotations", "foreign.mat"], "no readable MAT file"),
-    (["--annotations", "a.mat", "--split", "val"], "no --split val in it; found train, test"),
-    (["--annotations", "other.mat"], "expected EMOTIC's images"), (["--images", "bare"], "none of 4 pictures is usable")])
+    (["--annotations", "none.csv"], "none.csv"), (["--images", "none"], "--images none: no such folder"),
+    (["--annotations", "foreign.csv"], "no CSV with columns Folder, Filename and either"),
+    (["--annotations", "empty.csv"], "0 of 0 pictures usable"), (["--annotations", "foreign.mat"], "and scipy to read it"),
+    (["--annotations", "a.mat", "--split", "val"], "expected EMOTIC's Annotations.mat with a split val"),
+    (["--annotations", "other.mat"], "expected EMOTIC's"), (["--images", "bare"], "0 of 4 pictures usable")])
 def test_what_is_not_emotic_ends_with_one_line(emotic, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.chdir(tmp_path)
     write_mat("a.mat")
@@ -383,8 +381,8 @@ def test_what_is_not_emotic_ends_with_one_line(emotic, tmp_path, capsys, monkeyp
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty.csv").write_text("Folder,Filename,Valence,Arousal\n")
     (tmp_path / "bare").mkdir()
-    assert data.main(["emotic", "--annotations", "a.mat", "--images", str(emotic), "--out", "out", "--captioner", str(TINY),
-                      "--device", "cpu", *more]) == 2
+    assert emotic_program.main(["--annotations", "a.mat", "--images", str(emotic), "--out", "out", "--captioner",
+                                str(TINY), "--device", "cpu", *more]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
 
@@ -394,11 +392,10 @@ def test_what_is_not_emotic_ends_with_one_line(emotic, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("info.json", None, "info.json: missing or no JSON"), ("val.json", "{", "val.json: missing or no JSON"),
-    ("info.json", '{"emotion": {"label2idx": {"joy": 0}}}', "found joy"), ("info.json", "[]", "found none"),
-    ("train.json", '[["awe", "x"]]', "train.json, entry 0: expected [emotion, id, picture, annotation]"),
-    ("train.json", '{"a": 1}', "train.json, entry 0"), (".", None, "none of 24 pictures is usable"),
-    ("..", None, "its three lists are empty")])
+    ("train.json", None, "train.json: [Errno 2]"), ("val.json", "{", "val.json: Expecting"),
+    ("train.json", '[["awe", "x"]]', "expected a list of [emotion, id, picture, annotation]"), ("train.json", "3", "train.json"),
+    ("train.json", '{"a": 1}', "train.json"), (".", None, "0 of 24 pictures usable, expected at least 2"),
+    ("..", None, "0 of 0 pictures usable")])
 def test_what_is_not_emoset_ends_with_one_line(own_emoset, tmp_path, capsys, name, content, message):
     if name == ".":
         for path in own_emoset.glob("image/*/*"):
@@ -410,20 +407,20 @@ def test_what_is_not_emoset_ends_with_one_line(own_emoset, tmp_path, capsys, nam
         (own_emoset / name).unlink()
     else:
         (own_emoset / name).write_text(content)
-    assert data.main(flags(own_emoset, tmp_path / "out")) == 2
+    assert emoset_program.main(flags(own_emoset, tmp_path / "out")) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--train", "0"], "--train 0: expected 1..1000000"), (["--test", "-1"], "--test -1"), (["--batch", "0"], "--batch 0"),
-    (["--seed", "-1"], "--seed -1"), (["--max-new-tokens", "0"], "--max-new-tokens 0"), (["--train", "many"], "--train"),
-    (["--dtype", "int8"], "--dtype"), (["--emoset", "nowhere"], "nowhere/info.json: missing"),
-    (["--captioner", "no/such/folder"], "no such file or folder"), (["--lexicon", "none.csv"], "none.csv: cannot be read"),
-    (["--prompts", "none.json"], "none.json"), (["--picture", "x"], "unrecognized")])
+    (["--train", "0"], "--train: expected a whole number in 1..1,000,000, got 0"), (["--test", "-1"], "--test: expected"),
+    (["--micro", "0"], "--micro: expected"), (["--seed", "-1"], "--seed: expected"),
+    (["--max-new-tokens", "0"], "--max-new-tokens: expected"), (["--train", "many"], "--train: expected"),
+    (["--emoset", "nowhere"], "nowhere/train.json: "), (["--captioner", "no/such/folder"], "no such file or folder"),
+    (["--lexicon", "none.csv"], "none.csv"), (["--questions", "none.json"], "none.json"), (["--picture", "x"], "unrecognized")])
 def test_senseless_settings_end_with_one_line(emoset, tmp_path, capsys, more, message):
     try:
-        code = data.main(flags(emoset, tmp_path / "out", *more))
+        code = emoset_program.main(flags(emoset, tmp_path / "out", *more))
     except SystemExit as stop:  # argparse
         code = stop.code
     said = capsys.readouterr().err
@@ -439,21 +436,22 @@ def test_senseless_settings_end_with_one_line(emoset, tmp_path, capsys, more, me
     "Here is the caption:\n\nA boat\non the lake.", "“Neutral caption: A boat on the lake.”", "- A boat  on the lake.\n",
     "<think>calm</think>\n```\nA boat on the lake.\n```", "'A boat on the lake.'"])
 def test_a_caption_is_one_line_without_what_surrounds_it(answer):
-    assert feedback.read_caption(answer) == "A boat on the lake."
+    assert captions.read_caption(answer) == "A boat on the lake."
 
 
 def test_quotes_within_a_caption_stay():
-    assert feedback.read_caption('"Stop" on a sign, "Go" on another; "end"') == '"Stop" on a sign, "Go" on another; "end"'
+    assert captions.read_caption('"Stop" on a sign, "Go" on another; "end"') == '"Stop" on a sign, "Go" on another; "end"'
 
 
 @pytest.mark.parametrize("answer", ["", "\n", "...", '""', "Here is the caption:", "<answer></answer>", "word " * 1000])
 def test_an_answer_without_a_caption_is_unusable(answer):
     with pytest.raises(feedback.Unusable, match="expected words"):
-        feedback.read_caption(answer)
+        captions.read_caption(answer)
 
 
-def test_the_emotional_question_names_label_and_mood_and_the_neutral_one_neither():
-    image = Image.new("RGB", (64, 64))
-    text = feedback.ask_emotional_caption(image, "awe", 8.9, 1.2)[1]["content"][1]["text"]
+def test_the_emotional_question_names_label_and_mood_and_the_neutral_one_neither(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    row = {"image": "x.png", "label": "awe", "v": 8.9, "a": 1.2}
+    text = captions.ask(row, "emotional", tmp_path)[1]["content"][1]["text"]
     assert "awe" in text and "blissful" in text and "utterly still" in text and "$" not in text
-    assert not any(label in feedback.ask_caption(image)[1]["content"][1]["text"] for label in data.EMOTIONS)
+    assert not any(label in captions.ask(row, "neutral", tmp_path)[1]["content"][1]["text"] for label in data.EMOTIONS)
