@@ -1,16 +1,16 @@
 """Qwen2.5-VL, the judge: a picture and a question in, an answer in words out.
 
-Source: Bai et al. 2025; EmoFeedback², section 3.1. In the order data meets it: vision tower (window
+Bai et al. 2025; EmoFeedback², section 3.1. In the order data meets it: vision tower (window
 attention, full attention in a few blocks, patch merger), language model (grouped queries, M-RoPE,
-SwiGLU), which tokens attend to which, the whole model, generation, loading. The input is a `Prompt`
-of parts/chat.py: tokens, and the patches of the pictures. Modules carry the published names.
+SwiGLU), which tokens attend to which, the whole model with generation and loading. The input is a
+`Prompt` of parts/chat.py: tokens, and the patches of pictures. Modules carry the published names.
 Left out: video, sliding windows, beam search, top-p, and the published repetition penalty.
 
 All layers see one flat list of tokens without padding: sequences of any length lie one behind the
 other. Only attention must know which tokens belong together, and that knowledge is a function
-`attend(layer, q, k, v)` which every block of the language model calls:
+`attend(layer, q, k, v)` that every block calls:
 
-    Sequences      whole sequences; a token sees itself and those before it in its own sequence
+    Sequences      whole sequences, windows or pictures; in text a token sees itself and its past
     StaticCache    generation; the n answers to a prompt share the keys and values of the prompt
     SharedPrompts  training; the G completions of a prompt share one pass over the prompt
 
@@ -101,14 +101,14 @@ def split_rotate(qkv, heads, kv_heads, cos, sin):
 @ops.fusable
 def swiglu(gate_up):
     """silu(gate)·up of a packed projection [...,2M] -> [...,M] (Shazeer 2020)."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)  # each [...,M]
     return F.silu(gate) * up
 
 
 class MLP(nn.Module):
     def __init__(self, width, hidden, bias):
         super().__init__()
-        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias)
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias)  # two published layers in one
         self.down_proj = nn.Linear(hidden, width, bias)
 
     def forward(self, x):
@@ -116,31 +116,33 @@ class MLP(nn.Module):
 
 
 def grouped_attention(q, k, v, mask=None, causal=False):
-    """q [B,L,H,E] over k, v [B,S,K,E] -> [B·L,H·E]: H/K heads in a row read the same k and v."""
+    """Attention of q [B,L,H,E] over k, v [B,S,K,E] -> [B·L,H·E]."""
     groups = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B,H,L,E], [B,K,S,E]
-    if groups > 1:
+    if groups > 1:  # H/K query heads in a row read the same keys and values: a smaller cache
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
     return ops.attention(q, k, v, mask, causal).flatten(0, 1)
 
 
-def runs(lengths):
-    """Lengths of consecutive sequences -> [(count, length)] of consecutive equal ones."""
-    return [(len(list(equal)), length) for length, equal in itertools.groupby(lengths)]
+class Sequences:
+    """Attention within each of several whole sequences, one behind the other."""
 
+    def __init__(self, lengths, causal=True):
+        # [(count, length)]: consecutive sequences of one length are computed as one batch.
+        self.runs = [(len(list(same)), length) for length, same in itertools.groupby(lengths)]
+        self.causal = causal
 
-def attend_runs(q, k, v, sequence_runs, causal):
-    """Attention within each sequence of a flat list. q [N,H,E], k, v [N,K,E] -> [N,H·E]."""
-    out = []
-    start = 0
-    for count, length in sequence_runs:
-        end = start + count * length
-        # Sequences of one length are a batch: [count,length,H or K,E].
-        batch = (t[start:end].unflatten(0, (count, length)) for t in (q, k, v))
-        out.append(grouped_attention(*batch, causal=causal))
-        start = end
-    return torch.cat(out) if len(out) > 1 else out[0]
+    def __call__(self, layer, q, k, v):
+        """q [N,H,E], k, v [N,K,E] -> [N,H·E]; alike in every layer."""
+        out = []
+        start = 0
+        for count, length in self.runs:
+            end = start + count * length
+            batch = (t[start:end].unflatten(0, (count, length)) for t in (q, k, v))  # [B,L,·,E]
+            out.append(grouped_attention(*batch, causal=self.causal))
+            start = end
+        return torch.cat(out) if len(out) > 1 else out[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,6 +166,7 @@ def window_order(grids, merge, window):
         own = [index[i:i + window, j:j + window].flatten() for i, j in corners]
         windows += sorted(own, key=len)
         start += rows * columns
+    # A picture that no whole number of windows covers has smaller ones at its right and lower edge.
     return torch.cat(windows), [len(window) for window in windows]
 
 
@@ -184,7 +187,7 @@ def vision_angles(grids, merge, head_dim):
         columns.append(index % w)
     positions = [torch.cat(rows).float(), torch.cat(columns).float()]
     angles = torch.cat([p[:, None] * frequencies for p in positions], dim=-1)  # [N,E/2]
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)  # [N,E]
     return angles.cos(), angles.sin()
 
 
@@ -198,10 +201,9 @@ class VisionBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)})
         self.mlp = MLP(D, c.vision_mlp, bias=True)
 
-    def forward(self, x, cos, sin, sequence_runs):  # x [N,D]; cos, sin [N,1,E] float32
+    def forward(self, x, cos, sin, attend):  # x [N,D]; cos, sin [N,1,E] float32
         qkv = self.attn.qkv(self.norm1(x))
-        q, k, v = split_rotate(qkv, self.heads, self.heads, cos, sin)  # each [N,H,E]
-        x = x + self.attn.proj(attend_runs(q, k, v, sequence_runs, causal=False))
+        x = x + self.attn.proj(attend(*split_rotate(qkv, self.heads, self.heads, cos, sin)))
         return x + self.mlp(self.norm2(x))
 
 
@@ -224,15 +226,17 @@ class VisionTower(nn.Module):
         unit = c.merge**2
         order, lengths = window_order(grids, c.merge, c.window // c.patch // c.merge)
         order = order.to(pixels.device)
-        windows = runs([length * unit for length in lengths])
-        pictures = runs([h * w for _, h, w in grids])
+        in_windows = Sequences([length * unit for length in lengths], causal=False)
+        in_pictures = Sequences([h * w for _, h, w in grids], causal=False)
         x = self.patch_embed.proj(pixels.to(self.patch_embed.proj.weight.dtype))
         angles = vision_angles(grids, c.merge, c.vision_width // c.vision_heads)
         flat = (x, *(t.to(x.device) for t in angles))
         # From here on window after window: [N,·] -> [merged tokens,m·m,·] -> [N,·].
         x, cos, sin = (t.view(len(order), unit, -1)[order].flatten(0, 1) for t in flat)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos[:, None], sin[:, None], pictures if i in c.full_blocks else windows)
+            # Windows keep the cost linear in the picture; a few blocks carry news across them.
+            attend = in_pictures if i in c.full_blocks else in_windows
+            x = block(x, cos[:, None], sin[:, None], functools.partial(attend, i))
         x = self.merger.ln_q(x).view(len(order), -1)  # [merged tokens,m·m·D]
         return self.merger.mlp(x)[order.argsort()]  # back in reading order
 
@@ -245,8 +249,7 @@ def position_ids(ids, grids, c):
     """M-RoPE positions [3,L] (time, height, width) of one sequence of ids [L].
 
     Text counts up in all three, a picture spans its grid, and the text after it goes on from its
-    greater side. grids: (1, h, w) of pictures, of which as many are taken as the ids need. Raises
-    ValueError if a picture does not fit its tokens.
+    greater side. grids: (1, h, w) of pictures, as many as the ids need. Raises ValueError.
     """
     left = iter(grids)
     positions = []
@@ -263,7 +266,7 @@ def position_ids(ids, grids, c):
         if rows * columns != length:
             raise ValueError(f"{length} image tokens for a picture that needs {rows * columns}; "
                              f"the grids do not belong to these ids")
-        i = torch.arange(length)
+        i = torch.arange(length)  # in reading order
         positions.append(start + torch.stack([torch.zeros_like(i), i // columns, i % columns]))
         start += max(rows, columns)
     return torch.cat(positions, dim=1)
@@ -273,9 +276,9 @@ def text_angles(positions, c, dtype):
     """(cos, sin) [N,1,E] of M-RoPE positions [3,N]: each section follows one of the three."""
     channels = torch.arange(0, c.head_dim, 2, device=positions.device)
     frequencies = c.theta ** (-channels.float() / c.head_dim)  # [E/2]
-    angles = (positions[..., None].float() * frequencies).split(c.sections, dim=-1)
+    angles = (positions[..., None].float() * frequencies).split(c.sections, dim=-1)  # [3,N,·] each
     angles = torch.cat([section[i] for i, section in enumerate(angles)], dim=-1)  # [N,E/2]
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [N,1,E]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -285,7 +288,7 @@ class Block(nn.Module):
         self.heads = (c.heads, c.kv_heads)
         self.input_layernorm = ops.RMSNorm(c.width, c.eps)
         self.post_attention_layernorm = ops.RMSNorm(c.width, c.eps)
-        self.self_attn = nn.ModuleDict({
+        self.self_attn = nn.ModuleDict({  # q_proj, k_proj, v_proj are the rows of one layer
             "qkv_proj": nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim),
             "o_proj": nn.Linear(c.width, c.width, bias=False)})
         self.mlp = MLP(c.width, c.mlp, bias=False)
@@ -298,16 +301,6 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Which tokens attend to which
-
-
-class Sequences:
-    """Causal attention within each of several whole sequences, one behind the other."""
-
-    def __init__(self, lengths):
-        self.runs = runs(lengths)
-
-    def __call__(self, layer, q, k, v):
-        return attend_runs(q, k, v, self.runs, causal=True)
 
 
 @ops.fusable
@@ -325,10 +318,10 @@ def attend_shared(q, prompt_k, prompt_v, k, v, hidden):
     to_own = torch.einsum("pnkge,pnkte->pnkgt", q, k)
     scores = torch.cat([to_prompt, to_own], dim=-1).float() * E**-0.5
     scores = scores.masked_fill(hidden[:, None, None, None], -torch.inf)
-    shares = scores.softmax(-1).to(q.dtype)
+    shares = scores.softmax(-1).to(q.dtype)  # [P,n,K,g,L+t], over prompt and own tokens together
     out = torch.einsum("pnkgl,pkle->pnkge", shares[..., :L], prompt_v)
     out = out + torch.einsum("pnkgt,pnkte->pnkge", shares[..., L:], v)
-    return out.flatten(0, 1).flatten(1)
+    return out.flatten(0, 1).flatten(1)  # [P,n,K,g,E] -> [P·n,H·E]
 
 
 class StaticCache:
@@ -345,12 +338,11 @@ class StaticCache:
         P = len(lengths)
         self.lengths = lengths
         self.causal = Sequences(lengths)
-        # Keys and values, each [layers,rows,K,tokens,E].
+        # Keys and values: [2,layers,rows,K,tokens,E].
         self.prompts = like.new_zeros(2, c.layers, P, c.kv_heads, max(lengths), c.head_dim)
         self.own = like.new_zeros(2, c.layers, P * n, c.kv_heads, new_tokens, c.head_dim)
         self.steps = torch.arange(new_tokens, device=like.device)
-        # Attention reads so many tokens of each answer; those still to come are hidden.
-        self.room = new_tokens
+        self.room = new_tokens  # of each answer's tokens attention reads; those to come are hidden
         ends = torch.tensor(lengths, device=like.device)[:, None]
         self.padding = torch.arange(max(lengths), device=like.device) >= ends  # [P,L]
 
@@ -371,7 +363,7 @@ class StaticCache:
         """`attend` for one new token of each answer: q [P·n,H,E], k, v [P·n,K,E]."""
         for cache, new in zip(self.own, (k, v), strict=True):
             cache[layer].index_copy_(2, self.index, new[:, :, None])
-        own = self.own[:, layer, :, :, :self.room]
+        own = self.own[:, layer, :, :, :self.room]  # [2,P·n,K,room,E]
         return attend_shared(q, *self.prompts[:, layer], *own, self.hidden)
 
 
@@ -447,7 +439,7 @@ class QwenVL(nn.Module):
             if len(slots) < len(features):
                 raise ValueError(f"{len(slots)} image tokens for pictures that need "
                                  f"{len(features)}; the grids do not belong to these ids")
-            x = x.index_copy(0, slots[:len(features)], features)
+            x = x.index_copy(0, slots[:len(features)], features)  # where an image token stood
         cos, sin = text_angles(positions, self.config, x.dtype)
         for i, block in enumerate(self.model.layers):
             inputs = (x, cos, sin, functools.partial(attend, i))
@@ -464,8 +456,8 @@ class QwenVL(nn.Module):
         all pictures, in the order of their tokens; attention_mask [B,L]: 0 marks padding, on either
         side, whose logits are 0.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        keep = mask.bool()
+        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        keep = keep.bool()
         grids = [] if image_grid_thw is None else torch.as_tensor(image_grid_thw).tolist()
         left = iter(grids)  # every row takes as many as it has pictures
         rows = [row[kept].cpu() for row, kept in zip(input_ids, keep, strict=True)]
@@ -488,6 +480,7 @@ class QwenVL(nn.Module):
         ids, positions, pixels, grids = joined(prompts, self.config, device)
         # The state at a token predicts the next one, so the last of a completion is no input.
         steps = torch.arange(C - 1, device=device)
+        # The answer's positions go on after the greatest of its prompt, for all G alike.
         own = [(at.max() + 1 + steps).repeat(G).expand(3, -1) for at in positions.split(lengths, 1)]
         hidden = self.trunk(
             SharedPrompts(lengths, G, C - 1, device),
@@ -495,11 +488,8 @@ class QwenVL(nn.Module):
             torch.cat([positions, *own], dim=1), pixels, grids)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         first = hidden[last].view(P, 1, 1, -1).expand(-1, G, -1, -1)  # [P,G,1,D]
-        following = hidden[sum(lengths):].unflatten(0, (P, G, C - 1))
+        following = hidden[sum(lengths):].unflatten(0, (P, G, C - 1))  # [P,G,C-1,D]
         return torch.cat([first, following], dim=2)
-
-    # ----------------------------------------------------------------------------------------------
-    # Generation
 
     @torch.no_grad()
     def generate(self, messages, n=1, max_new_tokens=512, temperature=1.0, generator=None,
@@ -508,20 +498,19 @@ class QwenVL(nn.Module):
 
         messages: P conversations as in parts/chat.py, or Prompts. temperature 0 takes the likeliest
         token. generator: one for all, or a list of one for each conversation, whose answers then do
-        not depend on the others. progress: wraps the steps, e.g. in tqdm. Raises ValueError for
-        settings out of range.
+        not depend on the others. progress: wraps the steps, e.g. in tqdm. Raises ValueError.
         """
         # 1. prompts
         if n < 1 or max_new_tokens < 1 or temperature < 0:
-            raise ValueError(f"expected n >= 1, max_new_tokens >= 1, temperature >= 0; got {n}, "
-                             f"{max_new_tokens}, {temperature}")
+            raise ValueError(f"expected n >= 1, max_new_tokens >= 1, temperature >= 0; "
+                             f"got {n}, {max_new_tokens}, {temperature}")
         if not messages or isinstance(messages[0], dict):
             raise ValueError("expected a list of conversations, each of them a list of messages")
         prompts = [m if isinstance(m, Prompt) else self.processor(m) for m in messages]
         generators = generator if isinstance(generator, list) else [generator] * len(prompts)
         if len(generators) != len(prompts):
-            raise ValueError(f"expected one generator or a list of {len(prompts)}, one for each "
-                             f"conversation; got {len(generators)}")
+            raise ValueError(f"expected one generator, or one for each of {len(prompts)} "
+                             f"conversations; got {len(generators)}")
         device = self.head_weight.device
         uniforms = [torch.rand(n, max_new_tokens, generator=own) for own in generators]
         uniforms = torch.cat(uniforms).to(device)  # [P·n,max_new_tokens]
@@ -547,6 +536,7 @@ class QwenVL(nn.Module):
         # Asking whether all are done waits for the GPU, so ask every 16 steps.
         every = 16 if device.type == "cuda" else 1
         with ops.fast_linears(self.model.layers):
+            # FSDP2 gathers and frees sharded weights, so nothing may hold on to a laid out copy.
             head = self.logits if sharded else ops.fast_linear(self.head_weight)
 
             def next_token(token, index, position, uniforms):
@@ -570,7 +560,7 @@ class QwenVL(nn.Module):
                     decode = ops.as_graph(next_token, *inputs)
                 token, log_prob = decode(*inputs)
 
-        # 4. texts
+        # 4. texts: [max_new_tokens] of [P·n] -> rows, each cut at its first stop token
         tokens, log_probs = (torch.stack(t, dim=1).cpu() for t in zip(*drawn, strict=True))
         answers = [self.completion(*row) for row in zip(tokens, log_probs, strict=True)]
         return [answers[i:i + n] for i in range(0, len(answers), n)]
@@ -582,9 +572,6 @@ class QwenVL(nn.Module):
         length = int(ends[0]) + 1 if finished else len(tokens)
         text = self.processor.decode(tokens[:length - finished].tolist())
         return Completion(text, tokens[:length], log_probs[:length], finished)
-
-    # ----------------------------------------------------------------------------------------------
-    # Loading
 
     def lora_targets(self):
         """What an adapter changes: all linear layers of the language model; see parts/lora.py."""

@@ -30,6 +30,7 @@ FORMS = {
     "parts.ops.rms_norm": Form("37b0ac3e8dfb", cuda="triton_forms", cpu="cpu_forms"),
     "parts.ops.split_qkv": Form("0cc9841bd518", cuda="triton_forms"),
     "qwen_vl.attend_shared": Form("a28acf58ae5c", cuda="shared_attention", cpu="shared_attention"),
+    "qwen_vl.inverse_cdf": Form("2ce55d185cfb", cuda="inverse_cdf"),
     "qwen_vl.rotate": Form("18b421704553", cpu="cpu_forms"),
     "qwen_vl.split_rotate": Form("6ad22dfb09ab", cuda="triton_forms"),
     "qwen_vl.swiglu": Form("48ded7082d64", cuda="triton_forms"),
