@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from evaluation.cases import Case, load_cases, picture_of
 from parts.cli import UserError
 from prepare import check
 from tiny import scenes
@@ -153,42 +152,6 @@ def test_a_missing_or_empty_dataset_says_what_to_do(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match="no rows"):
         data.load_rows(tmp_path, "train")
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_cases_are_read_from_a_datasets_test_rows(dataset):
-    rows, cases = data.load_rows(dataset, "test"), load_cases(dataset / "test.jsonl")
-    assert [(c.id, c.neutral, c.v, c.a) for c in cases] == [(r.id, r.neutral, r.v, r.a) for r in rows]
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"id": "b", "neutral": "x", "v": 0.5, "a": 5}, "valence must be a finite number in 1..9"),
-    ({"id": "b", "v": 5, "a": 5}, "no 'neutral'"), ({"id": "a", "neutral": "x", "v": 5, "a": 5}, "'a' a second time"),
-    ({"id": "../b", "neutral": "x", "v": 5, "a": 5}, "cannot name a file"), ([1], "mend or remove")])
-def test_an_unusable_case_is_named(tmp_path, row, message):
-    path = write_lines(tmp_path / "cases.jsonl", [{"id": "a", "neutral": "a lake", "v": 1, "a": 9}, row])
-    with pytest.raises(UserError, match=r"cases.jsonl, line 2: .*mend or remove") as caught:
-        load_cases(path)
-    assert message in str(caught.value)
-
-
-def test_missing_or_empty_cases_say_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match="JSON lines with id, neutral, v and a"):
-        load_cases(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="no rows"):
-        load_cases(write_lines(tmp_path / "cases.jsonl", []))
-
-
-def test_a_cases_picture_is_found_by_its_id(tmp_path):
-    case = Case("lake_1", "a lake", 5, 5)
-    with pytest.raises(UserError, match="1 of 1 pictures are missing: lake_1; expected <id>.png"):
-        picture_of(tmp_path, case)
-    Image.new("RGB", (4, 4)).save(tmp_path / "lake_1.webp")
-    assert picture_of(tmp_path, case) == tmp_path / "lake_1.webp"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,31 +2,33 @@
 
 from types import SimpleNamespace
 
-import data
-from evaluation import evaluate, rate
+from evaluation import rate
+from evaluation.__main__ import main
 from evaluation.cases import load_cases
+from evaluation.run import draw_with
 from parts.pipeline import TINY, load_generator
+from tiny.dataset import write_tiny
 
 JUDGE = TINY / "judge"
 
 
 def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
     dataset, cases, other = tmp_path / "dataset", tmp_path / "cases.jsonl", tmp_path / "other"
-    data.main(["tiny", "--out", str(dataset), "--train", "4", "--test", "4"])
-    assert data.main(["check", str(dataset)]) == 0
-    assert evaluate.main(["cases", "--data", str(dataset), "--out", str(cases)]) == 0
+    write_tiny(dataset, train=4, test=4)
+    assert main(["cases", "--data", str(dataset), "--out", str(cases)]) == 0
 
     # another method's pictures, a folder of <id>.png
     generator, wished = load_generator(TINY), load_cases(cases)
     other.mkdir()
-    draw = evaluate.drawer(generator, "words", SimpleNamespace(size=64, steps=4, guidance=4.5), None)
-    for case, image in zip(wished, draw(wished, range(4)), strict=True):
+    args = SimpleNamespace(size=64, sample_steps=4, guidance=4.5)
+    for case, image in zip(wished, draw_with(generator, "words", args, None, wished, range(4)), strict=True):
         image.save(other / f"{case.id}.png")
 
-    judges = ["--judge", f"trained={JUDGE}", "--judge", f"independent={JUDGE}", "--cases", str(cases), "--steps", "4"]
+    judges = ["run", "--judge", f"trained={JUDGE}", "--judge", f"independent={JUDGE}", "--cases", str(cases),
+              "--sample-steps", "4"]
     runs = [str(tmp_path / name) for name in ("run_other", "run_ours")]
-    assert evaluate.main([*judges, "--images", str(other), "--seconds", "2", "--out", runs[0]]) == 0
-    assert evaluate.main([*judges, "--name", "ours", "--adapter", str(TINY / "adapter"), "--forms", "words",
+    assert main([*judges, "--images", str(other), "--seconds", "2", "--out", runs[0]]) == 0
+    assert main([*judges, "--name", "ours", "--adapter", str(TINY / "adapter"), "--forms", "words",
                           "--out", runs[1]]) == 0
 
     ratings = tmp_path / "ratings.csv"
@@ -43,6 +45,6 @@ def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
             ("6", ["--human", f"{ratings}:other"], "| annotator | Lexicon-based annotation | Human annotation |"),
             ("7", [], "| inference latency (s) | 2.00 | "), ("10", [], "| reward | V-Error, meter ↓ | "),
             ("all", [], "Difference to ours on the same cases:")):
-        assert evaluate.main(["table", *runs, "--form", form, *extra, "--out", str(tmp_path / "tables" / form)]) == 0
+        assert main(["table", *runs, "--form", form, *extra, "--out", str(tmp_path / "tables" / form)]) == 0
         assert expected in capsys.readouterr().out
         assert all((tmp_path / "tables" / f"{form}.{ending}").stat().st_size for ending in ("md", "json"))

@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from evaluation import rate
+from evaluation.__main__ import main
 from evaluation.cases import Case
 from parts.cli import UserError
 from tests.launch import ROOT
@@ -330,7 +331,7 @@ def test_a_session_goes_on_after_a_restart_and_after_a_sudden_end_at_any_byte(fo
     for end in range(case[0], case[2] + 1):
         path.write_bytes(whole[:end])
         if whole[end - 1:end] != b"\n":
-            with pytest.raises(UserError, match=rf"line {whole[:end].count(10) + 1}: broken off; start rate\.py"):
+            with pytest.raises(UserError, match=rf"line {whole[:end].count(10) + 1}: broken off; start the rating page"):
                 rows(folder)
         study = rate.prepare(wishes(folder)) if end % 40 == 0 else None
         done = study.done if study else rate.resume(path, {(f"c{i}", m): 0 for i in range(3) for m in METHODS})
@@ -391,7 +392,7 @@ def test_a_picture_that_is_gone_is_said_in_a_line(folder, capsys):
         with pytest.raises(http.client.RemoteDisconnected):
             ask(address + page.all("img")[0]["src"])
         read(first(address, "Anna"))
-    assert re.fullmatch("error: a request broke off: .*No such file.*png'\n", capsys.readouterr().err)
+    assert re.fullmatch("error: a request broke off: .*No such file.*png.*\n", capsys.readouterr().err)
 
 
 GOOD = {"time": "2026-01-02T03:04:05+00:00", "rater": "Anna", "case": "c0", "method": "heron", "v": 7.0, "a": 2.5,
@@ -442,7 +443,7 @@ def test_any_rows_are_read_as_they_were_written(written):
 
 
 def flags(folder, *more):
-    return ["--cases", str(folder / "cases.jsonl"), "--out", str(folder / "ratings.csv"), *more]
+    return ["rate", "--cases", str(folder / "cases.jsonl"), "--out", str(folder / "ratings.csv"), *more]
 
 
 def test_wrong_arguments_are_one_line(folder, capsys):
@@ -456,12 +457,12 @@ def test_wrong_arguments_are_one_line(folder, capsys):
             ((*heron, "--images", f"sparrow={sparrow}"), f"2 of 6 pictures are missing or cannot be read (.png, .jpg, "
              f".jpeg or .webp); draw them first: {folder}/nest_heron/c0, {sparrow}/c1"),
             (("--images", "a=x", "--cases", "none.jsonl"), "none.jsonl: no such file")):
-        assert rate.main(flags(folder, *more)) == 2
+        assert main(flags(folder, *more)) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and err.startswith("error: ") and said in err
     assert not (folder / "ratings.csv").exists()
     with pytest.raises(SystemExit, match="2"):
-        rate.main([])
+        main(["rate"])
 
 
 def test_a_taken_port_is_one_line(folder, capsys):
@@ -470,7 +471,7 @@ def test_a_taken_port_is_one_line(folder, capsys):
         port = address.rpartition(":")[2]
         (folder / "ratings.csv").unlink()
         for number in (port, "70000"):
-            assert rate.main(flags(folder, *images, "--port", number)) == 2
+            assert main(flags(folder, *images, "--port", number)) == 2
             assert re.fullmatch(rf"error: --port {number}: .*; give a free one in 1\.\.65535, or 0 for any\n",
                                 capsys.readouterr().err)
 
@@ -478,8 +479,8 @@ def test_a_taken_port_is_one_line(folder, capsys):
 def test_ctrl_c_says_where_the_ratings_are_and_kill_loses_none(folder):
     images = [x for m in METHODS for x in ("--images", f"{m}={folder}/nest_{m}")]
     for number, code, expected in ((signal.SIGKILL, -9, 3), (signal.SIGINT, 0, 6)):
-        process = subprocess.Popen([sys.executable, ROOT / "rate.py", *flags(folder, *images, "--port", "0")], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        process = subprocess.Popen([sys.executable, "-m", "evaluation", *flags(folder, *images, "--port", "0")],
+                                   cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         try:
             address = process.stdout.readline().strip().removesuffix("/")

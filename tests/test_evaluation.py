@@ -1,4 +1,4 @@
-"""Cases, measuring with resume, any method's folder, and the evaluation program."""
+"""Measuring with resume, any method's folder, and the evaluation program."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-from evaluation import evaluate, metrics, tables
-from evaluation.cases import Case, for_others, grid_of, held_out_cases, load_cases, seeds_of
+from evaluation import metrics, run, tables
+from evaluation.__main__ import main
+from evaluation.cases import Case, for_others, grid_of, held_out_cases, seeds_of
 from parts import clip
 from parts.files import write_rows
 from parts.pipeline import TINY, load_generator
 from tiny import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = ["--steps", "2", "--size", "64"]
+QUICK = ["--sample-steps", "2", "--size", "64"]
 JUDGE = TINY / "judge"
 
 
@@ -35,50 +36,13 @@ def render(case, rng=None):
     return scenes.render(scenes.random_scene(rng or np.random.default_rng(0)), case.v, case.a, 64)
 
 
-def figures_of(cases, draw, folder, **kwargs):
+METER = run.Instruments(run.readers_of({}, meter=True))
+
+
+def figures_of(cases, draw, folder, instruments=METER):
     path = folder / "form.jsonl"
-    kwargs = {"readers": evaluate.readers_of({}, True, 8)} | kwargs
-    evaluate.measure(draw, cases, seeds_of(cases, 0), path, 7, **kwargs)
+    run.measure(draw, cases, seeds_of(cases, 0), path, instruments, 7)
     return tables.figures(tables.Method("method", "form", sorted(lines(path), key=lambda r: r["id"]), {}))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cases
-
-
-def test_cases_repeat_with_the_seed_and_spread_over_the_plane():
-    cases = held_out_cases(200)
-    assert cases == held_out_cases(200) != held_out_cases(200, seed=1)
-    va = np.array([(case.v, case.a) for case in cases])
-    assert va.min() >= 1 and va.max() <= 9 and (va.std(0) > 2).all()
-    assert len({case.neutral for case in cases}) > 100 and len({case.id for case in cases}) == 200
-
-
-def test_a_file_of_cases_says_the_target_in_every_methods_own_terms(tmp_path, capsys):
-    assert evaluate.main(["cases", "--count", "3", "--out", str(tmp_path / "cases.jsonl")]) == 0
-    assert "3 cases" in capsys.readouterr().out
-    cases = load_cases(tmp_path / "cases.jsonl")
-    assert cases == held_out_cases(3)
-    for case, row in zip(cases, lines(tmp_path / "cases.jsonl"), strict=True):
-        assert row["emoedit"] == data.nearest_emotion(case.v, case.a)
-        assert row["emoticrafter"] == pytest.approx([(case.v - 5) * 0.75, (case.a - 5) * 0.75], abs=1e-4)
-        assert row["words"] == data.with_words(case.neutral, case.v, case.a) and f"valence {case.v:.1f}" in row["numbers"]
-    ends = [for_others(Case("x", "a lake", v, a))["emoticrafter"] for v, a in ((1, 9), (9, 1))]
-    assert ends == [[-3, 3], [3, -3]]
-
-
-def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(tmp_path):
-    dataset = tmp_path / "data"
-    data.main(["tiny", "--out", str(dataset), "--train", "1", "--test", "4"])
-    assert evaluate.main(["cases", "--data", str(dataset), "--count", "3", "--out", str(tmp_path / "a.jsonl")]) == 0
-    rows = data.load_rows(dataset, "test")[:3]
-    assert [line["emoedit"] for line in lines(tmp_path / "a.jsonl")] == [row.label for row in rows]
-    evaluate.main(["cases", "--count", "2", "--grid", "3", "--out", str(tmp_path / "grid.jsonl")])
-    cases = load_cases(tmp_path / "grid.jsonl")
-    assert len(cases) == 18 and len({case.group for case in cases}) == 2
-    assert {(case.v, case.a) for case in cases[:9]} == {(v, a) for v in (1, 5, 9) for a in (1, 5, 9)}
-    assert seeds_of(cases, 5) == [5] * 9 + [14] * 9
-    assert seeds_of(held_out_cases(3), 5) == [5, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,8 +91,8 @@ def test_memory_does_not_grow_with_the_cases(tmp_path):
     def peak(count, folder):
         folder.mkdir()
         tracemalloc.start()
-        evaluate.measure(lambda part, seeds: [Image.fromarray(blank.copy()) for _ in part], held_out_cases(count),
-                         range(count), folder / "form.jsonl", 4, {})
+        run.measure(lambda part, seeds: [Image.fromarray(blank.copy()) for _ in part], held_out_cases(count),
+                    range(count), folder / "form.jsonl", run.Instruments({}), 4)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used
@@ -139,17 +103,17 @@ def test_memory_does_not_grow_with_the_cases(tmp_path):
 
 def test_a_judge_that_says_nothing_readable_is_counted_and_left_out(tmp_path):
     answers = iter(['<think>t</think><answer>{"valence": 5, "arousal": 4}</answer>', "no idea"] * 2)
-    readers = evaluate.readers_of({"judge": lambda conversations: [next(answers) for _ in conversations]}, False, 8)
+    readers = run.readers_of({"judge": lambda conversations: [next(answers) for _ in conversations]}, meter=False)
     result = figures_of([Case(str(i), "a lake", 6, 6) for i in range(4)], lambda part, seeds: [render(c) for c in part],
-                        tmp_path, readers=readers)
+                        tmp_path, run.Instruments(readers))
     assert result["judge_v_error"] == 1 and result["judge_a_error"] == 2 and result["judge_unreadable"] == 0.5
 
 
 def test_scores_of_clip_are_those_of_its_functions(tmp_path):
     scorer, cases = clip.CLIP.from_pretrained(TINY / "clip"), held_out_cases(9)
-    width = scorer.vision.config.projection
+    width = scorer.vision.visual_projection.out_features
     head = [(torch.randn(1, width, generator=torch.Generator().manual_seed(0)), torch.zeros(1))]
-    figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, scorer=scorer, head=head)
+    figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, run.Instruments({}, scorer, head))
     pictures, found = [render(case) for case in cases], lines(tmp_path / "form.jsonl")
     for key, expected in (("clip_score", 100 * clip.cosines(scorer, pictures, [case.neutral for case in cases])),
                           ("clip_iqa", metrics.clip_iqa(scorer, pictures)),
@@ -158,12 +122,11 @@ def test_scores_of_clip_are_those_of_its_functions(tmp_path):
 
 
 def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well(tmp_path):
-    args = evaluate.parse_args(["--steps", "10"])
-    args.size = 128
+    args = run.parse_args(["--sample-steps", "10"])
     generator, cases, result = load_generator(TINY), held_out_cases(40, seed=9), {}
     for form in ("numbers", "words"):
         (tmp_path / form).mkdir()
-        result[form] = figures_of(cases, evaluate.drawer(generator, form, args, None), tmp_path / form)
+        result[form] = figures_of(cases, partial(run.draw_with, generator, form, args, None), tmp_path / form)
     assert min(result["words"]["meter_v_spearman"], result["words"]["meter_a_spearman"]) >= 0.7
     assert result["numbers"]["meter_a_error"] > result["words"]["meter_a_error"]
 
@@ -173,23 +136,23 @@ def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well(tmp_p
 
 
 def test_the_program_prints_a_table_writes_json_and_goes_on_or_refuses_another_run(tmp_path, capsys):
-    flags = ["--cases", "4", *QUICK, "--out", str(tmp_path)]
-    assert evaluate.main(flags) == 0
+    flags = ["run", "--cases", "4", *QUICK, "--out", str(tmp_path)]
+    assert main(flags) == 0
     printed = capsys.readouterr().out
     assert all(head in printed for head in ("V-Error ↓", "CLIP-IQA ↑", "Aes-Score ↑", "weights, numbers", "weights, words"))
     written = json.loads((tmp_path / "evaluate.json").read_text())
     assert set(written["results"]) == {"numbers", "words"} and written["settings"]["count"] == 4
     before = (tmp_path / "words.jsonl").stat().st_mtime_ns
-    assert evaluate.main(flags) == 0 and capsys.readouterr().out == printed
+    assert main(flags) == 0 and capsys.readouterr().out == printed
     assert (tmp_path / "words.jsonl").stat().st_mtime_ns == before
-    assert evaluate.main([*flags, "--steps", "3"]) == 2
-    assert "holds another evaluation (steps changed)" in capsys.readouterr().err
+    assert main([*flags, "--sample-steps", "3"]) == 2
+    assert "holds another evaluation (sample_steps changed)" in capsys.readouterr().err
 
 
 def test_two_judges_and_the_meter_each_have_columns(tmp_path, capsys):
-    flags = ["--cases", "3", "--steps", "4", "--forms", "words", "--out", str(tmp_path), "--judge", str(JUDGE),
-             "--judge", f"independent={JUDGE}"]
-    assert evaluate.main(flags) == 0
+    flags = ["run", "--cases", "3", "--num-inference-steps", "4", "--forms", "words", "--out", str(tmp_path),
+             "--judge", str(JUDGE), "--judge", f"independent={JUDGE}"]
+    assert main(flags) == 0
     printed = capsys.readouterr().out
     assert all(f"V-Error, {reader} ↓" in printed for reader in ("meter", "judge", "independent"))
     result = json.loads((tmp_path / "evaluate.json").read_text())["results"]["words"]
@@ -197,9 +160,9 @@ def test_two_judges_and_the_meter_each_have_columns(tmp_path, capsys):
 
 
 def test_feedback_takes_the_best_picture_of_all_rounds_by_the_judge(tmp_path, capsys):
-    flags = ["--cases", "2", *QUICK, "--forms", "feedback", "--rounds", "2", "--n", "2", "--out", str(tmp_path)]
-    assert evaluate.main(flags) == 2 and "needs a --judge" in capsys.readouterr().err
-    assert evaluate.main([*flags, "--judge", str(JUDGE)]) == 0
+    flags = ["run", "--cases", "2", *QUICK, "--forms", "feedback", "--rounds", "2", "--n", "2", "--out", str(tmp_path)]
+    assert main(flags) == 2 and "needs a --judge" in capsys.readouterr().err
+    assert main([*flags, "--judge", str(JUDGE)]) == 0
     assert len(lines(tmp_path / "feedback.jsonl")) == 2
 
 
@@ -212,24 +175,24 @@ def save_pictures(folder, cases, draw=render):
 def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
     cases = held_out_cases(5)
     save_pictures(tmp_path / "FLUX", cases)
-    evaluate.main(["cases", "--count", "5", "--out", str(tmp_path / "cases.jsonl")])
-    flags = ["--cases", str(tmp_path / "cases.jsonl"), "--images", str(tmp_path / "FLUX"), "--out", str(tmp_path / "run"),
-             "--seconds", "17", "--parameters", "12"]
-    assert evaluate.main(flags) == 0
+    main(["cases", "--count", "5", "--out", str(tmp_path / "cases.jsonl")])
+    flags = ["run", "--cases", str(tmp_path / "cases.jsonl"), "--images", str(tmp_path / "FLUX"), "--out",
+             str(tmp_path / "run"), "--seconds", "17", "--parameters", "12"]
+    assert main(flags) == 0
     assert "| FLUX |" in capsys.readouterr().out and len(lines(tmp_path / "run" / "images.jsonl")) == 5
     turned = [for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
     write_rows(tmp_path / "cases.jsonl", turned)
-    assert evaluate.main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err
+    assert main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err
     (tmp_path / "FLUX" / f"{cases[3].id}.png").write_bytes(b"broken")
-    flags[5] = str(tmp_path / "run2")
-    assert evaluate.main(flags) == 2 and f"{cases[3].id}.png: cannot be read" in capsys.readouterr().err
+    flags[6] = str(tmp_path / "run2")
+    assert main(flags) == 2 and f"{cases[3].id}.png: cannot be read" in capsys.readouterr().err
     (tmp_path / "FLUX" / f"{cases[3].id}.png").unlink()
-    assert evaluate.main(flags) == 2 and f"1 of 5 pictures are missing: {cases[3].id}" in capsys.readouterr().err
+    assert main(flags) == 2 and f"1 of 5 pictures are missing: {cases[3].id}" in capsys.readouterr().err
 
 
 def test_a_killed_program_goes_on_to_the_same_figures(tmp_path):
     def command(out):
-        return [sys.executable, str(ROOT / "evaluate.py"), "--cases", "12", *QUICK, "--forms", "words", "--batch", "2",
+        return [sys.executable, "-m", "evaluation", "run", "--cases", "12", *QUICK, "--forms", "words", "--micro", "2",
                 "--out", str(out)]
 
     process, path = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT), tmp_path / "killed" / "words.jsonl"
@@ -244,28 +207,43 @@ def test_a_killed_program_goes_on_to_the_same_figures(tmp_path):
     assert first == second and len(first) == 12
 
 
-@pytest.mark.parametrize("flags", [["--batch", "x"], ["cases"], ["cases", "--count", "0", "--out", "x"], ["rate"],
-                                   ["table", "x", "--form", "9"]])
-def test_options_that_cannot_be_read_are_one_line_and_code_2(capsys, flags):
+@pytest.mark.parametrize("flags", [[], ["--help"], ["run", "--help"], ["cases", "-h"], ["table", "-h"], ["rate", "-h"]])
+def test_help_names_the_program_and_its_flags(capsys, flags):
     with pytest.raises(SystemExit) as end:
-        evaluate.main(flags)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        main(flags)
+    said = capsys.readouterr().out
+    name = " ".join(["python -m evaluation", *flags[:-1]])
+    assert end.value.code == 0 and said.startswith(f"usage: {name} ") and f"    {name} " in said
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--cases", "1"], "--cases 1: expected at least 2"), (["--forms", "verse"], "--forms verse: expected some of"),
+    (["draw"], "invalid choice: 'draw' (choose from"), (["run", "--micro", "x"], "expected a whole number"),
+    (["run", "--micro", "0"], "--micro: expected a whole number in 1..10,000, got 0"),
+    (["run", "--forms", "verse"], "--forms: expected some of numbers, words, feedback, got verse"),
+    (["run", "--size", "100"], "--size: expected a multiple of 16"), (["cases"], "required: --out"),
+    (["cases", "--count", "0", "--out", "x"], "--count: expected a whole number in 1..1,000,000, got 0"),
+    (["rate"], "required: --cases, --images"), (["table", "x", "--form", "9"], "--form: invalid choice: '9'")])
+def test_options_that_cannot_be_read_are_one_line_and_code_2(capsys, flags, message):
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--cases", "1"], "--cases 1: expected at least 2"),
     (["--cases", "none.jsonl"], "none.jsonl: no such file"), (["--model", "./nowhere"], "no such file"),
     (["--judge", "./nowhere"], "no such file"), (["--judge", "a=x", "--judge", "a=y"], "a name of its own"),
     (["--clip", "none", "--aesthetic", "head.pth"], "--aesthetic: needs the CLIP"),
-    (["--aesthetic", "head.pth"], "head.pth: no such file"), (["--batch", "0"], "--batch 0: expected at least 1"),
+    (["--aesthetic", "head.pth"], "head.pth: no such file"),
     pytest.param(["--device", "cuda"], "--device cuda: this torch sees no GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
     (["--images", "nowhere", "--cases", "3"], "3 of 3 pictures are missing"),
     (["cases", "--data", "nowhere", "--out", "c.jsonl"], "test.jsonl: missing"),
-    (["table", "nowhere"], "nowhere: no run of evaluate.py"), (["table", "--form", "3"], "needs people's ratings")])
+    (["table"], "no run given"), (["table", "nowhere"], "nowhere: no run of `python -m evaluation run`"),
+    (["table", "--form", "3"], "needs people's ratings")])
 def test_what_cannot_work_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert evaluate.main(flags) == 2
+    assert main(flags if flags[0] in ("cases", "table") else ["run", *flags]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
