@@ -1,0 +1,88 @@
+"""Files that are whole or not there, JSON lines that a killed run left, pictures of any kind."""
+
+import pytest
+from PIL import Image
+
+from parts import files
+from parts.cli import UserError
+
+
+@pytest.mark.parametrize("content", ["text …", b"bytes", lambda path: path.write_bytes(b"own")])
+def test_a_file_is_written_whole_into_a_new_folder(tmp_path, content):
+    path = files.write_whole(tmp_path / "new" / "a.txt", content)
+    expected = {"text …": "text …".encode(), b"bytes": b"bytes"}.get(content, b"own")
+    assert path.read_bytes() == expected and [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path):
+    path = files.write_whole(tmp_path / "a.txt", "old")
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(path, fail)
+    assert path.read_text() == "old"
+    files.write_whole(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_is_read_back_and_what_is_no_object_is_named(tmp_path):
+    files.write_json(tmp_path / "a.json", {"ä": [1, None, 0.1]})
+    assert files.read_json(tmp_path / "a.json") == {"ä": [1, None, 0.1]}
+    for content in ("[1]", "{", "\"text\"", ""):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(UserError, match="bad.json: missing or not a JSON object"):
+            files.read_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="none.json: missing"):
+        files.read_json(tmp_path / "none.json")
+
+
+def test_records_are_read_up_to_a_step_and_to_a_half_written_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert files.read_records(path) == files.whole_records(path) == []
+    rows = [{"step": step} for step in range(4)] + [{"note": "no step"}]
+    files.write_rows(path, rows)
+    assert files.read_records(path) == rows
+    assert files.read_records(path, until=1) == [{"step": 0}, {"step": 1}, {"note": "no step"}]
+    with path.open("a") as log:
+        log.write('{"step": 4, "lo')
+    assert files.read_records(path) == rows
+    assert files.whole_records(path) == rows  # and the half line is cut off, so that one can append
+    with path.open("a") as log:
+        log.write('{"step": 5}\n')
+    assert files.read_records(path)[-1] == {"step": 5}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "I;16"])
+def test_opaque_pictures_become_rgb(mode):
+    image = Image.new("RGB", (3, 2), (255, 255, 255)).convert("L" if mode == "I;16" else mode).convert(mode)
+    assert files.to_rgb(image).mode == "RGB" and files.to_rgb(image).size == (3, 2)
+
+
+def test_white_shows_through_transparency():
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert list(files.to_rgb(image).tobytes()) == [200, 0, 0, 255, 255, 255]
+    palette = Image.new("P", (1, 1), 7)
+    palette.info["transparency"] = 7
+    assert files.to_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_damaged_or_missing_picture_is_named(tmp_path):
+    files.save_png(Image.new("RGB", (64, 64), "red"), tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for name, content in (("half.png", whole[:len(whole) // 2]), ("text.png", b"no picture")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+            files.open_picture(tmp_path / name)
+    with pytest.raises(UserError, match="none.png: cannot be read"):
+        files.open_picture(tmp_path / "none.png")
+
+
+def test_a_png_carries_its_facts(tmp_path):
+    files.save_png(Image.new("RGB", (2, 2)), tmp_path / "a.png", prompt="ein Baum, größer", seed=3)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info == {"prompt": "ein Baum, größer", "seed": "3"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
