@@ -170,12 +170,12 @@ FUSED = {"qkv_proj": {"q_proj": 4, "k_proj": 2, "v_proj": 2}, "gate_up_proj": ("
 
 def test_fused_projections_are_split_into_their_published_names():
     layers = torch.nn.ModuleList([Grouped()])
-    views = weights.named_views(layers, FUSED, "model.layers.")
-    assert {name.removeprefix("model.layers.0."): shape for name, shape in weights.shapes(views).items()} == {
+    views = weights.named_views(layers, FUSED)
+    assert {name.removeprefix("0."): shape for name, shape in weights.shapes(views).items()} == {
         "q_proj.weight": (4, 4), "k_proj.weight": (2, 4), "v_proj.weight": (2, 4), "q_proj.bias": (4,), "k_proj.bias": (2,),
         "v_proj.bias": (2,), "o_proj.weight": (4, 4), "gate_proj.weight": (3, 4), "up_proj.weight": (3, 4),
         "gate_proj.bias": (3,), "up_proj.bias": (3,), "norm.weight": (4,), "norm.bias": (4,)}
-    assert torch.equal(views["model.layers.0.v_proj.weight"][0], layers[0].qkv_proj.weight[6:])
+    assert torch.equal(views["0.v_proj.weight"][0], layers[0].qkv_proj.weight[6:])
     assert weights.projections("model.layers.0.gate_up_proj", 6, FUSED) == {
         "model.layers.0.gate_proj": 3, "model.layers.0.up_proj": 3}
     assert weights.projections("qkv_proj", 8, FUSED) == FUSED["qkv_proj"]
