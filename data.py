@@ -161,6 +161,8 @@ def with_numbers(prompt: str, v: float, a: float) -> str:
 # --------------------------------------------------------------------------------------------------
 # Rows of a dataset
 
+FORMS = ("numbers", "words", "emotional", "neutral")  # of a target in a prompt
+
 
 @dataclass(frozen=True)
 class Row:
@@ -171,6 +173,16 @@ class Row:
     a: float  # 1..9
     neutral: str  # caption without emotion
     emotional: str | None = None  # caption with it: the paper gives test rows none
+
+    def prompt(self, form: str) -> str:
+        """A prompt with the target in one of FORMS; without an emotional caption: in words."""
+        if form == "numbers":
+            return with_numbers(self.neutral, self.v, self.a)
+        if form == "neutral":
+            return self.neutral
+        if form == "emotional" and self.emotional:
+            return self.emotional
+        return with_words(self.neutral, self.v, self.a)
 
 
 def parse_lines(path, parse):

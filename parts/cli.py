@@ -70,12 +70,42 @@ def some_of(choices):
     return read
 
 
+def weights_of(names):
+    """An argparse type: weights of some of the names, "a=1,b=0.5", as {"a": 1.0, "b": 0.5}."""
+    def read(text):
+        weights = {}
+        for part in text.split(","):
+            name, _, weight = part.partition("=")
+            if name.strip() not in names:
+                expected = ",".join(f"{each}=1" for each in names)
+                raise argparse.ArgumentTypeError(f"expected e.g. {expected}, got {text}")
+            weights[name.strip()] = number(0, 1000)(weight)
+        return weights
+    return read
+
+
 def picture_side(text):
     """An argparse type: a side in pixels, which the models want as a multiple of 16."""
     side = integer(16, 4096)(text)
     if side % 16:
         raise argparse.ArgumentTypeError(f"expected a multiple of 16 in 16..4,096, got {text}")
     return side
+
+
+def training_parser(doc, settings, out):
+    """A parser with the flags of both training programs and those of `settings`."""
+    made = parser(doc)
+    made.add_argument("--preset", choices=("tiny", "paper"), default="tiny",
+                      help="defaults of the settings below")
+    made.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
+                      help="dataset folder (default: %(default)s)")
+    made.add_argument("--out", type=Path, default=Path(out),
+                      help="folder of the run (default: %(default)s)")
+    made.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    made.add_argument("--checkpointing", action="store_true",
+                      help="recompute activations: less memory, slower")
+    add_settings(made, settings)
+    return made
 
 
 def add_settings(made, settings):
@@ -95,6 +125,8 @@ def add_settings(made, settings):
 
 
 def shown(value):
+    if isinstance(value, dict):
+        value = tuple(f"{name}={part:g}" for name, part in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 

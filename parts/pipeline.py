@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import flow_grpo
 import mmdit
@@ -57,7 +58,7 @@ class Generator:
         """
         context, pooled = self.encode_prompts(prompts, guidance)
         if noise is None:
-            noise = self.starting_noise(seeds, size)
+            noise = self.starting_noise(seeded(seeds), size)
         with ops.all_laid_out(self.mmdit):  # all steps use the same weights, so repacking them pays
             latents = flow_grpo.sample_ode(
                 self.mmdit, noise.to(self.device), context, pooled, steps, guidance, self.shift,
@@ -77,15 +78,11 @@ class Generator:
         rows = [unique.index(text) for text in texts]
         return context[rows].to(self.device, self.dtype), pooled[rows].to(self.device, self.dtype)
 
-    def starting_noise(self, seeds, size):
-        """Standard normal noise [B,C,h,w] for pictures of size × size pixels, one a seed.
-
-        It is drawn on the CPU, so that a seed gives the same picture on a CPU and on a GPU.
-        """
+    def starting_noise(self, generators, size):
+        """Standard normal noise [B,C,h,w], a picture of size × size from each random generator."""
         side = size // self.vae.factor
         shape = (1, self.mmdit.config.channels, side, side)
-        return torch.cat([
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.cat([torch.randn(shape, generator=own) for own in generators])
 
     @torch.no_grad()
     def decode(self, latents):
@@ -94,6 +91,42 @@ class Generator:
         images = [self.vae.decode(z[None].to(self.dtype)) for z in latents]
         images = torch.cat(images).float()  # [B,3,H,W] in -1..1
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+class PromptCache:
+    """Text encoders in the place of a Generator's, that encode each prompt once.
+
+    The results are kept in host memory. Prompts are encoded one by one, because in a batch the
+    rounding would depend on the others, and training on another number of processes, or going on
+    after a stop, would not give the same bits.
+    """
+
+    def __init__(self, encoders, dtype):
+        self.encoders = encoders
+        self.dtype = dtype
+        self.known = {}
+
+    def encode(self, prompts):
+        """(context [B,L,D], pooled [B,·]) of B prompts, on the CPU."""
+        for prompt in prompts:
+            if prompt not in self.known:
+                encoded = self.encoders.encode([prompt])
+                self.known[prompt] = [z[0].to(self.dtype).cpu() for z in encoded]
+        context, pooled = zip(*(self.known[prompt] for prompt in prompts))
+        return torch.stack(context), torch.stack(pooled)
+
+    def encode_and_free(self, prompts, progress):
+        """Encode every prompt that will be needed; then free the memory of the encoders."""
+        for prompt in tqdm(prompts, "prompts", leave=False, disable=not progress):
+            self.encode([prompt])
+        self.encoders = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def seeded(seeds):
+    """A random generator for each seed: on the CPU, where a seed means the same on any machine."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def to_images(pixels):

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from parts import cli
 from parts.cli import UserError
-from parts.files import read_json, read_records, save_png, write_json, write_rows
+from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
 
 KEEP = 2  # checkpoints
 
@@ -202,6 +202,35 @@ def restore_state(state, parameters, optimizer):
             optimizer.state[parameter] = own
 
 
+class EMA:
+    """Exponential moving average of parameters. Within `with ema:` the model has its values."""
+
+    def __init__(self, parameters, decay):
+        self.parameters = parameters
+        self.decay = decay
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def add(self, step):
+        """Take up the parameters after step 0, 1, …; the first steps are soon forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1 - decay)
+
+    def restore(self, values):
+        for value, saved in zip(self.values, values, strict=True):
+            value.copy_(saved)
+
+    @torch.no_grad()
+    def swap(self, *error):
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            held = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(held)
+
+    __enter__ = __exit__ = swap
+
+
 # --------------------------------------------------------------------------------------------------
 # The folder
 
@@ -223,10 +252,11 @@ class Run:
         path = self.folder / "settings.json"
         if path.exists():
             before = read_json(path)
-            changed = [name for name in fixed if before.get(name) != settings.get(name)]
+            changed = [name for name in settings
+                       if name in fixed and before.get(name) != settings[name]]
             if changed:
                 held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-                given = ", ".join(repr(settings.get(name)) for name in changed)
+                given = ", ".join(repr(settings[name]) for name in changed)
                 raise UserError(f"{folder} holds a run with {held}, not {given}; choose another "
                                 f"--out, or repeat its settings to go on")
         if processes.first:
@@ -281,13 +311,33 @@ class Run:
         run wrote after its last checkpoint, go."""
         self.records = read_records(self.log_path, step)
         if self.processes.first:
+            cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
         self.processes.wait()
+
+    def evaluations(self):
+        """Markdown of the first and the last record that has figures of an evaluation, eval_…"""
+        evaluated = [r for r in self.records if any(name.startswith("eval_") for name in r)]
+        names = [name for name in evaluated[0] if name.startswith("eval_")]
+        rows = [["", *(name.removeprefix("eval_").replace("_", " ") for name in names)]]
+        for title, record in (("before", evaluated[0]), ("after", evaluated[-1])):
+            figures = [record.get(name) for name in names]
+            rows.append([title, *("-" if x is None else f"{x:.3f}" for x in figures)])
+        return cli.markdown(rows)
 
     def draw(self, keys, title):
         """Write curves.png: one panel for each key that the log has."""
         if self.processes.first and self.records:
             save_png(draw_curves(self.records, keys, title), self.folder / "curves.png")
+
+    def save_pictures(self, step, pictures):
+        """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
+        if self.processes.first:
+            folder = self.folder / "strips"
+            strip = np.hstack([np.asarray(picture) for picture in pictures])
+            save_png(Image.fromarray(strip), folder / f"{step:08d}.png")
+            strips = [np.asarray(open_picture(path)) for path in sorted(folder.glob("*.png"))]
+            save_png(Image.fromarray(np.vstack(strips)), self.folder / "strip.png")
 
     # ----------------------------------------------------------------------------------------------
     # Checkpoints
@@ -382,49 +432,3 @@ def draw_curves(records, keys, title):
         draw.text((left, bottom + 3), f"{low[0]:.0f}", (90, 90, 90), font)
         draw.text((right, bottom + 3), f"{high[0]:.0f}", (90, 90, 90), font, anchor="rt")
     return sheet
-
-
-# --------------------------------------------------------------------------------------------------
-# LEGACY: old names, until every program has its own loop
-
-
-like = sharded_like
-curves = draw_curves
-batch_places = batch_indices
-
-
-def run_program(args, check, work):
-    def checked(args, processes):
-        check(args)
-        return work(args, processes)
-    return run_in_processes(checked, args)
-
-
-def train(self, name, start, total, args, take_step, figures, state, curves):
-    from tqdm import tqdm
-
-    def evaluation(step):
-        return {f"eval_{k}": v for k, v in figures(step).items()}
-
-    if not start:
-        self.log({"step": 0, **evaluation(0)})
-    bar = tqdm(total=total, initial=start, desc=name, disable=not self.processes.first)
-    with self, bar:
-        for step in range(start + 1, total + 1):
-            record, shown = take_step(step - 1)
-            done, stop = step == total, self.stopped()
-            if done or (args.eval_every and step % args.eval_every == 0):
-                record = record | evaluation(step)
-            self.log({"step": step, **record})
-            bar.update()
-            bar.set_postfix(shown)
-            if done or stop or step % args.save_every == 0:
-                self.save(step, state())
-                self.draw(curves, f"{args.model}, {name}, step {step:,} of {total:,}")
-            if stop and not done:
-                bar.close()
-                return self.stop_code(step)
-    return None
-
-
-Run.train = train
