@@ -153,7 +153,8 @@ def test_unusable_pictures_are_named_and_replaced_and_repeats_passed_over(own_em
     assert len(set(contents)) == 18
     said, facts = capsys.readouterr(), json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert {name for name, _ in facts["broken"]} == {cut, gone, other, bare} and facts["repeats"] == 1
-    for name, why in ((cut, "cannot be read"), (gone, "cannot be read (FileNotFoundError)"), (other, "'joy' in its annotation"),
+    for name, why in ((cut, "cannot be read"), (gone, "cannot be read (FileNotFoundError)"),
+                      (other, "'joy' in its annotation"),
                       (bare, "no readable annotation")):
         assert any(line.startswith(name) and why in line for line in said.err.splitlines()), name
     assert "4 pictures unusable, 1 repeats" in said.out
@@ -282,7 +283,8 @@ def test_all_that_differs_from_the_lexicon_is_listed(emoset, tmp_path, capsys):
                                                 "anger": ("NA", 1.36, 5.93, 2.8)})
     assert emoset_program.main(flags(emoset, tmp_path / "out", "--lexicon", str(path))) == 2
     said = capsys.readouterr().err
-    for text in ("awe V.Mean.Sum is 6.86, here 6.85", "fear V.Mean.Sum is missing, here 2.93", "anger V.Mean.Sum is NA", "anger A.SD.Sum is 2.8,"):
+    for text in ("awe V.Mean.Sum is 6.86, here 6.85", "fear V.Mean.Sum is missing, here 2.93",
+                 "anger V.Mean.Sum is NA", "anger A.SD.Sum is 2.8,"):
         assert text in said
     assert said.count("\n") == 1 and "sadness" not in said
     path.write_text("Word,V.Mean.Sum\nawe,1\n")
@@ -393,8 +395,9 @@ def test_what_is_not_emotic_ends_with_one_line(emotic, tmp_path, capsys, monkeyp
 
 @pytest.mark.parametrize("name, content, message", [
     ("train.json", None, "train.json: [Errno 2]"), ("val.json", "{", "val.json: Expecting"),
-    ("train.json", '[["awe", "x"]]', "expected a list of [emotion, id, picture, annotation]"), ("train.json", "3", "train.json"),
-    ("train.json", '{"a": 1}', "train.json"), (".", None, "0 of 24 pictures usable, expected at least 2"),
+    ("train.json", '[["awe", "x"]]', "expected a list of [emotion, id, picture, annotation]"),
+    ("train.json", "3", "train.json"),    ("train.json", '{"a": 1}', "train.json"),
+    (".", None, "0 of 24 pictures usable, expected at least 2"),
     ("..", None, "0 of 0 pictures usable")])
 def test_what_is_not_emoset_ends_with_one_line(own_emoset, tmp_path, capsys, name, content, message):
     if name == ".":
@@ -417,7 +420,8 @@ def test_what_is_not_emoset_ends_with_one_line(own_emoset, tmp_path, capsys, nam
     (["--micro", "0"], "--micro: expected"), (["--seed", "-1"], "--seed: expected"),
     (["--max-new-tokens", "0"], "--max-new-tokens: expected"), (["--train", "many"], "--train: expected"),
     (["--emoset", "nowhere"], "nowhere/train.json: "), (["--captioner", "no/such/folder"], "no such file or folder"),
-    (["--lexicon", "none.csv"], "none.csv"), (["--questions", "none.json"], "none.json"), (["--picture", "x"], "unrecognized")])
+    (["--lexicon", "none.csv"], "none.csv"), (["--questions", "none.json"], "none.json"),
+    (["--picture", "x"], "unrecognized")])
 def test_senseless_settings_end_with_one_line(emoset, tmp_path, capsys, more, message):
     try:
         code = emoset_program.main(flags(emoset, tmp_path / "out", *more))

@@ -1,9 +1,9 @@
-"""The miniature's dataset.
+"""The miniature's dataset: rendered scenes with known V and A, labelled with the nearest class.
 
-    python -m tiny.dataset --out tiny/cache/dataset
+    python -m tiny.dataset --out tiny/cache/dataset                    # 4,000 + 500 scenes
+    python -m tiny.dataset --out tiny/cache/drawn --labels drawn       # labelled as in the paper
 """
 
-import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -14,59 +14,66 @@ import numpy as np
 from tqdm import tqdm
 
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
-from parts.cli import say, stop_parsing
+from parts import cli
 from parts.files import write_rows
+from tiny import scenes
 
 
 def tiny_row(out, split, labels, seed):
-    """Draw one scene of the miniature world, V and A uniform on 1..9, into `out`; its row as a dict."""
-    from tiny import scenes
-
+    """Draw one scene, V and A uniform on 1..9, into the folder `out`; its row as a dict."""
     rng = np.random.default_rng([seed, 30])
-    scene, (v, a) = scenes.random_scene(rng), map(float, rng.uniform(VA_MIN, VA_MAX, 2))
-    label, name = nearest_emotion(v, a), f"images/{split}_{seed}.png"
-    scenes.render(scene, v, a).save(out / name)
-    row = {"id": f"{split}_{seed}", "image": name, "label": label, "v": round(v, 4), "a": round(a, 4),
-           "neutral": scenes.neutral_caption(scene)}
+    scene = scenes.random_scene(rng)
+    v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
+    row = {
+        "id": f"{split}_{seed}",
+        "image": f"images/{split}_{seed}.png",
+        "label": nearest_emotion(v, a),
+        "v": round(v, 4),
+        "a": round(a, 4),
+        "neutral": scenes.neutral_caption(scene),
+    }
+    scenes.render(scene, v, a).save(out / row["image"])
+    # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
         if labels == "drawn":
-            row["v"], row["a"] = (round(x, 4) for x in draw_va(label, rng))
+            row["v"], row["a"] = (round(x, 4) for x in draw_va(row["label"], rng))
     return row
 
 
 def write_tiny(out, train, test, labels="true", seed=0):
-    """The miniature's dataset: rendered scenes, labelled with the class nearest to the V and A they were drawn with.
+    """Write the dataset into the folder `out`, `train` and `test` rows.
 
-    labels: v and a of the training rows; "true" those of the scene, "drawn" from the class's Gaussians as in section 4.1.
-    Those of the test rows are always true.
+    labels: V and A of the training rows; "true" those of the scene, "drawn" from the Gaussians of
+    its class, as the paper labels its pictures (§4.1). Those of the test rows are always true.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for split, count, first in (("test", test, 0), ("train", train, 1_000_000)):
-        seeds = range(seed * 10_000_000 + first, seed * 10_000_000 + first + count)
+    first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
+    for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
+        draw = partial(tiny_row, out, split, labels)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = list(tqdm(pool.map(partial(tiny_row, out, split, labels), seeds, chunksize=16), total=count, desc=split))
+            rows = pool.map(draw, range(start, start + count), chunksize=16)
+            rows = list(tqdm(rows, split, count))
         write_rows(out / f"{split}.jsonl", rows)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop_parsing
-    parser.add_argument("--out", type=Path, required=True, help="folder of the dataset")
-    parser.add_argument("--train", type=int, default=4000, help="training pictures (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=500, help="test pictures (default: %(default)s)")
-    parser.add_argument("--labels", choices=["true", "drawn"], default="true",
-                        help="V and A of the training rows: the scene's own, or drawn from its class as in the paper")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the dataset")
+    add("--train", type=cli.integer(1, 10**6), default=4000,
+        help="training pictures (default: %(default)s)")
+    add("--test", type=cli.integer(1, 10**6), default=500, help="test pictures (default: %(default)s)")
+    add("--labels", choices=("true", "drawn"), default="true",
+        help="V and A of training rows: the scene's own, or drawn from its class as in the paper")
+    add("--seed", type=cli.integer(0, 2**31), default=0, help="of the scenes (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.train, args.test) < 1 or max(args.train, args.test) > 1_000_000:
-        stop_parsing("--train and --test: expected 1..1,000,000")
-    try:
+
+    def write():
         write_tiny(args.out, args.train, args.test, args.labels, args.seed)
-    except OSError as error:
-        say(f"error: {error}")
-        return 2
-    print(args.out)
+        print(args.out)
+
+    return cli.run_program(write)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""The miniature's dataset: pictures, labels and the program."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from tiny import dataset as program
+from tiny import scenes
+from tiny.dataset import write_tiny
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
+    assert program.main(["--out", str(folder), "--train", "12", "--test", "5"]) == 0
+    return folder
+
+
+def test_the_miniatures_dataset_has_pictures_of_the_valence_and_arousal_it_says(dataset):
+    train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
+    assert len(train) == 12 and len(test) == 5 and len({row.id for row in train + test}) == 17
+    assert all(row.emotional.startswith(row.neutral) for row in train) and all(row.emotional is None for row in test)
+    for row in train + test:
+        measured = scenes.measure_va(Image.open(row.image))
+        assert abs(measured[0] - row.v) < 1 and abs(measured[1] - row.a) < 1.5
+        assert row.label == data.nearest_emotion(row.v, row.a)
+
+
+def test_drawn_labels_are_those_of_the_class_and_the_test_rows_stay_true(tmp_path, dataset):
+    write_tiny(tmp_path, 12, 5, labels="drawn")
+    assert (tmp_path / "test.jsonl").read_text() == (dataset / "test.jsonl").read_text()
+    true, drawn = (data.load_rows(folder, "train") for folder in (dataset, tmp_path))
+    assert [row.label for row in true] == [row.label for row in drawn]
+    assert np.mean([abs(t.v - d.v) + abs(t.a - d.a) for t, d in zip(true, drawn)]) > 1
+
+
+@pytest.mark.parametrize("argv", [["--out", "x", "--train", "0"], ["--out", "x", "--labels", "none"], ["mend"], []])
+def test_senseless_settings_end_with_one_line(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
