@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from parts import ops as kernels
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/kernel_table.py` finds kernels
+import flow_grpo
+import mmdit
+import qwen_vl
 from kernels import log_probs
 from kernels import triton_forms as fused
 from parts import ops
@@ -75,39 +76,41 @@ def make_cases(dtype, B=8, L=1024, side=64, rows=4096, make=make):
         x, y = make(B, L, D, dtype=dtype), make(B, L, D, dtype=dtype)
         shift, scale, gate = make(B, 6 * D, dtype=dtype).chunk(6, dim=-1)[:3]
         shape = f"{B}×{L}×{D}"
-        add("modulate", shape, fused.modulate, ops.modulate, [x, shift, scale], 3, 5 * s * N * D)
-        add("modulate, frozen vectors", shape, fused.modulate, ops.modulate, [x, shift, scale], 1, 5 * s * N * D)
+        add("modulate", shape, fused.modulate, mmdit.modulate.plain, [x, shift, scale], 3, 5 * s * N * D)
+        add("modulate, frozen vectors", shape, fused.modulate, mmdit.modulate.plain, [x, shift, scale], 1, 5 * s * N * D)
         if D == 1536:  # its tiles are of one size, whatever the width
-            pair = fused.gate_residual, ops.gate_residual, [x, y, gate]
+            pair = fused.gate_residual, mmdit.gate_residual.plain, [x, y, gate]
             add("gate_residual", shape, *pair, 3, 6 * s * N * D)
             add("gate_residual, frozen gate", shape, *pair, 2, 5 * s * N * D)
     for D in (1280, 3584, 8192):
         x, weight = make(N, D, dtype=dtype), make(D, dtype=dtype)
-        add("rms_norm", f"{N}×{D}", fused.rms_norm, ops.rms_norm, [x, weight], 2, 5 * s * N * D)
-        add("rms_norm, frozen weight", f"{N}×{D}", fused.rms_norm, ops.rms_norm, [x, weight], 1, 5 * s * N * D)
+        add("rms_norm", f"{N}×{D}", fused.rms_norm, ops.rms_norm.plain, [x, weight], 2, 5 * s * N * D)
+        add("rms_norm, frozen weight", f"{N}×{D}", fused.rms_norm, ops.rms_norm.plain, [x, weight], 1, 5 * s * N * D)
     H, E = 24, 64
     heads = [make(B, L, 3 * H * E, dtype=dtype), make(E, dtype=dtype), make(E, dtype=dtype)]
     for name, trained in (("split_qkv", 3), ("split_qkv, frozen weights", 1)):
         add(name, f"{B}×{L}×3·{H}×{E}", lambda qkv, *w, H=H: fused.split_qkv(qkv, H, *w),
-            lambda qkv, *w, H=H: ops.split_qkv(qkv, H, *w), heads, trained, (4 + 8) * s * N * H * E)
+            lambda qkv, *w, H=H: ops.split_qkv.plain(qkv, H, *w), heads, trained, (4 + 8) * s * N * H * E)
     text = max(1, L // 3)
     streams = [make(B, n, 3 * H * E, dtype=dtype) for n in (text, L)]
     for name, trained in (("joint_qkv", 6), ("joint_qkv, frozen weights", 2)):
         add(name, f"{B}×({text} + {L})×3·{H}×{E}", *(
-            lambda c, x, *w, of=of, H=H: of.joint_qkv(c, x, H, w[:2], w[2:]) for of in (fused, kernels)),
+            lambda c, x, *w, joint=joint, H=H: joint(c, x, H, w[:2], w[2:])
+            for joint in (fused.joint_qkv, mmdit.joint_qkv.plain)),
             [*streams, *(make(E, dtype=dtype) for _ in range(4))], trained, (6 + 8) * s * B * (text + L) * H * E)
     for H, K, E, angle in ((28, 4, 128, dtype), (16, 16, 80, torch.float32)):
         halves = [make(N, 1, E // 2, dtype=angle) for _ in "cs"]  # each angle belongs to both halves of a head
         tensors = [make(N, (H + 2 * K) * E, dtype=dtype), *(torch.cat([t, t], dim=-1) for t in halves)]
         add("split_rotate", f"{N}×({H}+2·{K})×{E}", lambda qkv, *t, H=H, K=K: fused.split_rotate(qkv, H, K, *t),
-            lambda qkv, *t, H=H, K=K: ops.split_rotate(qkv, H, K, *t), tensors, 1,
+            lambda qkv, *t, H=H, K=K: qwen_vl.split_rotate.plain(qkv, H, K, *t), tensors, 1,
             2 * s * N * (2 * H + 3 * K) * E + 2 * angle.itemsize * N * E)
     for M in (18_944, 3420):
-        add("swiglu", f"{N}×2·{M}", fused.swiglu, ops.swiglu, [make(N, 2 * M, dtype=dtype)], 1, 8 * s * N * M)
+        add("swiglu", f"{N}×2·{M}", fused.swiglu, qwen_vl.swiglu.plain, [make(N, 2 * M, dtype=dtype)], 1, 8 * s * N * M)
     v, x, after, ref = (make(B, 16, side, side, dtype=torch.float32) for _ in range(4))  # whatever the type of the model
-    add("sde_log_prob and kl", f"{B}×16×{side}×{side}", *(lambda *t, of=of: of.sde_log_prob(*t[:3], .9, -.1, .3, t[3], .8)
-                                                          for of in (fused, kernels)), [v, x, after, ref], 1, 9 * v.nbytes)
-    add("sde_draw", f"{B}×16×{side}×{side}", *(lambda *t, of=of: of.sde_draw(*t, .9, -.1, .3) for of in (fused, kernels)),
+    add("sde_log_prob and kl", f"{B}×16×{side}×{side}", *(lambda *t, score=score: score(*t[:3], .9, -.1, .3, t[3], .8)
+        for score in (fused.sde_log_prob, flow_grpo.sde_log_prob.plain)), [v, x, after, ref], 1, 9 * v.nbytes)
+    add("sde_draw", f"{B}×16×{side}×{side}", *(lambda *t, draw=draw: draw(*t, .9, -.1, .3)
+        for draw in (fused.sde_draw, flow_grpo.sde_draw.plain)),
         [v, x, after], 0, 4 * v.nbytes)
     for V in (2048, 8192):
         state = [make(rows, dtype=t) for t in (torch.int64, *[torch.float32] * 3)]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
 import mmdit
 from bench import timing
-from parts import ops
+from parts import layouts, ops
 
 
 def make_models(args):
@@ -39,7 +39,7 @@ def make_models(args):
         attention_head_dim=config.head_dim, num_attention_heads=config.heads, joint_attention_dim=config.context_dim,
         caption_projection_dim=config.width, pooled_projection_dim=config.pooled_dim, out_channels=config.channels,
         pos_embed_max_size=config.positions, dual_attention_layers=config.dual_blocks, qk_norm="rms_norm").eval()
-    state = {name: torch.cat(list(parts)) for name, parts in ours.diffusers_views().items()}
+    state = {name: torch.cat(list(parts)) for name, parts in layouts.mmdit_views(ours).items()}
     theirs.load_state_dict(state)
     return ours, theirs
 
@@ -100,13 +100,13 @@ def main(argv=None):
     inputs = latents, timestep, context, pooled = make_inputs(args, ours.config)
     laid_out = copy.deepcopy(ours)
     if args.profile:
-        with ops.all_laid_out(laid_out):
+        with ops.fast_linears(laid_out):
             return timing.profile(lambda: laid_out(*inputs))
     products = products_of(ours, inputs)
     flop, linear = timing.flop_of(lambda: ours(*inputs)), timing.flop_of(products)
     paths = {"diffusers": lambda: theirs(latents, context, pooled, timestep, return_dict=False)[0],
              "laid out": lambda: laid_out(*inputs), "as they lie": lambda: ours(*inputs), "products": products}
-    with ops.all_laid_out(laid_out):
+    with ops.fast_linears(laid_out):
         outputs = [paths[name]() for name in list(paths)[:3]]  # the first pass makes the copies
         seconds = timing.in_turn(paths, args.repeats)
     rows, rate = [], linear / statistics.median(seconds["products"])
