@@ -1,4 +1,4 @@
-"""A run of sample.py as one page to look at, and its pictures as sheets.
+"""A run of sample.py as one page to look at, and as lines for the screen.
 
     page.write(run, folder)        # run.json, contact.png and index.html beside the run's pictures
 
@@ -12,20 +12,18 @@ import base64
 import difflib
 import functools
 import io
-import math
 import re
 from html import escape
 from pathlib import Path
 from string import Template
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from parts import sheets
 from parts.files import save_png, write_json, write_whole
 
-SMALL = 256  # pixels: PNGs up to this side enter the page as they are; the most in a contact sheet
+SMALL = 256  # pixels: PNGs up to this side enter the page as they are
 MEDIUM = 512  # pixels: side of a round's picture in the page; the best one and a grid keep theirs
-COLUMNS = 12  # pictures in a row of a contact sheet
-SHEET = 40e6  # pixels of a contact sheet at most: very many pictures are shown smaller
 LOSS = "A picture's loss is |ΔV| + |ΔA|, how far off the judge sees it, 0 to 16."
 PARTS = {"draw": "drawing", "judge": "judging", "rewrite": "rewriting", "total": "in all"}
 # HTML has no characters for these, not even escaped.
@@ -43,7 +41,7 @@ def write(run, folder):
     """
     folder = Path(folder)
     text = html(run, folder)
-    sheet = contact_sheet(run, folder)
+    sheet = sheets.contact_sheet(run, folder)
     write_json(folder / "run.json", run)
     save_png(sheet, folder / "contact.png")
     return write_whole(folder / "index.html", text)
@@ -308,7 +306,43 @@ def changes(old, new):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures and sheets of them
+# Lines for the screen
+
+
+def latency(run):
+    """What appendix C measures, of this run, in a line."""
+    rounds = [round["seconds"] for round in run["cells"][0]["rounds"]]
+    text = f"{rounds[0]['draw']:.1f} s for the first {run['images_per_round']} pictures"
+    if run["judge"] is not None:
+        judging = rounds[0]["judge"] + rounds[0]["rewrite"]
+        text += f", {judging:.1f} s to judge them and rewrite the prompt"
+    if len(rounds) > 1:
+        total = sum(sum(seconds.values()) for seconds in rounds)
+        text += f", {total:.1f} s for {len(rounds)} rounds"
+    return f"{text}; {run['seconds']['total']:.1f} s in all with loading"
+
+
+def summary(run, folder):
+    """The files of a run, the picture nearest to its target first."""
+    if run["grid"]:
+        return f"{folder / run['grid']}\n{folder / 'index.html'}"
+    images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
+    images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    lines = []
+    for image in images:
+        line = str(folder / image["file"])
+        if image["v"] is not None:
+            line += f"  V {image['v']:.2f}  A {image['a']:.2f}"
+        elif run["judge"] is not None:
+            line += "  its V-A answer cannot be read"
+        lines.append(line + (f"  {image['emotion']}" if image["emotion"] else ""))
+    if images[0]["reasoning"]:
+        lines.insert(1, f"    {images[0]['reasoning']}")
+    return "\n".join([*lines, str(folder / "index.html")])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def best_of(cell):
@@ -344,98 +378,3 @@ def picture(path, alt, side=None):
     data = base64.b64encode(content).decode()
     return (f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" '
             f'alt="{plain(alt)}">')
-
-
-def contact_sheet(run, folder):
-    """The pictures small, with the judged V and A under each, as a PIL image (RGB).
-
-    One target: a row for each round, its number at the left. A grid: a row for each target, with
-    the best picture of each round or, with one round, all pictures; if there is one picture a
-    target, they stand as in the grid. A frame marks the best of a row. No picture is larger than
-    256 pixels. Raises OSError for one that is missing or cannot be read.
-    """
-    # 1. measure: a column is as wide as its pictures and as the text under them
-    rows = sheet_rows(run)
-    lost = "V ? A ?" if run["judge"] else ""
-    said = [[numbers(image, lost).split(" · ")[0] for image in images] for _, images, _ in rows]
-    font = ImageFont.load_default(13)
-    gap = 8
-    line = 22
-    labels = [part for label, _, _ in rows for part in label.split("\n")]
-    margin = gap + max(int(font.getlength(label)) for label in labels)
-    side = min(SMALL, run["size"], int((SHEET / sum(map(len, said))) ** 0.5))
-    width = max(side, *(int(font.getlength(text)) for texts in said for text in texts))
-    columns = max(map(len, said))
-    size = (margin + gap + columns * (width + gap), gap + len(rows) * (side + line))
-
-    # 2. draw
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (label, images, best) in enumerate(rows):
-        y = gap + row * (side + line)
-        draw.text(((margin + gap) / 2, y + side / 2), label, "black", font, anchor="mm")
-        for column, image in enumerate(images):
-            x = margin + gap + column * (width + gap)
-            with Image.open(Path(folder) / image["file"]) as file:
-                small = file.convert("RGB")
-            small.thumbnail((side, side))
-            left = x + (width - small.width) // 2
-            if image is best:
-                frame = (left - 4, y - 4, left + small.width + 3, y + small.height + 3)
-                draw.rectangle(frame, fill="#1c7a4a")
-            sheet.paste(small, (left, y))
-            below = (x + width / 2, y + side + line / 2)
-            draw.text(below, said[row][column], "black", font, anchor="mm")
-    return sheet
-
-
-def sheet_rows(run):
-    """[(text at the left, pictures, the one to frame)] of the contact sheet."""
-    cells = run["cells"]
-    rows = []
-    for cell in cells:
-        if len(cells) == 1:
-            rows += [(str(r), round["images"]) for r, round in enumerate(cell["rounds"])]
-            continue
-        images = cell["rounds"][0]["images"]
-        if rounds_of(cells) > 1:
-            images = [round["images"][round["best"] or 0] for round in cell["rounds"]]
-        rows.append((f"V {cell['v']:g}\nA {cell['a']:g}", images))
-    if len(cells) > 1 and all(len(images) == 1 for _, images in rows):
-        side = math.isqrt(len(cells))
-        flat = [images[0] for _, images in rows]
-        return [("", flat[i:i + side], None) for i in range(0, len(flat), side)]
-    out = []
-    for label, images in rows:
-        readable = [image for image in images if image["loss"] is not None]
-        best = min(readable, key=lambda image: image["loss"], default=None)
-        out += [("" if i else label, images[i:i + COLUMNS], best)
-                for i in range(0, len(images), COLUMNS)]
-    return out
-
-
-def va_grid(pictures, levels, size):
-    """One picture of n² PIL pictures, each size × size, with both axes labelled by n levels.
-
-    The pictures come row by row, from the highest arousal down.
-    """
-    n = len(levels)
-    margin = max(28, size // 4)
-    gap = max(2, size // 32)
-    font = ImageFont.load_default(max(12, size // 9))
-    side = n * size + (n - 1) * gap
-    grid = Image.new("RGB", (margin + side + gap, side + margin + gap), "white")
-    draw = ImageDraw.Draw(grid)
-    for k, picture in enumerate(pictures):
-        row, column = divmod(k, n)
-        grid.paste(picture, (margin + column * (size + gap), gap + row * (size + gap)))
-    for i, level in enumerate(levels):
-        centre = i * (size + gap) + size / 2
-        across = (margin + centre, side + gap + margin / 2)
-        up = (margin / 2, gap + side - centre)
-        draw.text(across, f"V {level:g}", "black", font, anchor="mm")
-        draw.text(up, f"A\n{level:g}", "black", font, anchor="mm", align="center")
-    return grid
-
-
-STYLE = style()

@@ -270,32 +270,6 @@ def test_small_pictures_are_held_as_they_are_and_large_ones_as_jpeg(folder):
         assert image.size == (expected, expected) and np.abs(np.array(image, int) - BLUE).max() < 6
 
 
-@pytest.mark.parametrize(("name", "rows", "columns"), [
-    ("three rounds", 3, 4), ("one picture", 1, 1), ("no judge", 1, 3), ("nothing readable", 2, 3),
-    ("some not readable", 2, 3), ("grid", 25, 2),
-    ("grid that goes on", 7, 2), ("grid of one picture each", 5, 5), ("grid without judge", 5, 5)])
-def test_the_contact_sheet_has_a_row_for_each_round_or_target(name, rows, columns, folder):
-    sheet = np.array(page.contact_sheet(RUNS[name], folder))
-    blue, grey = ((sheet == colour).all(2) for colour in (BLUE, GREY))
-    pictures = blue | grey
-    ends = np.diff(np.pad(pictures[:, pictures.any(0)].any(1).astype(int), 1))
-    assert (ends == 1).sum() == rows
-    row = pictures[np.flatnonzero(pictures.any(1))[0]]
-    assert (np.diff(np.pad(row.astype(int), 1)) == 1).sum() == columns and row.sum() == 32 * columns
-    framed = ((sheet == (0x1c, 0x7a, 0x4a)).all(2)).any()
-    assert framed == (name not in ("no judge", "nothing readable", "grid of one picture each", "grid without judge"))
-
-
-def test_the_contact_sheet_shrinks_large_pictures_and_wraps_long_rows(folder, monkeypatch):
-    run = a_run([a_cell(7.0, 3.0, 1, 14)], size=600)
-    for image in run["cells"][0]["rounds"][0]["images"]:
-        image["file"] = "large.png"
-    sheet = page.contact_sheet(run, folder)
-    assert 12 * 256 < sheet.width < 13 * 256 + 12 * 8 and 2 * 256 < sheet.height < 2 * 300
-    monkeypatch.setattr(page, "SHEET", 14 * 100**2)
-    assert page.contact_sheet(run, folder).width < 12 * 120
-
-
 def test_write_leaves_three_files_and_run_json_loads_back(folder, tmp_path):
     for picture in folder.glob("*.png"):
         shutil.copy(picture, tmp_path)
