@@ -1,6 +1,7 @@
 """Training the judge: the log, exact resume after a kill, two processes against one, adapters, bad input."""
 
 import json
+import math
 import signal
 import time
 from functools import partial
@@ -16,6 +17,7 @@ import feedback
 import grpo
 import qwen_vl
 import train_judge
+from parts import chat
 from parts import run as training
 from parts.cli import UserError
 from parts.files import read_records
@@ -50,7 +52,7 @@ def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
                 "tokens_per_second", "memory_gib", "zero_spread", "reward_std", "grad_norm", "lr"):
         assert all(isinstance(r[key], (int, float)) or key in ("reward_va", "reward_class") for r in log[1:]), key
     assert Image.open(out / "curves.png").size[0] == 900
-    assert "before GRPO" in output and "after GRPO" in output and "| format | V-Error | A-Error |" in output
+    assert "before and after GRPO" in output and "| format | v error | a error | class accuracy |" in output
     judge = qwen_vl.QwenVL.from_pretrained(out / "judge")
     start_weights = qwen_vl.QwenVL.from_pretrained(train_judge.TINY)
     assert any(not torch.equal(p, q) for p, q in zip(judge.parameters(), start_weights.parameters()))
@@ -120,8 +122,9 @@ def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dat
     config = json.loads((out / "judge" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
     judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))
-    assert not torch.equal(judge.blocks[0].qkv.weight, base.blocks[0].qkv.weight)
-    assert torch.equal(judge.visual.patches.weight, base.visual.patches.weight)
+    qkv, before = (each.model.layers[0].self_attn.qkv_proj.weight for each in (judge, base))
+    assert not torch.equal(qkv, before)
+    assert torch.equal(judge.visual.patch_embed.proj.weight, base.visual.patch_embed.proj.weight)
 
 
 def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatch):
@@ -143,15 +146,16 @@ def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset
     assert "the ratio of training to sampling is off by" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spoil, cause", [
-    (lambda x: x + 0.1, "first tokens differ"),
-    (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "most tokens differ after the first"),
-    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "few tokens differ")])
-def test_the_likely_cause_of_a_mismatch_is_named(spoil, cause):
+@pytest.mark.parametrize("spoil, where", [
+    (lambda x: x + 0.1, "100% of the tokens from token 0 on"),
+    (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "88% of the tokens from token 1 on"),
+    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "12% of the tokens from token 7 on"),
+    (lambda x: x * math.nan, "off by nan")])
+def test_a_mismatch_says_where_it_begins(spoil, where):
     x = torch.randn(3, 8)
     mask = torch.ones_like(x, dtype=torch.bool)
-    train_judge.check_on_policy(x, x + 1e-6, mask, 1e-4)
-    with pytest.raises(UserError, match=cause):
+    assert 0 < train_judge.check_on_policy(x, x + 1e-6, mask, 1e-4) < 1e-4
+    with pytest.raises(UserError, match=where):
         train_judge.check_on_policy(x, spoil(x), mask, 1e-4)
 
 
@@ -169,7 +173,8 @@ def test_rewards_follow_the_task_and_the_flags():
     near = '<think>x</think><answer>{"valence": 5.5, "arousal": 7}</answer>'
     asked = train_judge.Question(0, "regression", row)
     assert train_judge.rewards_of(near, asked, train_judge.parse_args([])) == {"format": 1.0, "va": 0.25}
-    soft = train_judge.rewards_of(near, asked, train_judge.parse_args(["--reward", "continuous", "--alpha", "0.5,0.5"]))
+    args = train_judge.parse_args(["--reward", "continuous", "--va-weights", "valence=0.5,arousal=0.5"])
+    soft = train_judge.rewards_of(near, asked, args)
     assert soft["va"] == pytest.approx(1 - (0.5 + 2) / 16)
     named = '<think>x</think><answer>{"emotion_class": "awe"}</answer>'
     assert train_judge.rewards_of(named, train_judge.Question(0, "class", row), train_judge.parse_args([])) == {
@@ -179,28 +184,43 @@ def test_rewards_follow_the_task_and_the_flags():
 def test_the_papers_settings_are_the_defaults_of_its_preset():
     args = train_judge.parse_args(["--preset", "paper"])
     assert (args.model, args.group, args.batch, args.epochs) == ("Qwen/Qwen2.5-VL-7B-Instruct", 8, 16, 5)
-    assert (args.beta, args.lr, args.lr_end, args.epsilon, args.alpha) == (1e-3, 1e-6, 1e-9, 0.70, (0.25, 0.75))
+    assert (args.beta, args.lr, args.lr_end, args.epsilon) == (1e-3, 1e-6, 1e-9, 0.70)
+    assert args.va_weights == {"valence": 0.25, "arousal": 0.75}
     assert args.tasks == ("regression", "class") and args.reward == "step"
     assert train_judge.parse_args(["--preset", "paper", "--group", "4"]).group == 4
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--group", "1"], "--group 1: expected 2"), (["--tasks", "regression,mood"], "--tasks regression,mood: expected"),
-    (["--reward", "soft"], "--reward soft"), (["--alpha", "1"], "--alpha"), (["--steps", "0"], "--steps 0"),
-    (["--temperature", "0"], "--temperature"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
+    (["--group", "1"], "--group/--num-generations: expected a whole number in 2..1,024, got 1"),
+    (["--tasks", "regression,mood"], "--tasks: expected some of regression, class"),
+    (["--reward", "soft"], "--reward: invalid"),
+    (["--va-weights", "1"], "--va-weights: expected e.g. valence=1,arousal=1"), (["--steps", "0"], "--steps: expected"),
+    (["--temperature", "0"], "--temperature: expected"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
     (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU"),
     (["--cuda-graphs"], "a GPU that holds the whole model")])
 def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
     if flags[0] in ("--device", "--cuda-graphs") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags]) == 2
+    try:
+        code = train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_evaluate_prints_a_table_and_a_line_of_figures(dataset, capsys):
+    assert train_judge.main(["--data", str(dataset), *SMALL, "--evaluate"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    assert table[0] == "| format | v_error | a_error | class_accuracy |" and figures["pictures"] == 4
+    assert figures["model"] == str(train_judge.TINY) and 0 < figures["v_error"] < 3
 
 
 def test_the_form_the_prompts_ask_for_is_the_form_that_is_rewarded():
     for task, result in (("regression", '{"valence": 1, "arousal": 9}'), ("class", '{"emotion_class": "fear"}')):
         conversation = feedback.ask(task, Image.new("RGB", (64, 64)))
-        text = qwen_vl.chat_text(conversation)
-        assert all(tag in text for tag in grpo.TAGS) and all(key in text for key in json.loads(result))
+        text = chat.chat_text(conversation)
+        assert all(tag in text for tag in feedback.TAGS) and all(key in text for key in json.loads(result))
         assert grpo.format_reward(f"<think>fog</think><answer>{result}</answer>") == 1

@@ -1,0 +1,54 @@
+"""FSDP2: a model whose weights are divided among processes, and gathered a block at a time.
+
+    shard(model, model.blocks, device, ("generate",))
+    with weights_gathered(model):
+        model.generate(...)
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
+
+
+def shard(model, blocks, device, methods):
+    """Divide a model's weights; every block is a unit, the rest is the root.
+
+    On GPUs the weights stay float32 and compute in bfloat16. methods: names of those that, like
+    forward, need the root's weights.
+    """
+    policy = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)  # angles stay float32
+    if device.type == "cuda":
+        policy = fsdp.MixedPrecisionPolicy(
+            torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fsdp.fully_shard(block, mp_policy=policy)
+    fsdp.fully_shard(model, mp_policy=policy)
+    for name in methods:
+        fsdp.register_fsdp_forward_method(model, name)
+
+
+@contextmanager
+def weights_gathered(model):
+    """Within it a block's weights are gathered once and stay, for a generation of many tokens."""
+    sharded = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    blocks = sharded[1:]  # the first is the model itself, which keeps its own weights anyway
+    for module in blocks:
+        module.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in blocks:
+            module.set_reshard_after_forward(True, recurse=False)
+        for module in sharded:
+            module.reshard()
+
+
+def whole_weights(model):
+    """{name: whole weight on the CPU} of a model, sharded or not; every process must call it."""
+    whole = {}
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        whole[name] = (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu()
+    return whole
