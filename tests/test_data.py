@@ -132,3 +132,12 @@ def test_a_missing_or_empty_dataset_says_what_to_do(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match="no rows"):
         data.load_rows(tmp_path, "train")
+
+
+def test_the_target_enters_a_rows_prompt_in_the_forms_asked_for():
+    row = data.Row("1", "1.png", "awe", 7.25, 3.0, "a lake", "a still lake at dawn")
+    assert row.prompt("neutral") == "a lake" and row.prompt("emotional") == "a still lake at dawn"
+    assert row.prompt("numbers") == data.with_numbers("a lake", 7.25, 3.0)
+    assert row.prompt("words") == data.with_words("a lake", 7.25, 3.0)
+    without = data.Row("1", "1.png", "awe", 7.25, 3.0, "a lake")
+    assert without.prompt("emotional") == row.prompt("words")

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import data
 from parts.cli import UserError
-from parts.pipeline import TINY, load_generator, load_judge, name_of
+from parts.pipeline import TINY, PromptCache, load_generator, load_judge, name_of
 from tests.checkpoint import make_pipeline
 from tests.test_mmdit import stability_file
 
@@ -94,3 +94,25 @@ def test_the_judge_looks_at_no_more_pixels_than_are_drawn():
 def test_a_name_does_not_tell_where_the_miniature_lies():
     assert name_of(TINY) == "tiny/weights" and name_of(TINY / "judge") == "tiny/weights/judge"
     assert name_of("owner/name") == "owner/name"
+
+
+def test_each_prompt_is_encoded_once(monkeypatch):
+    generator = load_generator(TINY)
+    encode, asked = generator.encoders.encode, []
+    monkeypatch.setattr(generator.encoders, "encode", lambda texts: asked.extend(texts) or encode(texts))
+    generator.encoders = PromptCache(generator.encoders, generator.dtype)
+    context, pooled = generator.encode_prompts(["a lake", "a hill", "a lake"], 4.5)
+    again, _ = generator.encode_prompts(["a hill"], 1.0)
+    assert asked == ["", "a lake", "a hill"] and context.shape[0] == pooled.shape[0] == 6
+    expected, _ = encode(["", "", "", "a lake", "a hill", "a lake"])
+    torch.testing.assert_close(context, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again[0], context[4])
+
+
+def test_encoders_may_leave_when_all_prompts_are_encoded():
+    prompts = ["", "a lake", "a hill"]
+    caches = [PromptCache(load_generator(TINY).encoders, torch.float32) for _ in range(2)]
+    caches[0].encode_and_free(prompts, progress=False)
+    assert caches[0].encoders is None
+    for ours, theirs in zip(caches[0].encode(prompts), caches[1].encode(prompts), strict=True):
+        assert torch.equal(ours, theirs)

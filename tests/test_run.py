@@ -9,10 +9,12 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from parts.cli import UserError
 from parts.files import read_records, whole_records
 from parts.run import (
+    EMA,
     Processes,
     Run,
     batch_indices,
@@ -136,6 +138,36 @@ def test_curves_show_every_key_that_has_numbers():
     blue = [int(((x == (30, 90, 200)).all(-1)).sum()) for x in (with_one, with_two)]
     assert blue[0] > 100 and blue[1] > blue[0]  # the line, then also a dot for the single value
     assert with_two.shape == (28 + 170, 900, 3)
+
+
+def test_the_pictures_of_all_evaluations_lie_under_one_another(tmp_path):
+    run = make(tmp_path)
+    for step, grey in ((0, 10), (8, 200)):
+        run.save_pictures(step, [Image.new("RGB", (16, 16), (grey + i,) * 3) for i in range(3)])
+    sheet = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert sheet.shape == (32, 48, 3) and sheet[::16, ::16, 0].tolist() == [[10, 11, 12], [200, 201, 202]]
+
+
+def test_the_table_has_the_first_and_the_last_evaluation(tmp_path):
+    run = make(tmp_path)
+    for record in ({"step": 0, "eval_v_error": 1.0, "eval_gap": math.nan}, {"step": 1, "loss": 2.0},
+                   {"step": 2, "eval_v_error": 0.5, "eval_gap": 0.25}, {"step": 3, "loss": 1.0}):
+        run.log(record)
+    assert run.evaluations().splitlines() == [
+        "|  | v error | gap |", "| --- | --- | --- |", "| before | 1.000 | - |", "| after | 0.500 | 0.250 |"]
+
+
+def test_the_average_stands_in_and_goes_away_again():
+    p = torch.nn.Parameter(torch.zeros(3))
+    ema = EMA([p], 0.5)
+    p.data += 2
+    ema.add(100)
+    with ema:
+        assert p.tolist() == [1, 1, 1]
+    assert p.tolist() == [2, 2, 2] and ema.values[0].tolist() == [1, 1, 1]
+    again = EMA([p], 0.5)
+    again.restore(ema.values)
+    assert again.values[0].tolist() == [1, 1, 1]
 
 
 def test_every_epoch_is_a_permutation_of_its_own():

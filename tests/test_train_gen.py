@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 import data
 import feedback
 import train_gen
-from parts import run as training
 from parts.files import read_json, read_records
-from parts.pipeline import TINY, load_generator
+from parts.pipeline import to_images
+from parts.run import Processes
 from tests import launch
 from tests.launch import finish, log_of, without_times
 from tiny.dataset import write_tiny
 
-SMALL = ("--group 2 --guided 1 --batch 2 --micro 2 --size 64 --sample-steps 4 --window 2 --eval-steps 3 --eval-rows 3 "
-         "--eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
+SMALL = ("--group 2 --guided-pictures 1 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --sample-steps 3 "
+         "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
@@ -109,65 +109,71 @@ def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
 
 @pytest.fixture(scope="module")
 def ready(dataset):
-    """(models, contexts, rows, settings) to roll out with."""
+    """(models, rows, settings) to roll out with."""
     args = train_gen.parse_args(["--data", str(dataset), *SMALL])
-    train_gen.check(args)
-    models, _ = train_gen.load_models(args, training.Processes(0, 1, torch.device("cpu")))
-    return models, train_gen.Contexts(models.generator), data.load_rows(dataset, "train"), args
+    return train_gen.load_models(args, torch.device("cpu")), data.load_rows(dataset, "train"), args
 
 
-def roll_out(ready, overlap=False, **settings):
-    models, contexts, rows, args = ready
+def roll_out(models, rows, args, **settings):
     args = Namespace(**vars(args) | settings)
-    return train_gen.roll_out(models, contexts, train_gen.wishes_of(0, rows, args), args, 0, overlap)
+    return train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, 0)
 
 
-def test_judging_beside_drawing_changes_nothing(ready):
-    (_, apart), (_, beside) = roll_out(ready), roll_out(ready, overlap=True)
+def test_judging_beside_drawing_changes_nothing(ready, monkeypatch):
+    models, *rest = ready
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    (_, apart), (_, beside) = roll_out(models, *rest), roll_out(replace(models, side_stream="a stream"), *rest)
     assert all(torch.equal(apart[name], beside[name]) for name in apart)
 
 
-def test_a_group_starts_from_one_noise_only_if_told_and_then_parts(ready):
-    for start_from, shared in (("own", False), ("shared", True)):
-        chunks, _ = roll_out(ready, group_noise=start_from, window=1, window_within=1, guided=0)
-        for chunk in chunks:  # a chunk of two is a group here
-            assert [kept.index for kept in chunk.trajectory.steps] == [0]
-            kept = chunk.trajectory.steps[0]
-            assert torch.equal(kept.before[0], kept.before[1]) == shared
-            assert not torch.equal(kept.after[0], kept.after[1])
+def test_the_pictures_of_a_group_start_from_different_noise(ready):
+    chunks, _ = roll_out(*ready, window=1, window_within=1, guided_pictures=0)
+    for chunk in chunks:  # a chunk of two is a group here
+        assert [kept.index for kept in chunk.trajectory.steps] == [0]
+        kept = chunk.trajectory.steps[0]
+        assert not torch.equal(kept.before[0], kept.before[1])
+        assert not torch.equal(kept.after[0], kept.after[1])
 
 
-def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_wishes(ready):
-    models, contexts, rows, args = ready
-    wishes = train_gen.wishes_of(0, rows, args)
-    chunks, rewards = roll_out(ready)
-    assert [chunk.places for chunk in chunks] == [[0, 2], [1, 3]]  # the first of each group of two is guided
+def test_windows_lie_where_they_are_asked_for_and_resumed_runs_get_the_same(ready):
+    models, rows, args = ready
+    args = Namespace(**vars(args) | {"window": 2, "window_within": 4, "sde_steps": 5})
+    starts = []
+    for step in range(12):
+        chunks, _ = train_gen.roll_out(models, train_gen.samples_of(step, rows, args)[:1], args, step)
+        indices = [kept.index for kept in chunks[0].trajectory.steps]
+        assert indices == [indices[0], indices[0] + 1]
+        starts.append(indices[0])
+    assert set(starts) == {0, 1, 2}
+
+
+def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_samples(ready):
+    models, rows, args = ready
+    samples = train_gen.samples_of(0, rows, args)
+    chunks, rewards = roll_out(*ready)
+    assert [chunk.indices for chunk in chunks] == [[0, 2], [1, 3]]  # the first of each group of two is guided
     for chunk in chunks:
-        own = [wishes[i] for i in chunk.places]
-        with torch.no_grad():
-            images = train_gen.sample.to_images(models.generator.decode(chunk.trajectory.latents))
-        again = train_gen.rewards_of(images, [w.row for w in own], models, args.rewards)
-        assert all(torch.equal(rewards[name][chunk.places], again[name]) for name in again)
-        assert torch.equal(chunk.pooled, contexts([w.prompt for w in own], args.guidance)[1])  # to follow, guided or not
+        own = [samples[i] for i in chunk.indices]
+        images = to_images(models.generator.decode(chunk.trajectory.latents))
+        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights)
+        assert all(torch.equal(rewards[name][chunk.indices], again[name]) for name in again)
+        followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)  # guided or not
+        assert torch.equal(chunk.texts[1], followed[1])
 
 
 def test_guided_pictures_are_followed_if_better_and_never_fled_from(ready):
-    _, _, rows, args = ready
-    wishes = train_gen.wishes_of(0, rows, args)
-    assert [w.guided for w in wishes] == [True, False, True, False]
-    advantages = train_gen.without_flight(torch.tensor([-1.0, 1.0, 0.5, -0.5]), wishes)
+    _, rows, args = ready
+    samples = train_gen.samples_of(0, rows, args)
+    assert [s.guided for s in samples] == [True, False, True, False]
+    advantages = train_gen.clamp_guided_advantages(torch.tensor([-1.0, 1.0, 0.5, -0.5]), samples)
     assert advantages.tolist() == [0.0, 1.0, 0.5, -0.5]
 
 
-def test_the_target_enters_the_prompt_in_the_forms_asked_for(ready):
-    _, _, rows, args = ready
-    row = rows[0]
-    assert train_gen.prompt_of(row, "neutral") == row.neutral and train_gen.prompt_of(row, "emotional") == row.emotional
-    assert f"valence {row.v:.1f}, arousal {row.a:.1f}" in train_gen.prompt_of(row, "numbers")
-    assert train_gen.prompt_of(replace(row, emotional=None), "emotional") == train_gen.prompt_of(row, "words")
-    wishes = [w for step in range(8) for w in train_gen.wishes_of(step, rows, Namespace(**vars(args) | {
-        "prompts": ("numbers", "words")}))]
-    forms = [next(f for f in ("numbers", "words") if w.prompt == train_gen.prompt_of(w.row, f)) for w in wishes]
+def test_the_form_of_the_target_is_drawn_for_each_group(ready):
+    _, rows, args = ready
+    args = Namespace(**vars(args) | {"form": ("numbers", "words")})
+    samples = [s for step in range(8) for s in train_gen.samples_of(step, rows, args)]
+    forms = [next(f for f in ("numbers", "words") if s.prompt == s.row.prompt(f)) for s in samples]
     assert 2 < forms.count("words") / args.group < 14
     assert all(a == b for a, b in zip(forms[::2], forms[1::2]))  # a group shares its prompt
 
@@ -176,42 +182,14 @@ def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(
     rows = [data.Row(str(i), Path(), "awe", v, a, "a lake") for i, (v, a) in enumerate([(5, 5), (3, 7), (2, 2)])]
     seen = [feedback.Judgement(5.0, 6.0, None, ""), feedback.Judgement(7.0, 7.0, None, ""),
             feedback.Judgement(None, None, None, "")]
-    monkeypatch.setattr(feedback, "judge_images", lambda *_, **__: seen)
+    monkeypatch.setattr(feedback, "judge_images", lambda *_, strict: seen if strict else None)
     monkeypatch.setattr(train_gen.clip, "pick_score", lambda *_: torch.tensor([13.0, 26.0, 20.8]))
-    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0))
+    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0), None)
     parts = train_gen.rewards_of([None] * 3, rows, models, {"emotion": 2.0, "pickscore": 0.5})
     assert parts["emotion"].tolist() == [1 - 1 / 16, 1 - 4 / 16, 0.0]
     assert parts["total"].tolist() == pytest.approx([2 * 15 / 16 + 0.25, 1.5 + 0.5, 0.4])
     assert parts["meter_v_error"].tolist() == [1, 1, 2] and parts["judge_v_error"][:2].tolist() == [0, 4]
     assert parts["gap"][:2].tolist() == [1 + 2, 3 + 3] and parts["gap"][2].isnan() and parts["judge_a_error"][2].isnan()
-
-
-def test_a_widening_gap_between_judge_and_meter_is_said():
-    first = {"step": 0, "eval_total": 1.0, "eval_gap": 1.0}
-    assert "grew from 1.00 to 1.50" in train_gen.table([first, {"step": 9, "eval_total": 1.5, "eval_gap": 1.5}])
-    assert "grew" not in train_gen.table([first, {"step": 9, "eval_total": 1.5, "eval_gap": 1.1}])
-
-
-def test_the_average_stands_in_and_goes_away_again():
-    p = torch.nn.Parameter(torch.zeros(3))
-    average = train_gen.Average([p], 0.5)
-    p.data += 2
-    average.add(100)
-    with average:
-        assert p.tolist() == [1, 1, 1]
-    assert p.tolist() == [2, 2, 2] and average.values[0].tolist() == [1, 1, 1]
-
-
-def test_each_prompt_is_encoded_once(monkeypatch):
-    generator = load_generator(TINY)
-    contexts, asked, encode = train_gen.Contexts(generator), [], generator.encoders.encode
-    monkeypatch.setattr(generator.encoders, "encode", lambda texts: asked.extend(texts) or encode(texts))
-    context, pooled = contexts(["a lake", "a hill", "a lake"], 4.5)
-    again, _ = contexts(["a hill"], 1.0)
-    assert asked == ["", "a lake", "a hill"] and context.shape[0] == pooled.shape[0] == 6
-    expected, _ = encode(["", "", "", "a lake", "a hill", "a lake"])
-    torch.testing.assert_close(context, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(again[0], context[4])
 
 
 @pytest.mark.parametrize("flags", [["--encoders", "cpu"], ["--encoders", "leave"], ["--checkpointing"]])
@@ -226,39 +204,48 @@ def test_a_run_may_go_on_with_the_encoders_elsewhere(dataset, unbroken, tmp_path
     same_end(tmp_path / "run", unbroken[0])
 
 
-def test_encoders_that_leave_encode_the_prompts_of_this_process_once_and_are_gone(dataset, monkeypatch):
-    args = train_gen.parse_args(["--batch", "4", "--steps", "3", "--prompts", "words,numbers"])
+def test_a_process_needs_the_prompts_of_its_own_share(dataset):
+    args = train_gen.parse_args(["--batch", "4", "--steps", "3", "--form", "words,numbers"])
     train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
-    shares = [train_gen.own_prompts(0, train, test, args, training.Processes(rank, 2, torch.device("cpu")))
+    shares = [train_gen.prompts_needed(0, train, test, args, Processes(rank, 2, torch.device("cpu")))
               for rank in range(2)]
-    drawn = {p for step in range(3) for w in train_gen.wishes_of(step, train, args) for p in (w.prompt, w.drawn)}
-    assert set().union(*shares) == {"", *drawn, *(train_gen.prompt_of(row, "words") for row in test)}
+    drawn = {p for step in range(3) for s in train_gen.samples_of(step, train, args) for p in (s.prompt, s.drawn)}
+    assert set().union(*shares) == {"", *drawn, *(row.prompt("words") for row in test)}
     assert all(len(own) == len(set(own)) <= 1 + 3 * 2 * 2 + 2 for own in shares)
-    generator = load_generator(TINY)
-    contexts, expected = train_gen.Contexts(generator), train_gen.Contexts(load_generator(TINY))
-    contexts.encode_all(shares[0], progress=False)
-    assert generator.encoders is None
-    for ours, theirs in zip(contexts(shares[0][1:], 4.5), expected(shares[0][1:], 4.5), strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_the_papers_settings_are_the_defaults_of_its_preset():
     args = train_gen.parse_args(["--preset", "paper"])
-    assert (args.group, args.batch, args.steps, args.sample_steps, args.eval_steps, args.size) == (8, 16, 1000, 10, 25, 512)
-    assert (args.beta, args.noise_level, args.guidance, args.rank, args.alpha, args.lr, args.clip) == (
+    assert (args.group, args.batch, args.steps, args.sde_steps, args.sample_steps, args.size) == (8, 16, 1000, 10, 25, 512)
+    assert (args.beta, args.noise_level, args.guidance, args.lora_rank, args.lora_alpha, args.lr, args.clip) == (
         0.1, 0.7, 4.5, 32, 64, 3e-4, 1e-4)
 
 
+@pytest.mark.parametrize("flag, name, value", [
+    ("--num-generations", "group", 2), ("--learning-rate", "lr", 0.25), ("--guidance-scale", "guidance", 3.0),
+    ("--num-inference-steps", "sample_steps", 7)])
+def test_flags_have_the_names_of_other_programs_too(flag, name, value):
+    assert getattr(train_gen.parse_args([flag, str(value)]), name) == value
+
+
+def test_the_weight_of_a_reward_may_be_left_out():
+    assert train_gen.parse_args(["--reward-weights", "pickscore=0.5"]).reward_weights == {"pickscore": 0.5}
+
+
 @pytest.mark.parametrize("flags, message", [
-    (["--group", "1"], "--group 1: expected 2"), (["--window", "5"], "--window 5: expected 0..4"),
-    (["--prompts", "verse"], "--prompts verse"), (["--group-noise", "same"], "--group-noise same"),
-    (["--window-within", "1"], "--window 2: expected 0..1"), (["--encoders", "moon"], "--encoders moon"),
-    (["--size", "72"], "--size 72"),
-    (["--reward-weights", "joy=1"], "--reward-weights joy=1"),
-    (["--reward-weights", "emotion"], "--reward-weights emotion"), (["--judge", "none"], "--judge none"),
+    (["--group", "1"], "--group/--num-generations: expected a whole number in 2"),
+    (["--window", "5"], "--window 5: at most 4"), (["--form", "verse"], "--form: expected some of numbers, words"),
+    (["--guided-pictures", "3"], "--guided-pictures 3: at most 2"),
+    (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
+    (["--size", "72"], "--size: expected a multiple of 16"),
+    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1, got joy=1"),
+    (["--reward-weights", "emotion"], "--reward-weights: expected a number"), (["--judge", "none"], "--judge none"),
     (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
     (["--model", "./nothing"], "no such file or folder")])
 def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
-    assert train_gen.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags]) == 2
+    try:
+        code = train_gen.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags])
+    except SystemExit as stop:
+        code = stop.code
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") <= 2 and "Traceback" not in error
+    assert code == 2 and message in error and error.count("\n") <= 2 and "Traceback" not in error
