@@ -1,37 +1,40 @@
-"""A training step of Flow-GRPO against the same step from diffusers and peft: seconds, and memory beyond the weights.
+"""A training step of Flow-GRPO against the same step from diffusers and peft: seconds, and memory.
 
-    python bench/flow_grpo_step.py  # about five minutes on 2 idle cores, 6 GB
-    python bench/flow_grpo_step.py --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # half a minute, most of it imports
+    python -m bench.flow_grpo_step  # about five minutes on 2 idle cores, 6 GB
+    python -m bench.flow_grpo_step --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # seconds
 
-Models and adapters are those of bench/mmdit_lora_step.py. A step draws a group by `--steps` stochastic steps with guidance,
-takes every one again with gradients, without the adapter for the KL too, and ends with AdamW. Ours is
-`flow_grpo.sample_sde` and `train_gen.update`. The peer does it as Flow-GRPO's published code does: diffusers' scheduler,
-transformer and peft's `disable_adapter`, the step and the loss in plain torch. Advantages are random; there is no text
-encoder, judge or autoencoder. Both draw the same noise, and after the first step losses, gradient norms and adapters are
-compared; then the two take turns in one process. Memory is measured in a process of its own for each: the resident peak of
-two steps less what was resident before. float32, on the CPU, which must be idle.
+Models and adapters are those of bench/mmdit_lora_step.py. A step draws a group by `--steps`
+stochastic steps with guidance, takes every one again with gradients, without the adapter for the KL
+too, and ends with AdamW. Ours is what train_gen.py calls of flow_grpo.py. The peer does it as
+Flow-GRPO's published code does: diffusers' scheduler, transformer and peft's `disable_adapter`, the
+step and the loss in plain torch. Advantages are random; there is no text encoder, judge or
+autoencoder. Both draw the same noise, and after the first step losses, gradient norms and adapters
+are compared; then the two take turns in one process. Memory is measured in a process of its own for
+each: the resident peak of two steps less what was resident before. float32, on the CPU, which must
+be idle.
 """
 
 import argparse
 import math
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import peft
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/flow_grpo_step.py` finds train_gen
 import flow_grpo
-import train_gen
 from bench import memory, mmdit_forward, mmdit_lora_step, timing
 from parts import lora
-from parts import run as training
 
-GUIDANCE, NOISE_LEVEL, CLIP, BETA, LR, MAX_GRAD_NORM = (
-    train_gen.SETTINGS[name][0] for name in ("guidance", "noise_level", "clip", "beta", "lr", "max_grad_norm"))
-ADVANTAGE_CLIP, SHIFT = 5.0, 3.0
+# the paper's settings, as in train_gen.py
+GUIDANCE = 4.5
+NOISE_LEVEL = 0.7
+SHIFT = 3.0
+CLIP = 1e-4
+ADVANTAGE_CLIP = 5.0
+BETA = 0.1
+LR = 3e-4
+MAX_GRAD_NORM = 1.0
 
 
 def make_optimizer(parameters):
@@ -101,15 +104,21 @@ def peer_training_step(model, parameters, optimizer, inputs, generator):
 def our_training_step(model, parameters, optimizer, inputs, generator):
     """(loss, gradient norm)."""
     latents, context, pooled, advantages, num_steps = inputs
-    trajectory = flow_grpo.sample_sde(model, latents, context, pooled, num_steps, GUIDANCE, SHIFT, NOISE_LEVEL,
-                                      generator=generator)
-    chunk = train_gen.Chunk(trajectory, context, pooled, list(range(len(latents))))
-    device = torch.device("cpu")
-    models = train_gen.Models(SimpleNamespace(mmdit=model, device=device), None, None, None)
-    settings = SimpleNamespace(beta=BETA, clip=CLIP, step_weights="equal", max_grad_norm=MAX_GRAD_NORM)
-    sums, greatest = train_gen.update(models, [chunk], advantages, parameters, optimizer, settings,
-                                      training.Processes(0, 1, device), check=True)
-    return sums["loss"], greatest["grad_norm"]
+    settings = flow_grpo.SDESettings(num_steps, GUIDANCE, SHIFT, NOISE_LEVEL)
+    trajectory = flow_grpo.sample_sde(model, latents, context, pooled, settings, generator)
+    total = 0.0
+    optimizer.zero_grad()
+    for k, kept in enumerate(trajectory.steps):
+        with torch.no_grad(), lora.lora_disabled(model):
+            reference = flow_grpo.kept_velocity(model, trajectory, k, context, pooled)
+        step = flow_grpo.evaluate_step(model, trajectory, k, context, pooled, reference)
+        loss, _ = flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, advantages, step.kl, CLIP,
+                                           BETA, normalizer=len(latents) * num_steps)
+        loss.backward()
+        total += float(loss.detach())
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))
+    optimizer.step()
+    return total, norm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
