@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def resident(key):
     """MB of this process: "VmRSS" now, "VmHWM" at most since the last reset."""
@@ -26,5 +28,6 @@ def peak(step, times=1):
 
 def in_fresh_process(program, argv, *name):
     """What `program`, started again with the same arguments, says of the path `name`."""
-    command = [sys.executable, program, *argv, "--memory-of", *name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    module = f"bench.{Path(program).stem}"
+    command = [sys.executable, "-m", module, *argv, "--memory-of", *name]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
