@@ -277,33 +277,32 @@ class Judgement:
         return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
-def judge_images(judge, images, tasks=TASKS, readings=1, strict=False):
-    """The Judgement of each PIL image, with the reasoning of its first answer.
+def judge_images(judge, images, readings=1, strict=False):
+    """The Judgement of each PIL image, without its emotion. Without a judge (None) all are empty.
 
-    judge: as in `refine_rounds`, or None. tasks: the questions to ask. readings: answers to
-    `regression` for each picture, whose mean counts: a trained judge says few different numbers,
-    and many pictures of one prompt would tie. strict: as in `read_answer`; for rewards, True.
+    readings: answers for each picture, whose mean counts: a trained judge says few different
+    numbers, so many pictures of one prompt would tie. strict: see `read_answer`; for rewards, True.
     """
-    said = {task: [[] for _ in images] for task in TASKS}  # the answers that could be read
-    thoughts = [""] * len(images)
-    for number, task in enumerate(tasks if judge is not None else ()):
-        questions = [ask(task, image) for image in images]
-        texts = judge(questions)
-        indices = list(range(len(images)))
-        if number == 0:
-            thoughts = [text.split("</think>")[0].removeprefix("<think>").strip() for text in texts]
-        if task == "regression" and readings > 1:
-            texts = texts + judge(questions, 1, readings - 1)
-            indices += [i for i in range(len(images)) for _ in range(readings - 1)]
-        for i, text in zip(indices, texts, strict=True):
-            answer = read_answer(text, task, strict)
-            if answer is not None:
-                said[task][i].append(answer)
+    if judge is None:
+        return [Judgement()] * len(images)
+    questions = [ask("regression", image) for image in images]
+    texts = [[text] for text in judge(questions)]  # of each image
+    if readings > 1:
+        for number, text in enumerate(judge(questions, 1, readings - 1)):
+            texts[number // (readings - 1)].append(text)
     judgements = []
-    for scores, classes, thought in zip(said["regression"], said["class"], thoughts, strict=True):
-        v, a = map(statistics.mean, zip(*scores)) if scores else (None, None)
-        judgements.append(Judgement(v, a, classes[0] if classes else None, thought))
+    for own in texts:
+        pairs = [read_answer(text, "regression", strict) for text in own]
+        pairs = [pair for pair in pairs if pair is not None]
+        v, a = map(statistics.mean, zip(*pairs)) if pairs else (None, None)
+        reasoning = own[0].split("</think>")[0].removeprefix("<think>").strip()
+        judgements.append(Judgement(v, a, None, reasoning))
     return judgements
+
+
+def judge_emotion(judge, image):
+    """The class of data.EMOTIONS that the judge sees in a PIL image, or None."""
+    return read_answer(judge([ask("class", image)])[0], "class", strict=False)
 
 
 def judge_of(model, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm):
@@ -400,8 +399,7 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
         images, draw_seconds = timed(generate, text, seeds)
 
         # 2. Line 7, equation 3, the loss: M(P_loss) reads V and A, whose errors are added up.
-        judgements, judge_seconds = timed(
-            judge_images, judge, images, ("regression",), options.readings)
+        judgements, judge_seconds = timed(judge_images, judge, images, options.readings)
         losses = [judgement.distance(v, a) for judgement in judgements]
         pictures = list(map(Picture, images, seeds, judgements, losses))
 

@@ -305,7 +305,7 @@ def name_emotion(args, facts, cell, rounds, judge):
     """Ask the judge for the emotion class too, but only of the best picture of all rounds."""
     r, i = feedback.best_of(rounds)
     best = rounds[r].pictures[i]
-    emotion = feedback.judge_images(judge, [best.image], ("class",))[0].emotion
+    emotion = feedback.judge_emotion(judge, best.image)
     cell["rounds"][r]["images"][i]["emotion"] = emotion
     judgement = replace(best.judgement, emotion=emotion)
     save_picture(args, facts, rounds[r].prompt, best.seed, best.image, judgement)

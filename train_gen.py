@@ -202,7 +202,7 @@ def rewards_of(images, rows, models, reward_weights):
     if models.judge is not None:
         judge = feedback.judge_of(models.judge, 64, progress=partial(tqdm, disable=True))
         # read as strictly as the judge was trained
-        seen = feedback.judge_images(judge, images, ("regression",), strict=True)
+        seen = feedback.judge_images(judge, images, strict=True)
         readings["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)
         distance = (readings["judge"] - targets).abs().sum(dim=1)  # |V̂ − V| + |Â − A|
         parts["emotion"] = (1 - distance / 16).nan_to_num(0.0)

@@ -189,18 +189,29 @@ class Scripted:
         return [[SimpleNamespace(text=self.answers[task].pop(0)) for _ in range(n)] for task in tasks]
 
 
-def test_judgements_hold_values_class_and_reasoning_and_none_where_an_answer_is_unreadable():
-    judge = Scripted({
-        "regression": ['<think> fog </think><answer>{"valence": 2.5, "arousal": 3}</answer>', "I feel nothing",
-                       '<think>sun</think><answer>{"valence": 20, "arousal": 3}</answer>'],
-        "class": ['<think>x</think><answer>{"emotion_class": "Sadness"}</answer>', "",
-                  '<think>x</think><answer>[]</answer>']})
+def test_judgements_hold_values_and_reasoning_and_none_where_an_answer_is_unreadable():
+    judge = Scripted({"regression": [
+        '<think> fog </think><answer>{"valence": 2.5, "arousal": 3}</answer>', "I feel nothing",
+        '<think>sun</think><answer>{"valence": 20, "arousal": 3}</answer>']})
     first, second, third = feedback.judge_images(feedback.judge_of(judge, batch=2), [PICTURE] * 3)
-    assert first == feedback.Judgement(2.5, 3.0, "sadness", "fog")
-    assert (second.v, second.a, second.emotion, second.reasoning) == (None, None, None, "I feel nothing")
-    assert (third.v, third.emotion, third.reasoning) == (None, None, "sun")
-    assert judge.batches == [2, 1, 2, 1]
+    assert first == feedback.Judgement(2.5, 3.0, None, "fog")
+    assert (second.v, second.a, second.reasoning) == (None, None, "I feel nothing")
+    assert (third.v, third.a, third.reasoning) == (None, None, "sun")
+    assert judge.batches == [2, 1]
     assert first.distance(3, 5) == 2.5 and second.distance(3, 5) == 16 and math.isnan(second.va[0])
+
+
+def test_rewards_count_only_answers_in_the_form_that_was_asked_for():
+    said = '{"valence": 2.5, "arousal": 3}'
+    for strict in (True, False):
+        judge = feedback.judge_of(Scripted({"regression": [said, STRICT.format(said)]}))
+        judgements = feedback.judge_images(judge, [PICTURE] * 2, strict=strict)
+        assert [j.v for j in judgements] == [None if strict else 2.5, 2.5]
+
+
+def test_the_judge_names_one_of_the_classes_or_none():
+    judge = feedback.judge_of(Scripted({"class": [STRICT.format('{"emotion_class": "Sadness"}'), "", STRICT.format("[]")]}))
+    assert [feedback.judge_emotion(judge, PICTURE) for _ in range(3)] == ["sadness", None, None]
 
 
 def test_several_readings_of_a_picture_are_averaged_over_those_that_can_be_read():
@@ -208,7 +219,7 @@ def test_several_readings_of_a_picture_are_averaged_over_those_that_can_be_read(
         return [va if va == "?" else json.dumps(dict(zip(("valence", "arousal"), va))) for va in said]
 
     judge = Scripted({"regression": texts((2, 4), "?", (5, 5), (3, 6), (4, 5), "?", "?", (5, 4), (6, 3))})
-    judgements = feedback.judge_images(feedback.judge_of(judge, batch=4), [PICTURE] * 3, ("regression",), readings=3)
+    judgements = feedback.judge_images(feedback.judge_of(judge, batch=4), [PICTURE] * 3, readings=3)
     assert [(j.v, j.a) for j in judgements] == [(3, 5), (None, None), (16 / 3, 4)]
     assert judgements[0].reasoning == '{"valence": 2, "arousal": 4}' and judge.batches == [3, 2, 1]
 
