@@ -1,7 +1,7 @@
-"""How well a method hits valence and arousal, keeps to its prompt and looks (EmoFeedback², section 4.2).
+"""How well a method hits valence and arousal, keeps to its prompt and looks (paper, section 4.2).
 
-    python -m evaluation cases --out cases.jsonl         # what every method has to draw
-    python -m evaluation run --cases cases.jsonl         # draw, read and score one method's pictures
+    python -m evaluation cases --out cases.jsonl       # what every method has to draw
+    python -m evaluation run --cases cases.jsonl       # draw, read and score one method's pictures
     python -m evaluation table out/evaluate/A out/evaluate/B --form 1    # the paper's tables
     python -m evaluation rate --cases cases.jsonl --images A=DIR --images B=DIR    # people rate
 

@@ -1,12 +1,12 @@
 """Write the cases that methods are compared on: JSON lines that any method can read.
 
-    python -m evaluation cases --out cases.jsonl                      # 1,000 scenes of the miniature
-    python -m evaluation cases --data DATASET --out cases.jsonl       # a dataset's test rows
-    python -m evaluation cases --count 8 --grid 5 --out grid.jsonl    # 8 prompts, 5 x 5 targets each
+    python -m evaluation cases --out cases.jsonl                     # 1,000 of the miniature
+    python -m evaluation cases --data DATASET --out cases.jsonl      # a dataset's test rows
+    python -m evaluation cases --count 8 --grid 5 --out grid.jsonl   # 8 prompts, 5 x 5 targets each
 
-A case is a neutral prompt with a target V and A on 1..9. Its line says the target in the terms of the
-methods that the paper compares with, too. Cases with a `group` are one prompt over a grid of targets,
-drawn from one noise; they measure continuity (section 4.3.1).
+A case is a neutral prompt with a target V and A on 1..9. Its line says the target in the terms of
+the methods that the paper compares with, too. Cases with a `group` are one prompt over a grid of
+targets, drawn from one noise; they measure continuity (section 4.3.1).
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,7 @@ class Case:
 def load_cases(path):
     """The cases of a file of JSON lines with id, neutral, v, a and perhaps group.
 
-    A dataset's test.jsonl is such a file: other keys are passed over. Raises UserError at the first
-    line that cannot be used.
+    Other keys, such as those of a dataset's test.jsonl, are passed over. Raises UserError.
     """
     seen = set()
 
@@ -44,20 +43,19 @@ def load_cases(path):
         case = Case(str(raw["id"]), str(raw["neutral"]), v, a, raw.get("group"))
         if case.id in seen:
             raise ValueError(f"the id {case.id!r} a second time")
-        # The id becomes the name of a picture, so "../x" must not leave the folder.
-        if Path(case.id).name != case.id:
+        if Path(case.id).name != case.id:  # a picture "../x.png" would leave its folder
             raise ValueError(f"the id {case.id!r} cannot name a file")
         seen.add(case.id)
         return case
 
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, like a "
-                        f"dataset's test.jsonl")
+        raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, "
+                        f"like a dataset's test.jsonl")
     return data.parse_lines(path, parse)
 
 
 def held_out_cases(count, seed=0):
-    """Cases of the miniature: scenes drawn apart from the training rows, V and A uniform on 1..9."""
+    """Cases of the miniature: scenes that no training row shows, V and A uniform on 1..9."""
     rng = np.random.default_rng([seed, 4242])  # no dataset draws from this pair of seeds
     cases = []
     for i in range(count):
@@ -75,9 +73,9 @@ def grid_of(cases, side):
 
 
 def seeds_of(cases, seed):
-    """The seed of each case's noise: `seed` plus the case's index, in a group that of its first case.
+    """The seed of each case's noise: `seed` plus the index of the case, or of its group's first.
 
-    Neighbours in a grid start from the same noise, so that only the target differs between them.
+    All cases of a grid start from the same noise, so that only the target differs between them.
     """
     first = {}  # {group: index of its first case}
     return [seed + (first.setdefault(case.group, i) if case.group else i)
@@ -85,10 +83,7 @@ def seeds_of(cases, seed):
 
 
 def pictures_of(folder, cases):
-    """The paths of the pictures that a method drew of some cases, `<id>.png` each in its folder.
-
-    Raises UserError that names the missing ones.
-    """
+    """The path of each case's picture in a method's folder. Raises UserError for missing ones."""
     paths = []
     missing = []
     for case in cases:
@@ -103,12 +98,8 @@ def pictures_of(folder, cases):
     return paths
 
 
-def picture_of(folder, case):
-    return pictures_of(folder, [case])[0]
-
-
 def for_others(case, label=None):
-    """A case as a line of a file, with the target in the terms of the methods of the paper's table 1.
+    """A case as a line of a file, with the target in the terms of the methods of table 1.
 
     label: EmoSet's class of the picture; without one `emoedit` is the class nearest to V and A.
     """
@@ -140,13 +131,13 @@ def write_cases(args):
 def main(argv):
     parser = cli.parser(__doc__, prog="python -m evaluation cases")
     parser.add_argument("--data", type=Path,
-                        help="dataset whose test rows are the cases (default: scenes of the miniature)")
+                        help="dataset whose test rows are the cases (default: made scenes)")
     parser.add_argument("--count", type=cli.integer(1, 1_000_000), default=1000,
                         help="cases, or prompts with --grid (default: %(default)s)")
     parser.add_argument("--grid", type=cli.integer(2, 9), metavar="K",
                         help="each prompt on a K × K grid of V and A, for continuity")
     parser.add_argument("--seed", type=cli.integer(0, 2**31), default=0,
-                        help="of the miniature's scenes (default: %(default)s)")
+                        help="of made scenes (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
     args = parser.parse_args(argv)
     return cli.run_program(lambda: write_cases(args))

@@ -1,8 +1,8 @@
 """The figures that methods are compared by (EmoFeedback², section 4.2).
 
-Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA and LAION's aesthetic score. Over cases:
-errors of V and A as a reader (a judge, or the miniature's meter) saw them, their rank correlation with
-the target, and the order of neighbours in a grid, which put a number on continuity (section 4.3.1).
+Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA and LAION's aesthetic score. Over
+cases: errors of V and A as a reader (a judge, or the miniature's meter) saw them, their rank
+correlation with the target, and the order of neighbours in a grid, for continuity (section 4.3.1).
 
 Letters: B pictures, P dimension of CLIP's shared space, n records, one for each case.
 """
@@ -22,9 +22,6 @@ from safetensors.torch import load_file
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
-IQA_PROMPTS = ("Good photo.", "Bad photo.")
-
-
 # Of a picture. Model, images and prompts are those of clip.pick_score.
 
 
@@ -36,27 +33,26 @@ def clip_score(model, images, prompts):
     return 100 * cosines(model, images, prompts).clamp(min=0)
 
 
-def clip_iqa(model, images, prompts=IQA_PROMPTS):
+def clip_iqa(model, images, prompts=("Good photo.", "Bad photo.")):
     """CLIP-IQA: the probability of the first prompt against the second -> [B] float32 in 0..1.
 
-    Wang et al. 2023, as torchmetrics computes it with a CLIP of transformers, at temperature 1/100. Their
-    own model, a ResNet without position embeddings that keeps a picture's size, gives other figures.
+    Wang et al. 2023, as torchmetrics computes it with a CLIP of transformers, temperature 1/100.
+    Their own ResNet, without position embeddings and at a picture's own size, gives other figures.
     """
     logits = 100 * embed_pictures(model, images) @ embed_prompts(model, prompts).T  # [B,2]
     return logits.softmax(dim=-1)[:, 0]
 
 
 def aesthetic_score(model, head, images):
-    """LAION's aesthetic score -> [B] float32, about 1..10.
+    """LAION's aesthetic score -> [B] float32, about 1..10. head: from `aesthetic_head`.
 
-    model: CLIP-L/14 for the published heads. head: from `aesthetic_head`. Raises ValueError if the two
-    do not fit.
+    model: CLIP-L/14 for the published heads. Raises ValueError if head and model do not fit.
     """
     x = embed_pictures(model, images)  # [B,P], of unit length as the heads were trained on
     width = head[0][0].shape[1]
     if width != x.shape[1]:
-        raise ValueError(f"the aesthetic head reads {width} numbers and this CLIP makes {x.shape[1]}; "
-                         f"the published heads belong to openai/clip-vit-large-patch14")
+        raise ValueError(f"the aesthetic head reads {width} numbers and this CLIP makes {len(x[0])}"
+                         f"; the published heads belong to openai/clip-vit-large-patch14")
     # The published MLP has no activations: in training dropout alone stood between its layers.
     for weight, bias in head:
         x = F.linear(x, weight.to(x.device), bias.to(x.device))
@@ -64,17 +60,16 @@ def aesthetic_score(model, head, images):
 
 
 def aesthetic_head(path):
-    """The layers of an aesthetic predictor as LAION publishes it: [(weight, bias)] float32.
+    """The layers [(weight, bias)], float32, of an aesthetic predictor as LAION publishes it.
 
-    Either the linear one (`weight`, `bias`; sa_0_4_vit_l_14_linear.pth) or the MLP (`layers.0.weight`, …;
-    sac+logos+ava1-l14-linearMSE.pth); a .safetensors file may hold the same names. Raises UserError.
+    Its linear one has `weight` and `bias`, its MLP `layers.0.weight`, …; a .safetensors file may
+    hold the same names. Raises UserError.
     """
     path = Path(path).expanduser()
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, "cpu", weights_only=True)  # runs no code that the file may hold
+        # weights_only: a pickle could hold code, which would be run
+        is_pickle = path.suffix != ".safetensors"
+        state = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
                         f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
@@ -88,16 +83,17 @@ def aesthetic_head(path):
             layers.setdefault(int(match[1] or 0), {})[match[2]] = value
     # Anything beside whole layers means that this is another model's file.
     whole = layers and sum(map(len, layers.values())) == len(state) == 2 * len(layers)
-    head = [(layer["weight"], layer["bias"]) for _, layer in sorted(layers.items())] if whole else []
+    ordered = [layers[number] for number in sorted(layers)] if whole else []
+    head = [(layer["weight"], layer["bias"]) for layer in ordered]
     chained = all(len(weight) == after.shape[1] for (weight, _), (after, _) in pairwise(head))
     if not head or not chained or len(head[-1][0]) != 1:
-        raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one number; "
-                        f"expected weight and bias, or layers.0.weight, layers.0.bias, …")
+        raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one "
+                        f"number; expected weight and bias, or layers.0.weight, layers.0.bias, …")
     return [(weight.float(), bias.float()) for weight, bias in head]
 
 
-# Over cases. A record is a line that run.measure wrote; axis 0 is V, axis 1 is A. NaN stands where a
-# reader's answer could not be read, and every statistic leaves it out.
+# Over cases. A record is a line that run.measure wrote; axis 0 is V, axis 1 is A. NaN stands where
+# a reader's answer could not be read, and every statistic leaves it out.
 
 
 def targets_and_readings(records, reader, axis):

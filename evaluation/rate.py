@@ -1,15 +1,14 @@
-"""Let people rate pictures blind, on a local page (user study, section 4.3.3; human V and A, 4.4.3).
+"""Let people rate pictures blind, on a local page (user study 4.3.3; human V and A 4.4.3).
 
     python -m evaluation rate --cases cases.jsonl --images words=out/words --images FLUX=out/FLUX
 
-Every rater sees the cases, and the methods' pictures of a case, in an order of their own. Each picture
-gets valence and arousal, 1..9, and quality, 1..5; with several methods, one picture of a case is chosen
-as the one that best conveys the target emotion. That question comes on a second page, the only one to
-tell prompt and target: a rater who has read "very calm" would rate the wish and not the picture.
-
-Nothing that a browser receives tells the method: a picture's address holds the rater, the case and its
-index on the page, and its pixels are encoded anew, all as PNG, without the texts that our files carry.
-The page answers this machine only and runs no script. The same command goes on with a session.
+Every rater sees the cases, and the methods' pictures of a case, in an order of their own. Each
+picture gets valence and arousal, 1..9, and quality, 1..5; with several methods, one picture of a
+case is chosen as the one that best conveys the target emotion. That is asked on a second page, the
+only one to tell prompt and target: a rater who has read "very calm" would rate the wish and not the
+picture. Nothing that a browser receives tells the method: a picture's address holds the rater, the
+case and its index on the page, and its pixels are encoded anew, without the texts in our files.
+The page answers this machine only and runs no script. The same command goes on where it was.
 """
 
 import csv
@@ -31,13 +30,12 @@ from urllib.parse import parse_qsl, urlencode
 from PIL import Image, ImageOps
 
 import data
-from evaluation.cases import load_cases, picture_of
+from evaluation.cases import load_cases, pictures_of
 from parts import cli, page
 from parts.cli import UserError, say
 from parts.files import open_picture, write_whole
 from parts.page import paragraph, plain
 
-HERE = Path(__file__).parent
 COLUMNS = ["time", "rater", "case", "method", "v", "a", "quality", "best"]
 SCALES = {  # of each picture: the question's name, the highest value, and words for 1 and for that
     "v": ("Valence", 9, "very unpleasant", "very pleasant"),
@@ -49,29 +47,43 @@ NAME = re.compile(r"(?=.*\w)[\w .-]{1,40}")  # of a rater
 LIMIT = 100_000  # bytes of a form
 POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'"
 
-def lines(rows):
-    """Rows as lines of CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for row in rows:
-        best = "" if row["best"] is None else int(row["best"])
-        writer.writerow([*(row[name] for name in COLUMNS[:4]),
-                         *(f"{row[name]:.15g}" for name in SCALES), best])
-    return text.getvalue()
+
+# The file of ratings: CSV with a row for each rater, case and method
+def write_ratings(path, rows):
+    """Write the rows of a ratings file: all of them, or none if that raises OSError."""
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                numbers = {name: f"{row[name]:.15g}" for name in SCALES}
+                best = "" if row["best"] is None else int(row["best"])
+                writer.writerow(row | numbers | {"best": best})
+            file.flush()
+            os.fsync(file.fileno())  # before the renaming, or a power cut could leave an empty file
+
+    write_whole(path, write)
 
 
-def parse(content, path):
-    """The rows in the bytes of a ratings file; `path` is named in errors."""
+def read_ratings(path):
+    """The rows of a ratings file, [{column: value}]. Raises UserError that names file and line.
+
+    v and a 1..9 and quality 1..5 are floats; best is True, False or, of a single method, None.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; expected ratings of `python -m evaluation rate`")
     rows = []
     seen = set()
     line = 1
     try:
-        reader = csv.reader(io.StringIO(content.decode(), newline=""), strict=True)
+        text = Path(path).read_bytes().decode()
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         if next(reader, None) != COLUMNS:
             raise ValueError(f"expected the columns {','.join(COLUMNS)}")
         for cells in reader:
             line = reader.line_num
-            if len(cells) != len(COLUMNS) or not all(cells[:-1]) or cells[-1] not in ("", "0", "1"):
+            whole = len(cells) == len(COLUMNS) and all(cells[:-1])
+            if not whole or cells[-1] not in ("", "0", "1"):
                 raise ValueError(f"expected {','.join(COLUMNS)}, with 0, 1 or nothing for best")
             if tuple(cells[1:4]) in seen:
                 raise ValueError("this rater, case and method a second time")
@@ -89,63 +101,6 @@ def parse(content, path):
     return rows
 
 
-def read_ratings(path):
-    """The rows of a ratings file, [{column: value}]. Raises UserError that names file and line.
-
-    v and a 1..9 and quality 1..5 are floats; best is True, False or, of a single method, None.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; expected ratings of `python -m evaluation rate`")
-    content = Path(path).read_bytes()
-    if content and not content.endswith(b"\n"):
-        raise UserError(f"{path}, line {len(content.splitlines())}: broken off; start the rating page "
-                        f"with this file once more, which removes what is incomplete")
-    return parse(content, path)
-
-
-def resume(path, pictures):
-    """The {(rater, case)} in a ratings file, which is made if there is none.
-
-    pictures: {(case, method): ...} to be rated. What a sudden end can leave, half a line or some rows
-    of the last case, is removed, so that the case is asked again. Raises UserError for a file that
-    rates other pictures.
-    """
-    content = path.read_bytes() if path.is_file() else b""
-    rows = parse(content[:content.rfind(b"\n") + 1], path) if content else []
-    methods = {method for _, method in pictures}
-    rated = Counter((row["rater"], row["case"]) for row in rows)
-    last = (rows[-1]["rater"], rows[-1]["case"]) if rows else None
-    for row in rows:
-        key = (row["rater"], row["case"])
-        incomplete = rated[key] < len(methods) and key != last
-        if incomplete or (row["case"], row["method"]) not in pictures:
-            raise UserError(f"{path}: {row['rater']} has rated case {row['case']!r} of method "
-                            f"{row['method']!r} among other cases or methods than are given now; give "
-                            f"those, or another --out")
-    if rows and rated[last] < len(methods):
-        say(f"{path}: the ratings of {last[0]} for case {last[1]!r} broke off; the case will be asked "
-            f"again")
-        rows = [row for row in rows if (row["rater"], row["case"]) != last]
-        del rated[last]
-    whole = (",".join(COLUMNS) + "\n" + lines(rows)).encode()
-    if whole != content:
-        write_whole(path, whole)
-    return set(rated)
-
-
-def append(path, text):
-    """Add lines to a file: all of them or, if that raises OSError, none."""
-    end = os.path.getsize(path)
-    try:
-        with open(path, "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        os.truncate(path, end)
-        raise
-
-
 @dataclass(frozen=True)
 class Study:
     cases: dict  # {token, by which browsers know a case: Case}
@@ -153,8 +108,9 @@ class Study:
     methods: list
     seed: int
     out: Path
+    rows: list  # of the file
     done: set  # {(rater, case id)} in the file
-    lock: threading.Lock  # of `done` and the file
+    lock: threading.Lock  # of the file, `rows` and `done`
 
 
 def methods_of(study, rater, case):
@@ -177,7 +133,8 @@ def save(study, rater, case, form):
                      **{scale: int(form[f"{scale}{index}"]) for scale in SCALES}})
     with study.lock:
         if (rater, case.id) not in study.done:
-            append(study.out, lines(rows))
+            write_ratings(study.out, study.rows + rows)
+            study.rows.extend(rows)
             study.done.add((rater, case.id))
             say(f"{rater}: case {count_rated(study, rater)} of {len(study.cases)}")
 
@@ -190,18 +147,15 @@ def pixels(path):
     return content.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------
-# Pages, filled into the fragments of rate.html
-
-
+# Pages, as HTML
 def fill(fragment, **values):
     """A fragment of rate.html with its $values, which must be HTML already (see `plain`)."""
-    return page.fragments(HERE / "rate.html")[fragment].substitute(values)
+    return page.fragments(Path(__file__).with_name("rate.html"))[fragment].substitute(values)
 
 
 def document(title, lead, body):
     """A page: its heading (plain text), and HTML for what stands below that and for the rest."""
-    style = page.style() + (HERE / "rate.css").read_text(encoding="utf-8")
+    style = page.style() + Path(__file__).with_name("rate.css").read_text(encoding="utf-8")
     return fill("page", title=plain(title), style=style, lead=lead, body=body)
 
 
@@ -247,14 +201,14 @@ def ratings_page(study, rater, token, form, missing=()):
     for index in range(len(study.methods)):
         scales = "".join(scale(name, index, form, missing) for name in SCALES)
         cards += card("rated_card", rater, token, index, scales=scales)
-    lost = ", ".join(f"{SCALES[name][0].lower()} of picture {LETTERS[index]}" for index, name in missing)
-    return question(study, rater, token, "How does it feel?",
-                    paragraph(lost, "alert", "Please choose as well: "), fill("ratings", cards=cards),
+    lost = ", ".join(f"{SCALES[name][0].lower()} of picture {LETTERS[i]}" for i, name in missing)
+    lead = paragraph(lost, "alert", "Please choose as well: ")
+    return question(study, rater, token, "How does it feel?", lead, fill("ratings", cards=cards),
                     "Next" if len(study.methods) > 1 else "Send")
 
 
 def best_page(study, rater, token, form, said):
-    """The pictures of a case again, now with the target; the ratings are carried along, out of sight."""
+    """The pictures of a case again, now with the target; the ratings are carried along unseen."""
     case = study.cases[token]
     words = f"{data.emotion_words(case.v, case.a)} (valence {case.v:.1f}, arousal {case.a:.1f})"
     lead = (paragraph(words, "prompt", '<span class="soft">The emotion:</span> ')
@@ -276,10 +230,6 @@ def next_page(study, rater):
             return ratings_page(study, rater, token, {})
     return document(f"Thank you, {rater}!", "",
                     paragraph("All pages are rated and kept. You can close this window."))
-
-
-# --------------------------------------------------------------------------------------------------
-# The server
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -314,15 +264,15 @@ class Handler(BaseHTTPRequestHandler):
             method = methods_of(study, rater, case)[int(form["at"])]
             return self.send(200, pixels(study.pictures[case.id, method]), "image/png")
         if path != "/case":
-            return self.send(404, document("There is no such page", "", '<p><a href="/">Start</a></p>\n'))
+            return self.send(404, document("There is no such page", "", fill("to_start")))
         if not NAME.fullmatch(rater):
             why = "Please give a name: 1 to 40 letters, digits, spaces, or any of - _ ."
             return self.send(422, start_page(study, rater, why))
         if self.command == "GET":
             return self.send(200, next_page(study, rater))
         if case and (rater, case.id) not in study.done:
-            missing = [(int(index), name) for index in indices for name, (_, highest, *_) in SCALES.items()
-                       if form.get(name + index) not in map(str, range(1, highest + 1))]
+            missing = [(int(index), name) for index in indices for name in SCALES
+                       if form.get(name + index) not in map(str, range(1, SCALES[name][1] + 1))]
             if missing:
                 return self.send(422, ratings_page(study, rater, form["case"], form, missing))
             if len(indices) > 1 and form.get("best") not in indices:
@@ -332,22 +282,17 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 save(study, rater, case, form)
             except OSError as error:
-                say(f"error: {study.out}: ratings of {rater} cannot be written: {error.strerror}; they "
-                    f"can be sent again")
+                say(f"error: {study.out}: ratings of {rater} cannot be written: {error.strerror}; "
+                    f"they can be sent again")
                 title = "Your answers could not be kept. Please go back and send them again"
                 return self.send(500, document(title, "", ""))
         # A redirection, so that a page that is loaded anew does not send the form once more.
         return self.send(303, "", Location="/case?" + urlencode({"rater": rater}))
 
     def foreign(self):
-        """Whether another site may stand behind the request.
-
-        It would reach us by a name of its own that leads to this machine, or by a form of its own.
-        """
-        port = self.server.server_port
-        hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
-        if port == 80:
-            hosts += ["127.0.0.1", "localhost"]
+        """Whether another site may be behind it, by a name that leads here or a form of its own."""
+        port = "" if self.server.server_port == 80 else f":{self.server.server_port}"
+        hosts = [f"127.0.0.1{port}", f"localhost{port}"]
         origin = self.headers.get("Origin") if self.command == "POST" else None
         ours = [None, *(f"http://{host}" for host in hosts)]
         return self.headers.get("Host") not in hosts or origin not in ours
@@ -366,6 +311,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def prepare(args):
     """The Study of the arguments, with every picture looked at. Raises UserError or OSError."""
+    # 1. cases and methods, by names that can stand in a line of CSV
     cases = load_cases(args.cases)
     folders = {}
     for text in args.images:
@@ -375,33 +321,45 @@ def prepare(args):
         folders[name] = folder
     for name in (*folders, *(case.id for case in cases)):
         if not name or not name.isprintable():
-            raise UserError(f"{name!r}: expected printable characters in names of methods and cases; "
-                            f"rename it")
+            raise UserError(f"{name!r}: expected printable characters in a method's or case's name")
+    # 2. a picture of each case by each method, since a page without one could not be rated
     pictures = {}
     lost = []
     for case in cases:
         for method, folder in folders.items():
+            pictures[case.id, method] = None
             try:
-                pictures[case.id, method] = picture_of(folder, case)
+                [pictures[case.id, method]] = pictures_of(folder, [case])
                 open_picture(pictures[case.id, method])
             except UserError:
                 lost.append(str(Path(folder) / case.id))
     if lost:
-        raise UserError(f"{len(lost)} of {len(cases) * len(folders)} pictures are missing or cannot be "
-                        f"read (.png, .jpg, .jpeg or .webp); draw them first: {', '.join(lost)}")
+        raise UserError(f"{len(lost)} of {len(pictures)} pictures are missing or cannot be read; "
+                        f"draw them first, as .png, .jpg, .jpeg or .webp: {', '.join(lost)}")
+    # 3. what is rated already, which must be of these pictures
     methods = sorted(folders)  # so that the orders do not depend on that of the flags
+    rows = read_ratings(args.out) if args.out.exists() else []
+    rated = Counter((row["rater"], row["case"]) for row in rows)
+    for row in rows:
+        too_few = rated[row["rater"], row["case"]] < len(methods)
+        if too_few or (row["case"], row["method"]) not in pictures:
+            raise UserError("{}: {rater} has rated case {case!r} of method {method!r} among other "
+                            "cases or methods than are given; give those, or another --out".format(
+                                args.out, **row))
+    write_ratings(args.out, rows)  # fails now, and not after the first rating
+    # 4. names of the cases that tell a browser nothing, and are the same after a restart
     keys = [repr((args.seed, methods, case.id)).encode() for case in cases]
     tokens = [hashlib.sha256(key).hexdigest()[:16] for key in keys]
-    return Study(dict(zip(tokens, cases)), pictures, methods, args.seed, args.out,
-                 resume(args.out, pictures), threading.Lock())
+    return Study(dict(zip(tokens, cases)), pictures, methods, args.seed, args.out, rows, set(rated),
+                 threading.Lock())
 
 
 def serve(study, port):
     """The server of a study, on this machine only; its serve_forever answers."""
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: {error}; give a free one in 1..65535, or 0 for any") from error
+    except OSError as error:
+        raise UserError(f"--port {port}: {error}; give a free one, or 0 for any") from error
     server.study = study
     server.handle_error = lambda *_: say(f"error: a request broke off: {sys.exc_info()[1]}")
     return server
@@ -415,18 +373,18 @@ def rate(args):
     except KeyboardInterrupt:
         # Taken for good: what is being written is finished, and nothing more begun.
         server.study.lock.acquire()
-        say(f"stopped; {len(server.study.done)} rated cases are in {args.out}; the same command goes on "
-            f"with them")
+        done = len(server.study.done)
+        say(f"stopped; {done} rated cases are in {args.out}; the same command goes on with them")
 
 
 def main(argv):
     parser = cli.parser(__doc__, prog="python -m evaluation rate")
     parser.add_argument("--cases", required=True, help="JSON lines with id, neutral, v and a")
     parser.add_argument("--images", action="append", required=True, metavar="NAME=FOLDER",
-                        help="a method and the folder of its pictures, <id>.png each; once a method")
+                        help="a method and the folder of its pictures, <id>.png each")
     parser.add_argument("--out", type=Path, default="ratings.csv",
                         help="file of the ratings (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000,
+    parser.add_argument("--port", type=cli.integer(0, 65535), default=8000,
                         help="0 takes any that is free (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
     args = parser.parse_args(argv)

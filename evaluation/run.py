@@ -1,16 +1,15 @@
 """Draw and measure one method: V-Error, A-Error, CLIP-Score, CLIP-IQA, Aes-Score (section 4.2).
 
-    python -m evaluation run          # the miniature, 200 held-out cases, about 2 minutes on 2 cores
+    python -m evaluation run        # the miniature, 200 held-out cases, about 2 minutes on 2 cores
     python -m evaluation run --adapter runs/gen/adapter --judge tiny/weights/judge
-    python -m evaluation run --preset paper --cases DATASET/test.jsonl --judge runs/judge/judge \\
-        --judge other=FOLDER_OR_ID
-    python -m evaluation run --preset paper --cases cases.jsonl --judge FOLDER_OR_ID --images FLUX_DIR
+    python -m evaluation run --preset paper --cases DATASET/test.jsonl --judge ID --judge other=ID
+    python -m evaluation run --preset paper --cases cases.jsonl --judge ID --images FLUX_PICTURES
 
 A generator of ours draws each case with the target as numbers, as words, or by textual feedback;
 another method's pictures are read from a folder, `<id>.png` each. Who reads V and A of a picture is
-named in every column: judges, and for the miniature the analytic meter, which knows its landscapes and
-nothing else. A generator trained by one judge should not be graded by it alone: give --judge twice.
-Every finished batch is a few lines in the run's folder: the same command goes on where it was stopped.
+named in every column: judges, and for the miniature the analytic meter, which knows its landscapes
+and nothing else. A generator trained by one judge should not be graded by it alone: give --judge
+twice. Every finished batch is a few lines in the run's folder: the same command goes on from there.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
 from parts import cli, clip, weights
 from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
-from parts.pipeline import PAPER, TINY, load_generator, load_judge, name_of, to_images
+from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
 FORMS = {  # how a generator gets the target: the prompt for (neutral prompt, V, A)
@@ -42,10 +41,8 @@ FORMS = {  # how a generator gets the target: the prompt for (neutral prompt, V,
 }
 SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of a generator"),
-    "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str,
-             "folder or hub id of the CLIP of the scores, or none"),
-    "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str,
-                  "file of LAION's aesthetic head for that CLIP, or none"),
+    "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str, "the scores' CLIP, or none"),
+    "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str, "LAION's head for it, or none"),
     "size": (512, 128, cli.picture_side, "side in pixels"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
@@ -61,7 +58,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
 def draw_with(generator, form, args, judge, cases, seeds):
     """PIL images of cases by a generator of ours, which gets the target in one of FORMS.
 
-    args: size, sample_steps and guidance; for feedback also rounds and n. judge: of feedback.judge_of.
+    args: size, sample_steps, guidance; for feedback also rounds and n. judge: of pipeline.judge_of.
     """
     def generate(prompts, seeds):
         pixels = generator.draw(prompts, seeds, args.size, args.sample_steps, args.guidance)
@@ -99,7 +96,7 @@ def readers_of(judges, meter):
     judges: {name: judge of feedback.judge_of}. meter: whether the analytic meter reads, too.
     """
     def ask(judge, images):
-        return [said.va for said in feedback.judge_images(judge, images, ("regression",))]
+        return [said.va for said in feedback.judge_images(judge, images)]
 
     readers = {"meter": lambda images: list(map(scenes.measure_va, images))} if meter else {}
     return readers | {name: partial(ask, judge) for name, judge in judges.items()}
@@ -111,8 +108,8 @@ def scores_of(instruments, images, cases):
     scorer = instruments.scorer
     if scorer is not None:
         embedded = clip.embed_pictures(scorer, images)  # [B,P]
-        # The cosine as it is, and not CLIP-Score's max(·, 0): torchmetrics clips the mean over cases.
-        scores["clip_score"] = 100 * clip.cosines(scorer, embedded, [case.neutral for case in cases])
+        cosines = clip.cosines(scorer, embedded, [case.neutral for case in cases])
+        scores["clip_score"] = 100 * cosines  # torchmetrics cuts off at 0 their mean, not each
         scores["clip_iqa"] = metrics.clip_iqa(scorer, embedded)
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
@@ -123,7 +120,7 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
     """Append the records of the cases that the file `path` does not hold yet, a batch at a time.
 
     A record: id, v, a, group, "read" {reader: [V, A], or None if its answer could not be read},
-    clip_score (100 · cosine), clip_iqa, aesthetic, seconds to draw. draw(cases, seeds) -> PIL images.
+    clip_score (100 · cosine), clip_iqa, aesthetic, seconds. draw(cases, seeds) -> PIL images.
     """
     done = {record["id"] for record in whole_records(path)}
     left = [pair for pair in zip(cases, seeds, strict=True) if pair[0].id not in done]
@@ -137,9 +134,9 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
             scores = scores_of(instruments, images, part)
             said = {reader: read(images) for reader, read in instruments.readers.items()}
             for i, case in enumerate(part):
-                record = {"id": case.id, "v": case.v, "a": case.a, "group": case.group}
-                record["read"] = {
-                    reader: None if np.isnan(va[i][0]) else list(va[i]) for reader, va in said.items()}
+                record = {"id": case.id, "v": case.v, "a": case.a, "group": case.group, "read": {}}
+                for reader, va in said.items():
+                    record["read"][reader] = None if np.isnan(va[i][0]) else list(va[i])
                 record |= {key: float(values[i]) for key, values in scores.items()}
                 record["seconds"] = seconds
                 file.write(json.dumps(record) + "\n")
@@ -153,7 +150,7 @@ def stamp(source):
     A folder that is trained again keeps its name but not its time, and must not go on an old run.
     """
     if source is None or not Path(source).exists():
-        return None if source is None else str(source)
+        return source
     path = Path(source)
     found = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     return [name_of(source), *[[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in found]]
@@ -168,8 +165,9 @@ def open_run(args, command, cases, generator):
     facts = {
         "name": args.name, "command": command, "cases": [args.cases, digest], "count": len(cases),
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
-        "adapter": stamp(args.adapter), "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "adapter": stamp(args.adapter),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
+        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
     if generator is not None:
         facts["name"] = args.name or generator.name
@@ -181,8 +179,8 @@ def open_run(args, command, cases, generator):
     before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
     changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
     if changed:
-        raise UserError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it or "
-                        f"give another --out")
+        raise UserError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it "
+                        f"or give another --out")
     write_json(out / "settings.json", facts)
     return out, facts
 
@@ -214,7 +212,7 @@ def complete(args):
         name, _, source = text.rpartition("=")
         judges[name or f"judge{i or ''}"] = source
     if len(judges) < len(args.judge) or "meter" in judges:
-        raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER_OR_ID")
+        raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
     args.judge = judges
     if args.images:
         args.forms = ("images",)
@@ -244,13 +242,12 @@ def evaluate(args, command):
         raise UserError(f"--cases {args.cases}: expected at least 2, or a file of cases")
     if args.images:
         pictures_of(args.images, cases)
-
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
     judges = {}
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)
-        judges[name] = feedback.judge_of(model, args.micro, limit, partial(tqdm, disable=True))
+        judges[name] = judge_of(model, args.micro, limit, progress=False)
     instruments = Instruments(
         readers_of(judges, meter=args.preset == "tiny"),
         clip.CLIP.from_pretrained(args.clip, args.device) if args.clip else None,
@@ -258,10 +255,8 @@ def evaluate(args, command):
     generator = None
     if not args.images:
         generator = load_generator(args.model, args.device, adapter=args.adapter)
-
     # 3. the folder, unless it holds another run
     out, facts = open_run(args, command, cases, generator)
-
     # 4. draw, read and score, once for each form of the target
     seeds = seeds_of(cases, args.seed)
     first_judge = next(iter(judges.values()), None)
@@ -270,7 +265,6 @@ def evaluate(args, command):
         if args.images:
             draw = partial(read_pictures, args.images)
         measure(draw, cases, seeds, out / f"{form}.jsonl", instruments, args.micro, form)
-
     # 5. all figures, as a table and as JSON
     methods = tables.read_run(out)
     print(tables.overview(methods))

@@ -4,10 +4,10 @@
     python -m evaluation table out/ours --form 6 --human ratings.csv
     python -m evaluation table --form 3 --human ratings.csv
 
-Every figure comes with a bootstrap 95 % interval over the cases; those of one group (one scene's grid)
-are kept together. Methods are compared with the last one on the cases they share, by the interval of
-the difference over the same resamples. The best figure of a column is bold, the second best italic.
---out writes the table as Markdown and as JSON, with the command, the seed and the models of each run.
+Every figure comes with a bootstrap 95 % interval over the cases; those of one group (one scene's
+grid) are kept together. Methods are compared with the last one on the cases they share, by the
+interval of the difference over the same resamples. The best figure of a column is bold, the second
+best italic. --out writes Markdown and JSON, with the command, the seed and the models of each run.
 """
 
 import math
@@ -29,15 +29,10 @@ from parts.files import read_json, read_records, write_json, write_whole
 RESAMPLES = 2000
 SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
 HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward", "all": "method"}
-INTERVAL = "{value:.3f} [{low:.3f}, {high:.3f}]"
-DIFFERENCE = "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
-
-# --------------------------------------------------------------------------------------------------
-# Statistics
 
 
 def resamples(groups, seed=0, count=RESAMPLES):
-    """`count` bootstrap samples of cases, as arrays of their indices. groups: of each case, or None.
+    """`count` bootstrap samples of cases, as arrays of their indices. groups: each case's, or None.
 
     The cases of a group share a scene and are no independent evidence, so they are drawn together.
     """
@@ -74,12 +69,11 @@ def icc(ratings):
     n, k = x.shape
     if n < 2 or k < 2:
         return math.nan, math.nan
-    center = x.mean()
-    of_pictures = k * ((x.mean(1) - center) ** 2).sum()
-    of_raters = n * ((x.mean(0) - center) ** 2).sum()
-    rest = ((x - center) ** 2).sum() - of_pictures - of_raters
-    bms = of_pictures / (n - 1)  # the mean squares, as their paper names them
-    jms = of_raters / (k - 1)
+    pictures = k * ((x.mean(1) - x.mean()) ** 2).sum()
+    raters = n * ((x.mean(0) - x.mean()) ** 2).sum()
+    rest = ((x - x.mean()) ** 2).sum() - pictures - raters
+    bms = pictures / (n - 1)  # the mean squares, as their paper names them
+    jms = raters / (k - 1)
     ems = rest / ((n - 1) * (k - 1))
     single = bms + (k - 1) * ems + k * (jms - ems) / n
     average = bms + (jms - ems) / n
@@ -112,8 +106,8 @@ def read_run(folder, label=None):
     folder = Path(folder)
     files = sorted(folder.glob("*.jsonl"))
     if not files or not (folder / "settings.json").is_file():
-        raise UserError(f"{folder}: no run of `python -m evaluation run`; expected settings.json and a "
-                        f".jsonl of records in it")
+        raise UserError(f"{folder}: no run of `python -m evaluation run`; expected settings.json "
+                        f"and records in it")
     facts = read_json(folder / "settings.json")
     methods = []
     for file in files:
@@ -136,12 +130,14 @@ def columns_of(method):
         for axis, letter in enumerate("VA"):
             key = f"{reader}_{letter.lower()}"
             of = {"reader": reader, "axis": axis}
-            accuracy[f"{key}_error"] = Column(f"{letter}-Error{by} ↓", partial(errors, **of), mean)
-            continuity[f"{key}_spearman"] = Column(
-                f"Spearman {letter}{by} ↑", partial(targets_and_readings, **of), correlation)
+            values = partial(errors, **of)
+            accuracy[f"{key}_error"] = Column(f"{letter}-Error{by} ↓", values, mean)
+            values = partial(targets_and_readings, **of)
+            head = f"Spearman {letter}{by} ↑"
+            continuity[f"{key}_spearman"] = Column(head, values, correlation)
             if first.get("group"):
-                continuity[f"{key}_order"] = Column(
-                    f"order {letter}{by} ↑", partial(neighbours_in_order, **of), mean)
+                values = partial(neighbours_in_order, **of)
+                continuity[f"{key}_order"] = Column(f"order {letter}{by} ↑", values, mean)
     scores = {key: Column(f"{name} ↑", partial(score_of, key=key), mean)
               for key, name in SCORES.items() if key in first}
     if "clip_score" in scores:  # records hold cosines: torchmetrics cuts their mean off at 0
@@ -173,11 +169,8 @@ def figures(method):
 
 
 def compared(methods, keys, seed):
-    """{label: {key: {"value", "low", "high"}}}, each with its difference to the last method's.
-
-    A method that shares cases with the last one has "difference", "difference_low",
-    "difference_high", and "cases", how many those are.
-    """
+    """{label: {key: {"value", "low", "high"}}}; if a method shares cases with the last one also
+    "difference", "difference_low" and "difference_high" to it, on so many "cases"."""
     last = methods[-1]
     of_last = {(r["id"], r["v"], r["a"]): r for r in last.records}
     found = {}
@@ -237,13 +230,14 @@ def figure_table(methods, keys, head, seed, transposed=False):
     heads = [columns[key].head for key in keys]
     table = [[head, *found]]
     for key, name in zip(keys, heads, strict=True):
-        cells = [INTERVAL.format(**of[key]) for of in found.values()]
+        cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**of[key]) for of in found.values()]
         table.append([name, *marked(cells, [of[key]["value"] for of in found.values()], name)])
     text = markdown(table if transposed else list(zip(*table)))
     rows = [[head, *heads, "cases"]]
     for label, of in found.items():
         if "difference" in of[keys[0]]:
-            cells = [DIFFERENCE.format(**of[key]) for key in keys]
+            form = "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
+            cells = [form.format(**of[key]) for key in keys]
             rows.append([label, *cells, of[keys[0]]["cases"]])
     if len(rows) > 1:
         text += f"\n\nDifference to {methods[-1].label} on the same cases:\n\n{markdown(rows)}"
@@ -258,10 +252,10 @@ def latency_table(methods):
         seconds = given if method.facts["images"] else figures(method)["seconds"]
         found[method.label] = {"seconds": seconds, "billions": method.facts["billions"]}
     rows = [["metric", *found]]
-    for head, key, form in (("inference latency (s)", "seconds", ".2f"),
-                            ("model size (B)", "billions", ".3g")):
+    for head, key, form in (("inference latency (s)", "seconds", "{:.2f}"),
+                            ("model size (B)", "billions", "{:.3g}")):
         values = [of[key] for of in found.values()]
-        rows.append([head, *("–" if value is None else f"{value:{form}}" for value in values)])
+        rows.append([head, *("–" if value is None else form.format(value) for value in values)])
     return markdown(rows), found
 
 
@@ -285,14 +279,10 @@ def preference_table(ratings, seed):
 
 
 def human_table(method, human, seed):
-    """Table 6: what was read of a method's pictures against the target, and against what people said.
-
-    human: {case: (V, A)}, from `people`.
-    """
+    """Table 6: errors against the target, and against what people said, human {case: (V, A)}."""
     rated = [r for r in method.records if r["id"] in human]
     if not rated:
-        raise UserError(f"{method.label}: none of its cases was rated; the ratings must be of the run's "
-                        f"cases")
+        raise UserError(f"{method.label}: none of its cases was rated; give ratings of its cases")
     relabelled = [r | dict(zip("va", human[r["id"]])) for r in rated]
     keys = [key for key in columns_of(method) if key.endswith("_error")]
     sides = [replace(method, label="Lexicon-based annotation", records=rated),
@@ -301,10 +291,7 @@ def human_table(method, human, seed):
 
 
 def people(ratings, method=None):
-    """{case: (mean V, mean A)} by people, of one method's pictures (default: the only one).
-
-    ratings: rows of rate.read_ratings. Raises UserError.
-    """
+    """{case: (mean V, mean A)} by people, of one method's pictures (default: the only one's)."""
     methods = sorted({r["method"] for r in ratings})
     if method is None and len(methods) > 1:
         raise UserError(f"the ratings are of {', '.join(methods)}; name one, as in "
@@ -319,29 +306,22 @@ def people(ratings, method=None):
 
 
 def agreement(ratings):
-    """(a line, {scale: ICC(2,1) as "single", ICC(2,k) as "mean", pictures, raters}).
-
-    Only pictures that all raters have rated count.
-    """
-    raters = sorted({r["rater"] for r in ratings})
+    """(a line on how far raters agree, {scale: ICC(2,1) as "single", ICC(2,k) as "mean", …})."""
+    by_picture = {}
+    for r in sorted(ratings, key=lambda r: r["rater"]):
+        values = [r[scale] for scale in rate.SCALES]
+        by_picture.setdefault((r["case"], r["method"]), []).append(values)
+    raters = len({r["rater"] for r in ratings})
+    said = [rows for rows in by_picture.values() if len(rows) == raters]  # pictures that all rated
+    said = np.array(said).reshape(-1, raters, len(rate.SCALES))  # [n,k,scales], n may be 0
     found = {}
-    for scale in rate.SCALES:
-        by_picture = {}
-        for r in ratings:
-            by_picture.setdefault((r["case"], r["method"]), {})[r["rater"]] = r[scale]
-        rows = [[said[rater] for rater in raters] for said in by_picture.values()
-                if len(said) == len(raters)]
-        single, average = icc(rows) if rows else (math.nan, math.nan)
-        found[scale] = {
-            "single": single, "mean": average, "pictures": len(rows), "raters": len(raters)}
+    for i, scale in enumerate(rate.SCALES):
+        single, average = icc(said[:, :, i])
+        found[scale] = {"single": single, "mean": average, "pictures": len(said), "raters": raters}
     figures = ", ".join(f"{name} {found[scale]['single']:.2f}, {found[scale]['mean']:.2f}"
                         for scale, name in (("v", "V"), ("a", "A"), ("quality", "quality")))
-    return (f"{len(raters)} raters, {found['v']['pictures']} pictures rated by all; ICC(2,1) and "
-            f"ICC(2,k): {figures}"), found
-
-
-# --------------------------------------------------------------------------------------------------
-# The program
+    line = f"{raters} raters, {len(said)} pictures rated by all; ICC(2,1) and ICC(2,k): {figures}"
+    return line, found
 
 
 def table(form, methods, ratings, human, seed):
@@ -371,11 +351,10 @@ def about(label, facts):
     """A line on where the figures of a method come from."""
     sources = {key: facts.get(key) for key in ("model", "adapter", "clip", "aesthetic")}
     sources |= {f"judge {name}": source for name, source in facts["judges"].items()}
-    parts = [f"- {label}: `{facts['command']}`", f"seed {facts['seed']}"]
-    for what, source in sources.items():
-        if source:  # a local checkpoint is a list, of its name and of its files
-            parts.append(f"{what} {source[0] if isinstance(source, list) else source}")
-    return ", ".join(parts) + "\n"
+    # A local checkpoint is a list, of its name and of its files.
+    named = [f"{what} {source[0] if isinstance(source, list) else source}"
+             for what, source in sources.items() if source]
+    return ", ".join([f"- {label}: `{facts['command']}`", f"seed {facts['seed']}", *named]) + "\n"
 
 
 def print_table(args, command):
@@ -390,20 +369,17 @@ def print_table(args, command):
         methods += read_run(folder, label or None)
     facts = {method.label: method.facts for method in methods}
     if len(facts) < len(methods):
-        labels = [method.label for method in methods]
-        twice = [label for label in facts if labels.count(label) > 1]
-        raise UserError(f"several methods are called {', '.join(twice)}; give labels, as in ours=FOLDER")
+        labels = ", ".join(method.label for method in methods)
+        raise UserError(f"{labels}: some have the same label; give another, as in ours=FOLDER")
     path, _, rated_method = (args.human or "").partition(":")
     ratings = rate.read_ratings(path) if path else []
     human = people(ratings, rated_method or None) if args.form == "6" else {}
-
     # 2. the table
     text, found = table(args.form, methods, ratings, human, args.seed)
     if ratings:
         line, found["agreement"] = agreement(ratings)
         text += f"\n\n{line}"
     print(text)
-
     # 3. the files
     if args.out is not None:
         write_json(args.out.with_name(args.out.name + ".json"), {

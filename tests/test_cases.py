@@ -13,7 +13,7 @@ from evaluation.cases import (
     for_others,
     held_out_cases,
     load_cases,
-    picture_of,
+    pictures_of,
     seeds_of,
 )
 from parts.cli import UserError
@@ -62,9 +62,9 @@ def test_missing_or_empty_cases_say_what_is_expected(tmp_path):
 def test_a_cases_picture_is_found_by_its_id(tmp_path):
     case = Case("lake_1", "a lake", 5, 5)
     with pytest.raises(UserError, match="1 of 1 pictures are missing: lake_1; expected <id>.png"):
-        picture_of(tmp_path, case)
+        pictures_of(tmp_path, [case])
     Image.new("RGB", (4, 4)).save(tmp_path / "lake_1.webp")
-    assert picture_of(tmp_path, case) == tmp_path / "lake_1.webp"
+    assert pictures_of(tmp_path, [case]) == [tmp_path / "lake_1.webp"]
 
 
 def test_cases_repeat_with_the_seed_and_spread_over_the_plane():

@@ -139,7 +139,7 @@ def test_runs_that_are_not_whole_or_have_nothing_in_common_are_refused(runs, tmp
     assert main(["table", str(other), str(runs[1]), "--form", "1"]) == 2
     assert "no figure in common" in capsys.readouterr().err
     assert main(["table", str(runs[1]), str(runs[1])]) == 2
-    assert "several methods are called ours; give labels" in capsys.readouterr().err
+    assert "ours, ours: some have the same label" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
