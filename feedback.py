@@ -13,17 +13,12 @@ import json
 import math
 import re
 import statistics
-import string
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 import data
-from parts.cli import UserError
+from parts.prompts import content_words, fill, lost_words
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
           "very excited.")
@@ -79,33 +74,8 @@ LONGEST_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
 # Questions
 
 
-def load_prompts(path, prompts=PROMPTS, values=VALUES):
-    """Put the texts of a JSON file {name: text} in place of prompts: all, or by UserError none."""
-    try:
-        own = json.loads(Path(path).read_text(encoding="utf-8"))
-        unknown = own.keys() - prompts.keys()
-        if unknown:
-            raise ValueError(f"unknown prompt {min(unknown)!r}")
-        for name, text in own.items():
-            fill(text, **dict.fromkeys(values.get(name, ()), ""))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "
-                        f"{', '.join(prompts)}, and in each text only the $values of the prompt "
-                        f"that it replaces, $$ for a dollar") from error
-    prompts.update(own)
-
-
-def fill(template, refusal=None, /, **values):
-    """A prompt with its $values, numbers with two decimals. refusal: why it is asked again."""
-    for name, value in values.items():
-        if not isinstance(value, str):
-            values[name] = "unknown" if value is None else f"{value:.2f}"
-    text = string.Template(template).substitute(values)
-    return text if refusal is None else f"{text}\n{fill(PROMPTS['again'], why=refusal)}"
-
-
 def conversation(system, images, text):
-    """Messages as qwen_vl.chat_text reads them."""
+    """Messages as parts/chat.py reads them."""
     content = [{"type": "image", "image": image} for image in images]
     content.append({"type": "text", "text": text})
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
@@ -122,15 +92,19 @@ def ask_compare(request, prompt, v, a, best, worst, why=None):
     request: the user's neutral prompt. best, worst: (image, v, a), None for what could not be
     judged. why: what was wrong with the last answer, if the judge is asked again.
     """
-    text = fill(PROMPTS["compare"], why, request=request, prompt=prompt, v=v, a=a,
+    text = fill(PROMPTS["compare"], request=request, prompt=prompt, v=v, a=a,
                 best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2])
-    return conversation(PROMPTS["feedback_system"], [best[0], worst[0]], text)
+    return conversation(PROMPTS["feedback_system"], [best[0], worst[0]], text + once_more(why))
 
 
 def ask_rewrite(request, v, a, why=None):
     """The conversation that asks for a first prompt at (v, a): the VA-change task of Table 9."""
-    text = fill(PROMPTS["rewrite"], why, request=request, v=v, a=a)
-    return conversation(PROMPTS["feedback_system"], [], text)
+    text = fill(PROMPTS["rewrite"], request=request, v=v, a=a)
+    return conversation(PROMPTS["feedback_system"], [], text + once_more(why))
+
+
+def once_more(why):
+    return "" if why is None else "\n" + fill(PROMPTS["again"], why=why)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,8 +180,11 @@ def as_score(value, strict=True):
     """A JSON value as a float in 1..9, or None. Not strict: texts that begin with a number too."""
     if isinstance(value, str) and not strict:
         word = value.strip().lower()
-        number = re.match(r"\d+(\.\d+)?", word)
-        value = NUMBERS.index(word) + 1 if word in NUMBERS else number and float(number[0])
+        digits = re.match(r"\d+(\.\d+)?", word)
+        if digits:
+            value = float(digits[0])
+        elif word in NUMBERS:
+            value = NUMBERS.index(word) + 1
     # isinstance would let true and false in, which are integers to Python.
     if type(value) not in (int, float) or not data.VA_MIN <= value <= data.VA_MAX:
         return None
@@ -231,28 +208,6 @@ def read_rewrite(text, request):
     if len(lost) > len(content_words(request)) / 4:
         raise Unusable(f"its prompt lost {', '.join(lost)}")
     return analysis, prompt
-
-
-SMALL_WORDS = set(
-    "a an and are as at away be by for from his her in inside into is it its near no of off on "
-    "onto or our out over that the their there this through to under up upon very was were while "
-    "who with without your".split())
-
-
-def content_words(text):
-    """The words of a text, in lower case, but for articles, prepositions and the like. In scripts
-    without spaces every character is a word."""
-    words = re.findall(r"[぀-ヿ㐀-鿿]|[^\W\d_぀-ヿ㐀-鿿]+", text.lower())
-    return [word for word in words if word not in SMALL_WORDS]
-
-
-def lost_words(request, prompt):
-    """The content words of a request that a prompt has lost; "horses" keeps "horse"."""
-    def stem(word):
-        return re.sub(r"(ing|ed|ly|y|e?s|e)$", "", word) if len(word) > 3 else word
-
-    kept = {stem(word) for word in content_words(prompt)}
-    return [word for word in dict.fromkeys(content_words(request)) if stem(word) not in kept]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,28 +258,6 @@ def judge_images(judge, images, readings=1, strict=False):
 def judge_emotion(judge, image):
     """The class of data.EMOTIONS that the judge sees in a PIL image, or None."""
     return read_answer(judge([ask("class", image)])[0], "class", strict=False)
-
-
-def judge_of(model, batch=32, max_new_tokens=ANSWER_LIMIT, progress=tqdm):
-    """A QwenVL as the callable judge(conversations, attempt=0, n=1) -> list of texts, n for each.
-
-    The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
-    from its own seed. batch: answers in one generation.
-    """
-    def judge(conversations, attempt=0, n=1):
-        texts = []
-        share = max(1, batch // n)
-        starts = range(0, len(conversations), share)
-        for start in progress(starts, desc="asking the judge", leave=False):
-            answers = model.generate(
-                conversations[start:start + share], n, max_new_tokens,
-                temperature=0.7 if attempt else 0.0,
-                generator=torch.Generator().manual_seed(attempt),
-                progress=partial(progress, desc="tokens", leave=False))
-            texts += [completion.text for each in answers for completion in each]
-        return texts
-
-    return judge
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ import feedback
 from parts import cli, page, sheets, weights
 from parts.cli import UserError, say
 from parts.files import save_png
-from parts.pipeline import PAPER, TINY, load_generator, load_judge, name_of, to_images
+from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
+from parts.prompts import load_prompts
 
 PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in the generator.
     "tiny": {"model": TINY, "adapter": TINY / "adapter", "judge": TINY / "judge"},
@@ -205,7 +206,7 @@ def check_machine(args):
     if args.cuda_graphs and not args.device.startswith("cuda"):
         raise UserError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.questions is not None:
-        feedback.load_prompts(args.questions)
+        load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
     probe = args.out / ".probe"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -222,7 +223,7 @@ def load(args):
     if args.judge is not None:
         model = load_judge(args.judge, args.device, args.size)
         model.graphs = args.cuda_graphs
-        judge = feedback.judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
+        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
                                encoders_from=args.text_encoders, adapter=args.adapter)
     if args.compile:

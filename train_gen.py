@@ -19,7 +19,6 @@ import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ import flow_grpo
 import grpo
 import qwen_vl
 from evaluation.metrics import spearman
-from parts import cli, clip, lora, weights
+from parts import cli, clip, lora, pipeline, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -200,7 +199,7 @@ def rewards_of(images, rows, models, reward_weights):
     parts = {}
     readings = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
-        judge = feedback.judge_of(models.judge, 64, progress=partial(tqdm, disable=True))
+        judge = pipeline.judge_of(models.judge, 64, progress=False)
         # read as strictly as the judge was trained
         seen = feedback.judge_images(judge, images, strict=True)
         readings["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)

@@ -14,12 +14,14 @@ L text tokens of width D.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import feedback
 import flow_grpo
 import mmdit
 import qwen_vl
@@ -59,7 +61,7 @@ class Generator:
         context, pooled = self.encode_prompts(prompts, guidance)
         if noise is None:
             noise = self.starting_noise(seeded(seeds), size)
-        with ops.all_laid_out(self.mmdit):  # all steps use the same weights, so repacking them pays
+        with ops.fast_linears(self.mmdit):  # all steps use the same weights, so repacking them pays
             latents = flow_grpo.sample_ode(
                 self.mmdit, noise.to(self.device), context, pooled, steps, guidance, self.shift,
                 progress)
@@ -189,6 +191,30 @@ def load_judge(source, device, size):
     limits = judge.processor.image
     max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
     judge.processor.image = replace(limits, max_pixels=max_pixels)
+    return judge
+
+
+def judge_of(model, batch=32, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
+    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
+
+    The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
+    from its own seed. batch: answers in one generation.
+    """
+    bar = partial(tqdm, leave=False, disable=not progress)
+
+    def judge(conversations, attempt=0, n=1):
+        texts = []
+        share = max(1, batch // n)
+        starts = range(0, len(conversations), share)
+        for start in bar(starts, desc="asking the judge"):
+            answers = model.generate(
+                conversations[start:start + share], n, max_new_tokens,
+                temperature=0.7 if attempt else 0.0,
+                generator=torch.Generator().manual_seed(attempt),
+                progress=partial(bar, desc="tokens"))
+            texts += [completion.text for each in answers for completion in each]
+        return texts
+
     return judge
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from feedback import Unusable, load_prompts
+from feedback import Unusable
 from parts import cli, weights
 from parts.cli import UserError
 from parts.files import read_json, write_json, write_rows
+from parts.prompts import load_prompts
 from prepare import captions
 
 VERSION = "build.py 1"  # this file, and a number that rises when the same command gives other rows

@@ -3,14 +3,14 @@ one by one, so that a run that was stopped or killed asks nothing a second time.
 
 import json
 import re
-from functools import partial
 
 from tqdm import tqdm
 
 import data
-from feedback import LONGEST_PROMPT, Unusable, content_words, conversation, fill, judge_of
+from feedback import LONGEST_PROMPT, Unusable, conversation
 from parts.files import open_picture, read_records, whole_records
-from parts.pipeline import load_judge
+from parts.pipeline import judge_of, load_judge
+from parts.prompts import content_words, fill
 
 SIDE = 512  # a picture of more than SIDE × SIDE pixels is shrunk before it is captioned
 PROMPTS = {  # $name stands for a value of VALUES; wording is ours
@@ -49,7 +49,7 @@ def ask(row, kind, folder, prompts=PROMPTS):
 def load_captioner(args, processes):
     """captioner(conversations) -> texts: the likeliest answers of a Qwen2.5-VL."""
     model = load_judge(args.captioner, processes.device, SIDE)
-    return judge_of(model, args.micro, args.max_new_tokens, partial(tqdm, disable=True))
+    return judge_of(model, args.micro, args.max_new_tokens, progress=False)
 
 
 def write_answers(missing, captioner, prompts, args, processes):

@@ -14,6 +14,8 @@ import data
 import feedback
 from parts import chat
 from parts.cli import UserError
+from parts.pipeline import judge_of
+from parts.prompts import load_prompts, lost_words
 
 PICTURE = Image.new("RGB", (64, 64))
 REQUEST = "a swan on the lake at noon"
@@ -60,7 +62,7 @@ def test_a_file_replaces_prompts(tmp_path, monkeypatch):
         monkeypatch.setitem(feedback.PROMPTS, name, feedback.PROMPTS[name])  # to be put back
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"rewrite": "$request at $v for $$5", "system": "You are terse."}))
-    feedback.load_prompts(path)
+    load_prompts(path, feedback.PROMPTS, feedback.VALUES)
     assert said_in(feedback.ask_rewrite("a $cat", 7, 3)) == "a $cat at 7.00 for $5"
     assert feedback.ask("class", PICTURE)[0]["content"] == "You are terse."
 
@@ -75,7 +77,7 @@ def test_a_bad_file_of_prompts_is_refused_and_changes_nothing(text, message, tmp
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match="prompts.json") as refused:
-        feedback.load_prompts(path)
+        load_prompts(path, feedback.PROMPTS, feedback.VALUES)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert before == feedback.PROMPTS
 
@@ -173,7 +175,7 @@ def test_every_pair_of_the_scale_is_read_exactly(v, a, thought):
     ("湖上的天鹅", "宁静的森林", ["湖", "上", "天", "鹅"]),
 ])
 def test_lost_words_are_those_that_carry_meaning(request_, prompt, lost):
-    assert feedback.lost_words(request_, prompt) == lost
+    assert lost_words(request_, prompt) == lost
 
 
 class Scripted:
@@ -193,7 +195,7 @@ def test_judgements_hold_values_and_reasoning_and_none_where_an_answer_is_unread
     judge = Scripted({"regression": [
         '<think> fog </think><answer>{"valence": 2.5, "arousal": 3}</answer>', "I feel nothing",
         '<think>sun</think><answer>{"valence": 20, "arousal": 3}</answer>']})
-    first, second, third = feedback.judge_images(feedback.judge_of(judge, batch=2), [PICTURE] * 3)
+    first, second, third = feedback.judge_images(judge_of(judge, batch=2), [PICTURE] * 3)
     assert first == feedback.Judgement(2.5, 3.0, None, "fog")
     assert (second.v, second.a, second.reasoning) == (None, None, "I feel nothing")
     assert (third.v, third.a, third.reasoning) == (None, None, "sun")
@@ -204,13 +206,13 @@ def test_judgements_hold_values_and_reasoning_and_none_where_an_answer_is_unread
 def test_rewards_count_only_answers_in_the_form_that_was_asked_for():
     said = '{"valence": 2.5, "arousal": 3}'
     for strict in (True, False):
-        judge = feedback.judge_of(Scripted({"regression": [said, STRICT.format(said)]}))
+        judge = judge_of(Scripted({"regression": [said, STRICT.format(said)]}))
         judgements = feedback.judge_images(judge, [PICTURE] * 2, strict=strict)
         assert [j.v for j in judgements] == [None if strict else 2.5, 2.5]
 
 
 def test_the_judge_names_one_of_the_classes_or_none():
-    judge = feedback.judge_of(Scripted({"class": [STRICT.format('{"emotion_class": "Sadness"}'), "", STRICT.format("[]")]}))
+    judge = judge_of(Scripted({"class": [STRICT.format('{"emotion_class": "Sadness"}'), "", STRICT.format("[]")]}))
     assert [feedback.judge_emotion(judge, PICTURE) for _ in range(3)] == ["sadness", None, None]
 
 
@@ -219,7 +221,7 @@ def test_several_readings_of_a_picture_are_averaged_over_those_that_can_be_read(
         return [va if va == "?" else json.dumps(dict(zip(("valence", "arousal"), va))) for va in said]
 
     judge = Scripted({"regression": texts((2, 4), "?", (5, 5), (3, 6), (4, 5), "?", "?", (5, 4), (6, 3))})
-    judgements = feedback.judge_images(feedback.judge_of(judge, batch=4), [PICTURE] * 3, readings=3)
+    judgements = feedback.judge_images(judge_of(judge, batch=4), [PICTURE] * 3, readings=3)
     assert [(j.v, j.a) for j in judgements] == [(3, 5), (None, None), (16 / 3, 4)]
     assert judgements[0].reasoning == '{"valence": 2, "arousal": 4}' and judge.batches == [3, 2, 1]
 

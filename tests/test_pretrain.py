@@ -14,6 +14,7 @@ import grpo
 import qwen_vl
 from parts import clip
 from parts.pipeline import TINY, load_generator
+from parts.prompts import lost_words
 from tiny import lessons, pretrain, scenes
 
 WEIGHT_FILES = ("vae/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model", "clip/model",
@@ -133,7 +134,7 @@ def test_lessons_of_feedback_keep_the_subject_and_move_the_words_by_what_the_bet
         told.append(said.request == scenes.neutral_caption(scene))
         analysis, prompt = feedback.read_rewrite(said.answer, said.request)
         assert feedback.read_rewrite(said.brief, said.request) == (analysis[analysis.index("Wanted is"):], prompt)
-        assert feedback.lost_words(said.request, prompt) == [] and len(tokenize([prompt])[0].unique()) < pretrain.TEXT_LENGTH
+        assert lost_words(said.request, prompt) == [] and len(tokenize([prompt])[0].unique()) < pretrain.TEXT_LENGTH
         before, after, missed = levels(said.prompt), levels(prompt), np.subtract(said.wish, rows[::said.order][0][1:])
         kinds.add("numbers" if "valence" in said.prompt else "words" if before[0] is not None else "nothing")
         if before[0] is None:

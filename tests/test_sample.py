@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import data
-import feedback
 import sample
 from parts import lora
 from parts.pipeline import TINY, Generator, load_generator
@@ -57,7 +56,7 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
 
 
 def scripted(moods, advice):
-    """A judge for feedback.judge_of: it finds moods[i] in the i-th picture it sees and answers advice(question)."""
+    """A judge for pipeline.judge_of: it finds moods[i] in the i-th picture it sees and answers advice(question)."""
     moods = iter(moods)
 
     def judge(conversations, attempt=0):
@@ -81,7 +80,7 @@ QUICK = ("--v", 7, "--a", 3, "--sample-steps", 2, "--size", 64)
 
 
 def test_several_pictures_are_listed_by_how_near_the_judge_finds_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(feedback, "judge_of", scripted([(2.0, 2.0), (7.0, 3.5), (6.0, 3.0), None], None))
+    monkeypatch.setattr(sample, "judge_of", scripted([(2.0, 2.0), (7.0, 3.5), (6.0, 3.0), None], None))
     assert run(*QUICK, "--n", 4, "--out", tmp_path) == 0
     out = capsys.readouterr().out.splitlines()
     assert [Path(line.split("  ")[0]).name for line in out if line[0] != " "] == [
@@ -93,7 +92,7 @@ def test_several_pictures_are_listed_by_how_near_the_judge_finds_them(tmp_path, 
 def test_rounds_of_feedback_are_recorded_whole(tmp_path, capsys, monkeypatch):
     better = f"{sample.DEFAULT_PROMPT}, golden"
     advice = json.dumps({"analysis": "dull water", "optimized_prompt": better})
-    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 3), (4, 3), (7, 3.5), (2, 2)], lambda _: advice))
+    monkeypatch.setattr(sample, "judge_of", scripted([(5, 3), (4, 3), (7, 3.5), (2, 2)], lambda _: advice))
     assert run(*QUICK, "--rounds", 2, "--n", 2, "--json", "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     record = json.loads(out)
@@ -112,7 +111,7 @@ def test_rounds_of_feedback_are_recorded_whole(tmp_path, capsys, monkeypatch):
 
 
 def test_the_tolerance_ends_the_rounds(tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback, "judge_of", scripted([(6.9, 3), (4, 3)], None))
+    monkeypatch.setattr(sample, "judge_of", scripted([(6.9, 3), (4, 3)], None))
     assert run(*QUICK, "--rounds", 3, "--n", 2, "--tolerance", 0.2, "--out", tmp_path) == 0
     assert len(read(tmp_path)["cells"][0]["rounds"]) == 1
 
@@ -123,7 +122,7 @@ def test_an_interruption_keeps_every_finished_round_and_every_picture(tmp_path, 
             raise KeyboardInterrupt
         return json.dumps({"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})
 
-    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 3)] * 4, advice))
+    monkeypatch.setattr(sample, "judge_of", scripted([(5, 3)] * 4, advice))
     assert run(*QUICK, "--rounds", 3, "--n", 2, "--out", tmp_path) == 130
     assert "kept" in capsys.readouterr().err
     assert len(read(tmp_path)["cells"][0]["rounds"]) == 1
@@ -160,7 +159,7 @@ def test_several_pictures_and_the_grid(tmp_path, capsys):
 
 
 def test_a_grid_with_feedback_shows_the_best_of_each_cell(tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback, "judge_of", scripted([(5, 5)] * 16, lambda _: json.dumps(
+    monkeypatch.setattr(sample, "judge_of", scripted([(5, 5)] * 16, lambda _: json.dumps(
         {"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})))
     assert run("--grid", 2, "--rounds", 2, "--n", 2, "--sample-steps", 1, "--size", 64, "--out", tmp_path) == 0
     record = read(tmp_path)

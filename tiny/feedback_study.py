@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from evaluation.cases import held_out_cases
 from parts.files import read_records, whole_records
-from parts.pipeline import TINY, load_generator, to_images
+from parts.pipeline import TINY, judge_of, load_generator, to_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python tiny/feedback_study.py` finds data.py
 import data
@@ -93,8 +93,8 @@ def mean_errors(pictures, target):
 
 def run_cases(args):
     """One generator and seed: append the missing cases to its file."""
-    judge = feedback.judge_of(qwen_vl.QwenVL.from_pretrained(args.judge), max_new_tokens=feedback.REWRITE_LIMIT,
-                              progress=partial(tqdm, disable=True))
+    model = qwen_vl.QwenVL.from_pretrained(args.judge)
+    judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=False)
     generator = load_generator(TINY, adapter=args.adapter if args.only == "RF" else None)
     scorer = clip.CLIP.from_pretrained(TINY / "clip")
     draw = partial(generator.draw, size=128, steps=args.steps)

@@ -1,0 +1,58 @@
+"""Prompts as texts: values for their $names, a user's own in their place, what a rewrite lost."""
+
+import json
+import re
+import string
+from pathlib import Path
+
+from parts.cli import UserError
+
+SMALL_WORDS = set(
+    "a an and are as at away be by for from his her in inside into is it its near no of off on "
+    "onto or our out over that the their there this through to under up upon very was were while "
+    "who with without your".split())
+
+
+def fill(template, /, **values):
+    """A template with its $names replaced by values; numbers get two decimals, None "unknown"."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            values[name] = "unknown" if value is None else f"{value:.2f}"
+    return string.Template(template).substitute(values)
+
+
+def load_prompts(path, prompts, values):
+    """Put the texts of a JSON file {name: text} in place of prompts: all, or by UserError none.
+
+    values: {name: the $names that its text may use}.
+    """
+    try:
+        own = json.loads(Path(path).read_text(encoding="utf-8"))
+        unknown = own.keys() - prompts.keys()
+        if unknown:
+            raise ValueError(f"unknown prompt {min(unknown)!r}")
+        for name, text in own.items():
+            fill(text, **dict.fromkeys(values.get(name, ()), ""))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "
+                        f"{', '.join(prompts)}, and in each text only the $values of the prompt "
+                        f"that it replaces, $$ for a dollar") from error
+    prompts.update(own)
+
+
+def content_words(text):
+    """The words of a text, in lower case, but for articles, prepositions and the like. In scripts
+    without spaces every character is a word."""
+    words = re.findall(r"[぀-ヿ㐀-鿿]|[^\W\d_぀-ヿ㐀-鿿]+", text.lower())
+    return [word for word in words if word not in SMALL_WORDS]
+
+
+def lost_words(request, prompt):
+    """The content words of a request that a prompt has lost; "horses" keeps "horse"."""
+    kept = {stem(word) for word in content_words(prompt)}
+    return [word for word in dict.fromkeys(content_words(request)) if stem(word) not in kept]
+
+
+def stem(word):
+    """A word without its ending."""
+    return re.sub(r"(ing|ed|ly|y|e?s|e)$", "", word) if len(word) > 3 else word
