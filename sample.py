@@ -123,6 +123,7 @@ def complete(args, refuse):
     if args.rounds > 1 and args.n < 2:
         refuse(f"--n {args.n}: expected 2 or more, as --rounds compares the best and the worst")
     preset = PRESETS[args.preset]
+    # The preset's adapter changes the preset's own generator and fits no other.
     if not (args.adapter or args.no_adapter or args.model):
         args.adapter = preset["adapter"]
     args.model = args.model or preset["model"]
@@ -146,11 +147,11 @@ def complete(args, refuse):
 def run(args):
     started = time.perf_counter()
 
-    # 1. load the models
+    # 1. load the models, but first refuse what they are not needed for
     check_machine(args)
     judge, generator = load(args)
 
-    # 2. the targets, and what run.json says of all of them
+    # 2. the targets, a grid's row by row from the highest arousal down, and the head of run.json
     levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
     targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]
     settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
@@ -163,6 +164,7 @@ def run(args):
     options = feedback.RefineOptions(args.rewrite, args.tolerance, args.seed, None, args.readings)
 
     # 3. for each target draw, judge, and improve the prompt (Algorithm 1)
+    # With one picture a target, a row of the grid is one batch, drawn ahead of its targets.
     one_each = args.grid and judge is None and args.n == 1
     ahead = {}
     bar = tqdm(targets, desc="grid", unit="target", leave=False, disable=args.grid is None)
@@ -207,6 +209,7 @@ def check_machine(args):
         raise UserError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
+    # Permissions alone do not tell: a disk may be full or mounted for reading only.
     probe = args.out / ".probe"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -223,11 +226,13 @@ def load(args):
     if args.judge is not None:
         model = load_judge(args.judge, args.device, args.size)
         model.graphs = args.cuda_graphs
+        # A rewrite, with its analysis, is the longest answer that is asked for.
         judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
                                encoders_from=args.text_encoders, adapter=args.adapter)
     if args.compile:
         generator.mmdit.compile_blocks()
+    # The MMDiT has position embeddings for so many patches a side and no more.
     config = generator.mmdit.config
     limit = config.positions * config.patch * generator.vae.factor
     if args.size > limit:
@@ -252,7 +257,7 @@ def draw(generator, args, prompts, seeds):
 
 
 def draw_row(generator, args, targets):
-    """{prompt: PIL image} of a row of a grid, in one batch; one seed, so only the emotion differs."""
+    """{prompt: PIL image} of a row of a grid, all of one seed: only the emotion differs."""
     prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
     images = draw(generator, args, prompts, [args.seed] * len(prompts))
     return dict(zip(prompts, images, strict=True))
@@ -274,6 +279,7 @@ def draw_and_save(generator, args, ahead, facts, prompt, seeds):
 
 def save_picture(args, facts, prompt, seed, image, judgement=None):
     """Write a picture with all that is known of it into its PNG; returns the file's name."""
+    # Every round draws the next n seeds, so the seed tells the round.
     target = f"v{facts['valence']:g}_a{facts['arousal']:g}_" if args.grid else ""
     name = f"{target}round{(seed - args.seed) // args.n}_seed{seed}.png"
     said = {}
@@ -293,6 +299,7 @@ def save_round(args, facts, finished):
         name = save_picture(args, facts, finished.prompt, picture.seed, picture.image, said)
         loss = None if said.v is None else picture.loss
         images.append({"file": name, "seed": picture.seed, **vars(said), "loss": loss})
+    # The fields of a Round, with file names in the place of its pictures.
     entry = {"prompt": finished.prompt, "images": images, **vars(finished)}
     del entry["pictures"]
     if args.judge is None:

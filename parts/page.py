@@ -95,7 +95,9 @@ def html(run, folder):
         wanted = f"Wanted: {target(cells[0])}, each 1 to 9"
         lead = best_picture(run, folder)
         body = round_sections(run, cells[0], folder, 2)
-    settings = {name: plain(str(run[name])) for name in ("prompt", "model", "steps", "size", "seed")}
+    # Everything that comes from people or models goes through `plain` or `paragraph`.
+    names = ("prompt", "model", "steps", "size", "seed")
+    settings = {name: plain(str(run[name])) for name in names}
     return fill(
         "page", title=plain(short(run["prompt"])), style=style(), wanted=wanted, lead=lead,
         explained=paragraph(explained, "soft"), body=body, judge=plain(run["judge"] or "none"),
@@ -147,7 +149,8 @@ def round_sections(run, cell, folder, level):
             prompt=changes(before, round["prompt"]), cards="".join(cards),
             analysis=paragraph(round["analysis"], before="<b>Analysis.</b> "),
             unseen=paragraph(unseen, "prompt", "The next prompt, not drawn yet: "),
-            note=paragraph(round["note"], "soft"), seconds=paragraph(times(round["seconds"]), "soft"))
+            note=paragraph(round["note"], "soft"),
+            seconds=paragraph(times(round["seconds"]), "soft"))
         before = round["prompt"]
     return out
 
@@ -298,6 +301,7 @@ def changes(old, new):
             out += plain(now)
             continue
         if gone:
+            # Words keep the space behind them; one that is left out may need one before it.
             space = "" if not out or out[-1].isspace() or gone[0] in MARKS else " "
             out += f"{space}<del>{plain(gone)}</del> "
         word = now.rstrip()
@@ -327,6 +331,7 @@ def summary(run, folder):
     if run["grid"]:
         return f"{folder / run['grid']}\n{folder / 'index.html'}"
     images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
+    # An answer that cannot be read counts as the greatest loss.
     images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
     lines = []
     for image in images:
@@ -367,6 +372,7 @@ def picture(path, alt, side=None):
     with Image.open(path) as image:
         kind = "png"
         content = Path(path).read_bytes()
+        # A large JPEG takes a fraction of the PNG; in a small picture its losses would show.
         if max(image.size) > SMALL or image.format != "PNG":
             kind = "jpeg"
             image = image.convert("RGB")

@@ -4,7 +4,7 @@
     pixels = generator.draw(["a swan on the lake"], seeds=[0], size=128)  # [1,3,128,128] uint8
 
     prompts ──► text encoders ──► context, pooled ─┐
-    seeds ────► noise ─────────────────────────────┴─► sampler with MMDiT ─► latents ─► VAE ─► pixels
+    seeds ────► noise ─────────────────────────────┴─► sampler, MMDiT ─► latents ─► VAE ─► pixels
 
 `Generator.draw` is that line from left to right. `load_generator` reads a folder in the layout of
 diffusers, or Stability's single file.

@@ -67,10 +67,12 @@ def sheet_rows(run):
         if any(len(each["rounds"]) > 1 for each in cells):
             images = [round["images"][round["best"] or 0] for round in cell["rounds"]]
         rows.append((f"V {cell['v']:g}\nA {cell['a']:g}", images))
+    # One picture a target: the rows are those of the grid, whose side is the root of its cells.
     if len(cells) > 1 and all(len(images) == 1 for _, images in rows):
         side = math.isqrt(len(cells))
         flat = [images[0] for _, images in rows]
         return [("", flat[i:i + side], None) for i in range(0, len(flat), side)]
+    # Else long rows go on in the next line, without the text at the left.
     out = []
     for label, images in rows:
         readable = [image for image in images if image["loss"] is not None]
