@@ -36,7 +36,7 @@ def load_cases(path):
 
     Other keys, such as those of a dataset's test.jsonl, are passed over. Raises UserError.
     """
-    seen = set()
+    seen = set()  # ids
 
     def parse(raw):
         v, a = data.check_va(raw["v"], raw["a"])
@@ -67,7 +67,7 @@ def held_out_cases(count, seed=0):
 
 def grid_of(cases, side):
     """Each case's prompt over a side × side grid of V and A, as one group."""
-    levels = np.linspace(data.VA_MIN, data.VA_MAX, side).tolist()
+    levels = np.linspace(data.VA_MIN, data.VA_MAX, side).tolist()  # 1, 5, 9 for a side of 3
     return [Case(f"{case.id}_v{v:g}_a{a:g}", case.neutral, v, a, case.id)
             for case in cases for a in levels for v in levels]
 

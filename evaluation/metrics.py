@@ -104,7 +104,7 @@ def targets_and_readings(records, reader, axis):
 
 def errors(records, reader, axis):
     """V-Error or A-Error of each record, |V̂ − V| or |Â − A|, [n]."""
-    target, reading = targets_and_readings(records, reader, axis).T
+    target, reading = targets_and_readings(records, reader, axis).T  # [n] each
     return abs(reading - target)
 
 
@@ -143,7 +143,7 @@ def spearman(x, y):
     """Rank correlation in -1..1; NaN if one side has no spread."""
     x = ranks(x)
     y = ranks(y)
-    spread = x.std() * y.std()
+    spread = x.std() * y.std()  # 0 if all values of a side are equal
     covariance = ((x - x.mean()) * (y - y.mean())).mean()
     return float(covariance / spread) if spread else math.nan
 

@@ -85,10 +85,10 @@ def read_ratings(path):
             whole = len(cells) == len(COLUMNS) and all(cells[:-1])
             if not whole or cells[-1] not in ("", "0", "1"):
                 raise ValueError(f"expected {','.join(COLUMNS)}, with 0, 1 or nothing for best")
-            if tuple(cells[1:4]) in seen:
+            if tuple(cells[1:4]) in seen:  # rater, case, method
                 raise ValueError("this rater, case and method a second time")
             seen.add(tuple(cells[1:4]))
-            datetime.fromisoformat(cells[0])
+            datetime.fromisoformat(cells[0])  # raises ValueError
             v, a = data.check_va(*cells[4:6])
             quality = float(cells[6])
             if not 1 <= quality <= 5:
@@ -131,7 +131,7 @@ def save(study, rater, case, form):
         best = form["best"] == str(index) if len(study.methods) > 1 else None
         rows.append({"time": now, "rater": rater, "case": case.id, "method": method, "best": best,
                      **{scale: int(form[f"{scale}{index}"]) for scale in SCALES}})
-    with study.lock:
+    with study.lock:  # requests run in threads of their own
         if (rater, case.id) not in study.done:
             write_ratings(study.out, study.rows + rows)
             study.rows.extend(rows)
@@ -141,7 +141,7 @@ def save(study, rater, case, form):
 
 def pixels(path):
     """A picture as a PNG that holds its pixels and nothing else."""
-    image = ImageOps.exif_transpose(open_picture(path))
+    image = ImageOps.exif_transpose(open_picture(path))  # the turn, too, is in the texts
     content = io.BytesIO()
     Image.frombytes("RGB", image.size, image.tobytes()).save(content, "PNG", compress_level=1)
     return content.getvalue()
@@ -244,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(path, dict(parse_qsl(query)))
 
     def do_POST(self):
-        length = self.headers.get("Content-Length", "")
+        length = self.headers.get("Content-Length", "")  # which anyone can send
         if not re.fullmatch("[0-9]{1,9}", length) or int(length) > LIMIT:
             return self.send(413, document("This is not a form of these pages", "", ""))
         content = self.rfile.read(int(length)).decode("ascii", "replace")
@@ -293,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether another site may be behind it, by a name that leads here or a form of its own."""
         port = "" if self.server.server_port == 80 else f":{self.server.server_port}"
         hosts = [f"127.0.0.1{port}", f"localhost{port}"]
-        origin = self.headers.get("Origin") if self.command == "POST" else None
+        origin = self.headers.get("Origin") if self.command == "POST" else None  # of the form
         ours = [None, *(f"http://{host}" for host in hosts)]
         return self.headers.get("Host") not in hosts or origin not in ours
 

@@ -73,7 +73,7 @@ def draw_with(generator, form, args, judge, cases, seeds):
             lambda prompt, seeds: generate([prompt] * len(seeds), seeds), judge,
             rounds=args.rounds, images_per_round=args.n,
             seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
-        r, i = feedback.best_of(rounds)
+        r, i = feedback.best_of(rounds)  # of all rounds, by the judge that rewrites
         images.append(rounds[r].pictures[i].image)
     return images
 
@@ -130,7 +130,7 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
             part, part_seeds = zip(*left[start:start + batch])
             began = time.perf_counter()
             images = draw(part, part_seeds)
-            seconds = (time.perf_counter() - began) / len(part)
+            seconds = (time.perf_counter() - began) / len(part)  # of drawing alone
             scores = scores_of(instruments, images, part)
             said = {reader: read(images) for reader, read in instruments.readers.items()}
             for i, case in enumerate(part):
@@ -209,7 +209,7 @@ def complete(args):
     args.device = cli.device_of(args.device)
     judges = {}
     for i, text in enumerate(args.judge):
-        name, _, source = text.rpartition("=")
+        name, _, source = text.rpartition("=")  # [NAME=]SOURCE
         judges[name or f"judge{i or ''}"] = source
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
@@ -258,7 +258,7 @@ def evaluate(args, command):
     # 3. the folder, unless it holds another run
     out, facts = open_run(args, command, cases, generator)
     # 4. draw, read and score, once for each form of the target
-    seeds = seeds_of(cases, args.seed)
+    seeds = seeds_of(cases, args.seed)  # the same noise for every form
     first_judge = next(iter(judges.values()), None)
     for form in args.forms:
         draw = partial(draw_with, generator, form, args, first_judge)

@@ -26,7 +26,7 @@ from parts import cli
 from parts.cli import UserError, markdown
 from parts.files import read_json, read_records, write_json, write_whole
 
-RESAMPLES = 2000
+RESAMPLES = 2000  # bootstrap samples behind an interval
 SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
 HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward", "all": "method"}
 
@@ -39,7 +39,7 @@ def resamples(groups, seed=0, count=RESAMPLES):
     rng = np.random.default_rng(seed)
     if not any(groups):
         return list(rng.integers(len(groups), size=(count, len(groups))))
-    by_group = {}
+    by_group = {}  # {group, or the index of a case that stands alone: its indices}
     for index, group in enumerate(groups):
         by_group.setdefault(group or index, []).append(index)
     units = list(by_group.values())
@@ -69,9 +69,9 @@ def icc(ratings):
     n, k = x.shape
     if n < 2 or k < 2:
         return math.nan, math.nan
-    pictures = k * ((x.mean(1) - x.mean()) ** 2).sum()
-    raters = n * ((x.mean(0) - x.mean()) ** 2).sum()
-    rest = ((x - x.mean()) ** 2).sum() - pictures - raters
+    pictures = k * ((x.mean(1) - x.mean()) ** 2).sum()  # sum of squares between pictures,
+    raters = n * ((x.mean(0) - x.mean()) ** 2).sum()  # between raters,
+    rest = ((x - x.mean()) ** 2).sum() - pictures - raters  # and of what neither explains
     bms = pictures / (n - 1)  # the mean squares, as their paper names them
     jms = raters / (k - 1)
     ems = rest / ((n - 1) * (k - 1))
@@ -104,7 +104,7 @@ class Column:
 def read_run(folder, label=None):
     """The Methods of a run's folder, one for each form of the target. Raises UserError."""
     folder = Path(folder)
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(folder.glob("*.jsonl"))  # one for each form of the target
     if not files or not (folder / "settings.json").is_file():
         raise UserError(f"{folder}: no run of `python -m evaluation run`; expected settings.json "
                         f"and records in it")
@@ -123,10 +123,10 @@ def read_run(folder, label=None):
 def columns_of(method):
     """{key: Column} of what a run measured."""
     first = method.records[0]
-    accuracy = {}
+    accuracy = {}  # the order of the columns: accuracy, scores, continuity
     continuity = {}
     for reader in first["read"]:
-        by = "" if len(first["read"]) == 1 else f", {reader}"
+        by = "" if len(first["read"]) == 1 else f", {reader}"  # one reader needs no name
         for axis, letter in enumerate("VA"):
             key = f"{reader}_{letter.lower()}"
             of = {"reader": reader, "axis": axis}
@@ -135,7 +135,7 @@ def columns_of(method):
             values = partial(targets_and_readings, **of)
             head = f"Spearman {letter}{by} ↑"
             continuity[f"{key}_spearman"] = Column(head, values, correlation)
-            if first.get("group"):
+            if first.get("group"):  # only cases of a grid have neighbours
                 values = partial(neighbours_in_order, **of)
                 continuity[f"{key}_order"] = Column(f"order {letter}{by} ↑", values, mean)
     scores = {key: Column(f"{name} ↑", partial(score_of, key=key), mean)
@@ -228,12 +228,12 @@ def figure_table(methods, keys, head, seed, transposed=False):
     found = compared(methods, keys, seed)
     columns = columns_of(methods[0])
     heads = [columns[key].head for key in keys]
-    table = [[head, *found]]
+    table = [[head, *found]]  # a line for each key, which most tables have as a column
     for key, name in zip(keys, heads, strict=True):
         cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**of[key]) for of in found.values()]
         table.append([name, *marked(cells, [of[key]["value"] for of in found.values()], name)])
     text = markdown(table if transposed else list(zip(*table)))
-    rows = [[head, *heads, "cases"]]
+    rows = [[head, *heads, "cases"]]  # of differences
     for label, of in found.items():
         if "difference" in of[keys[0]]:
             form = "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
@@ -262,7 +262,7 @@ def latency_table(methods):
 def preference_table(ratings, seed):
     """Table 3: how often a method's picture was chosen as best, and the mean quality, 1..5."""
     found = {}
-    for name in sorted({r["method"] for r in ratings}):
+    for name in sorted({r["method"] for r in ratings}):  # as no run gives their order
         own = [r for r in ratings if r["method"] == name]
         best = np.array([math.nan if r["best"] is None else 100.0 * r["best"] for r in own])
         quality = np.array([r["quality"] for r in own])
@@ -284,7 +284,7 @@ def human_table(method, human, seed):
     if not rated:
         raise UserError(f"{method.label}: none of its cases was rated; give ratings of its cases")
     relabelled = [r | dict(zip("va", human[r["id"]])) for r in rated]
-    keys = [key for key in columns_of(method) if key.endswith("_error")]
+    keys = [key for key in columns_of(method) if key.endswith("_error")]  # scores know no target
     sides = [replace(method, label="Lexicon-based annotation", records=rated),
              replace(method, label="Human annotation", records=relabelled)]
     return figure_table(sides, keys, "annotator", seed, transposed=True)
@@ -298,7 +298,7 @@ def people(ratings, method=None):
                         f"--human FILE:{methods[0]}")
     if method not in (None, *methods):
         raise UserError(f"no ratings of {method!r}; there are some of {', '.join(methods)}")
-    by_case = {}
+    by_case = {}  # {case: what each rater said}
     for r in ratings:
         if r["method"] == method or method is None:
             by_case.setdefault(r["case"], []).append((r["v"], r["a"]))
@@ -307,7 +307,7 @@ def people(ratings, method=None):
 
 def agreement(ratings):
     """(a line on how far raters agree, {scale: ICC(2,1) as "single", ICC(2,k) as "mean", …})."""
-    by_picture = {}
+    by_picture = {}  # {(case, method): values on the scales, by rater}
     for r in sorted(ratings, key=lambda r: r["rater"]):
         values = [r[scale] for scale in rate.SCALES]
         by_picture.setdefault((r["case"], r["method"]), []).append(values)
@@ -365,13 +365,13 @@ def print_table(args, command):
         raise UserError("no run given; expected folders that `python -m evaluation run` wrote")
     methods = []
     for text in args.runs:
-        label, _, folder = text.rpartition("=")
+        label, _, folder = text.rpartition("=")  # [LABEL=]FOLDER
         methods += read_run(folder, label or None)
     facts = {method.label: method.facts for method in methods}
     if len(facts) < len(methods):
         labels = ", ".join(method.label for method in methods)
         raise UserError(f"{labels}: some have the same label; give another, as in ours=FOLDER")
-    path, _, rated_method = (args.human or "").partition(":")
+    path, _, rated_method = (args.human or "").partition(":")  # FILE[:METHOD]
     ratings = rate.read_ratings(path) if path else []
     human = people(ratings, rated_method or None) if args.form == "6" else {}
     # 2. the table

@@ -170,7 +170,8 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
 
 def markdown(rows):
     """A Markdown table of rows of texts, the first of them its head."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    rows = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- " * len(rows[0]) + "|")
     return "\n".join(lines)
 

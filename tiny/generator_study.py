@@ -43,7 +43,7 @@ def run_of(folder, flags, seed, cases, extra):
     out = STUDY / f"{folder}_seed{seed}"
     train = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--out", out, "--judge", JUDGE, "--seed", seed,
              "--eval-every", 0, *(flags or []), *extra]
-    measure = [sys.executable, HERE.parent / "evaluate.py", "--cases", cases, "--seed", seed, "--forms", "numbers",
+    measure = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--seed", seed, "--forms", "numbers",
                "--judge", JUDGE, "--out", out / RESULT.parent]
     return out, RESULT, [measure] if flags is None else [train, [*measure, "--adapter", out / "adapter"]]
 
