@@ -17,7 +17,6 @@ import feedback
 import flow_grpo
 import mmdit
 import qwen_vl
-import train_gen
 from bench import plan
 from parts import chat, clip, lora, ops
 from parts.pipeline import PAPER
@@ -31,7 +30,7 @@ MATRICES = "update, forward and backward"
 
 
 def parse(*flags):
-    return train_gen.parse_args(["--preset", "paper", "--plan", *map(str, flags)])
+    return plan.parse_args([str(flag) for flag in flags])
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ def test_flops_of_the_full_size_generator_are_those_of_its_matrices(full):
     def forward(_):
         with torch.no_grad(), lora.lora_disabled(full.mmdit):
             flow_grpo.guided_velocity(full.mmdit, latents, 0.5, *plan.texts_of(full, parse("--guidance", 1), 1), 1.0)
-    meter = plan.measure(forward)
+    counter = plan.measure(forward)
     both, last = c.depth - 1, 1  # blocks; the last one has no text MLP and no text output
     multiply_adds = (
         both * 12 * D * D * (N + L) + last * (12 * D * D * N + 3 * D * D * L)  # qkv 3, proj 1, mlp 8
@@ -80,13 +79,13 @@ def test_flops_of_the_full_size_generator_are_those_of_its_matrices(full):
         + both * 2 * (N + L) ** 2 * D + last * 2 * N * (N + L) * D  # joint attention: scores and values
         + D * D * (both * 12 + last * 8 + len(c.dual_blocks) * 3 + 2)  # modulations, for one row
         + L * 4096 * D + N * 64 * D * 2 + (256 + 2048 + 2 * D) * D)  # context, patches in and out, timestep and pooled
-    assert meter.flops == pytest.approx(2 * multiply_adds, rel=0.01)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    assert counter.flops == pytest.approx(2 * multiply_adds, rel=0.01)
+    theirs = FlopCounterMode(display=False)
+    with theirs:
         forward(None)
-    assert meter.flops == counter.get_total_flops()
-    weights_and_more = plan.size_of(full.mmdit.parameters()) - plan.size_of(full.trained)
-    assert weights_and_more < meter.traffic and args.guidance == 4.5
+    assert counter.flops == theirs.get_total_flops()
+    weights_and_more = plan.size_of(full.mmdit.paracounters()) - plan.size_of(full.trained)
+    assert weights_and_more < counter.traffic and args.guidance == 4.5
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -98,7 +97,7 @@ def test_activations_on_meta_are_what_autograd_keeps_in_a_real_run(small, dtype,
     The tolerance is for what a CPU keeps otherwise: no seed of attention and, in bfloat16, statistics of half the size.
     """
     monkeypatch.setattr(ops, "FUSED", False)
-    planned, n = small("--rank", 4), 2
+    planned, n = small("--lora-rank", 4), 2
     if dtype == torch.float32:  # else as planned: bfloat16 around a float32 adapter
         planned.models.mmdit.float()
         planned.models.encoding = [t.float() for t in planned.models.encoding]
@@ -110,7 +109,7 @@ def test_activations_on_meta_are_what_autograd_keeps_in_a_real_run(small, dtype,
         p.data.normal_(std=0.1)
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     texts = [torch.randn(t.shape).to(dtype) for t in plan.texts_of(planned.models, planned.args, n)]
-    trajectory = flow_grpo.sample_sde(model, torch.randn(n, 16, 16, 16), *texts, 10)
+    trajectory = flow_grpo.sample_sde(model, torch.randn(n, 16, 16, 16), *texts, flow_grpo.SDESettings())
     kept = trajectory.steps[3]
     mine = [*model.parameters(), *model.buffers(), kept.before, kept.after, kept.log_prob]
     own, saved = {t.untyped_storage()._cdata for t in mine}, {}
@@ -122,34 +121,34 @@ def test_activations_on_meta_are_what_autograd_keeps_in_a_real_run(small, dtype,
 
     def forward():
         step = flow_grpo.evaluate_step(model, trajectory, 3, *texts, kept.before)
-        return flow_grpo.step_loss(step.log_prob, kept.log_prob, kept.log_prob, step.kl), step
+        return flow_grpo.flow_grpo_loss(step.log_prob, kept.log_prob, kept.log_prob, step.kl), step
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         (loss, _), step = forward()
     assert meant.kept == pytest.approx(plan.size_of(saved.values()) + step.terms[0].nbytes, rel=tolerance)
-    with plan.Meter("cpu") as real:  # the peak: the same meter, over real tensors
+    with plan.OperatorCounter("cpu") as real:  # the peak: the same counter, over real tensors
         (loss, _), step = forward()
         loss.backward()
     assert meant.peak == pytest.approx(real.peak, rel=0.05)
 
 
-def test_the_meter_knows_views_places_and_temporaries():
+def test_the_counter_knows_views_places_and_temporaries():
     x = torch.zeros(256, 256)
-    with plan.Meter("cpu") as meter:
+    with plan.OperatorCounter("cpu") as counter:
         y = x + 1
-        assert meter.live == meter.peak == x.nbytes and meter.traffic == 2 * x.nbytes
+        assert counter.live == counter.peak == x.nbytes and counter.traffic == 2 * x.nbytes
         z = y.t()[3:]
-        assert meter.live == x.nbytes and meter.traffic == 2 * x.nbytes  # views
+        assert counter.live == x.nbytes and counter.traffic == 2 * x.nbytes  # views
         y.add_(x)
-        assert meter.live == x.nbytes and meter.traffic == 5 * x.nbytes  # in place: read twice, written once
+        assert counter.live == x.nbytes and counter.traffic == 5 * x.nbytes  # in place: read twice, written once
         del y
-        assert meter.live == x.nbytes  # the view holds it
+        assert counter.live == x.nbytes  # the view holds it
         del z
-        assert meter.live == 0 and meter.peak == x.nbytes and meter.flops == 0
+        assert counter.live == 0 and counter.peak == x.nbytes and counter.flops == 0
         x @ x
-    assert meter.flops == 2 * 256**3 and meter.live == 0
+    assert counter.flops == 2 * 256**3 and counter.live == 0
     slow = max(2 * 256**3 / (67e12 * plan.ARITHMETIC), 3 * x.nbytes / (3.35e12 * plan.TRAFFIC))
-    assert meter.seconds[plan.GPUS[0]] == pytest.approx(slow + 5 * x.nbytes / (3.35e12 * plan.TRAFFIC))
+    assert counter.seconds[plan.GPUS[0]] == pytest.approx(slow + 5 * x.nbytes / (3.35e12 * plan.TRAFFIC))
 
 
 def test_checkpointing_keeps_less_and_computes_more(small):
@@ -176,9 +175,9 @@ def test_twice_the_gpus_halve_the_work_of_each(small):
 
 def test_the_settings_are_respected(small):
     base = small().costs(8)
-    assert small("--sample-steps", 20, "--window", 10).costs(8)["sampling"][0] == 2 * base["sampling"][0]
+    assert small("--sde-steps", 20, "--window", 10).costs(8)["sampling"][0] == 2 * base["sampling"][0]
     assert small("--window", 2).costs(8)[MATRICES][0] == base[MATRICES][0] / 5
-    guided = small("--window", 2, "--guided", 4).costs(8)["sampling"][0]  # half of two kept steps once more
+    guided = small("--window", 2, "--guided-pictures", 4).costs(8)["sampling"][0]  # half of two kept steps once more
     assert guided == pytest.approx(base["sampling"][0] * 11 / 10)
     assert "update, reference" not in small("--beta", 0).costs(8)
     assert small("--guidance", 1).costs(8)["sampling"][0] == pytest.approx(base["sampling"][0] / 2)
@@ -188,13 +187,13 @@ def test_the_settings_are_respected(small):
     odd = small("--micro", 3)  # 16 pictures as 5 × 3 + 1
     assert odd.costs(8)["VAE decoder"][0] == pytest.approx(base["VAE decoder"][0])
     assert odd.memory(8)["kept for backward: update"] < small().memory(8)["kept for backward: update"]
-    adapters = [plan.size_of(small("--rank", rank).models.trained) for rank in (8, 16)]
+    adapters = [plan.size_of(small("--lora-rank", rank).models.trained) for rank in (8, 16)]
     assert adapters[1] == 2 * adapters[0]
 
 
 def test_a_token_of_the_judge_reads_all_its_weights_and_the_cache(full):
     args, judge = parse(), full.judge
-    first, token = plan.judge_meters(judge, args, 8)
+    first, token = plan.judge_counters(judge, args, 8)
     read = plan.size_of([*judge.model.layers.parameters(), *judge.model.norm.parameters(), judge.head_weight])
     cache, tokens, grid = plan.judge_cache(judge, args, 8)
     assert grid == (1, 36, 36) and tokens == plan.QUESTION + 18 * 18
@@ -217,8 +216,8 @@ def test_the_judges_question_has_as_many_tokens_as_qwens_tokenizer_makes_of_it()
 
 def test_the_program_prints_the_plan_without_network_weights_or_data(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train_gen.py"), *"--preset paper --plan --gpus 64 --device cuda".split()], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)})
+        [sys.executable, "-m", "bench.plan", *"--preset paper --gpus 64".split()], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = {cells[1]: cells[2:-1] for cells in ([c.strip() for c in line.split("|")] for line in done.stdout.splitlines())
             if len(cells) > 3}
@@ -231,9 +230,13 @@ def test_the_program_prints_the_plan_without_network_weights_or_data(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--gpus", "3"], "--gpus 3: the 128 pictures"), (["--gpus", "0"], "--gpus 0"), (["--group", "1"], "--group 1"),
-    (["--judge", "./mine"], "--judge with --plan"), (["--preset", "tiny"], "--model with --plan")])
+    (["--gpus", "3"], "--gpus 3: the 128 pictures"), (["--gpus", "0"], "--gpus: expected a whole number"),
+    (["--group", "1"], "--group: expected"), (["--judge", "./mine"], "--judge: invalid choice: './mine'"),
+    (["--preset", "tiny"], "--preset: invalid choice: 'tiny'"), (["--window", "11"], "--window 11: expected at most")])
 def test_what_cannot_be_planned_is_one_line(capsys, flags, message):
-    assert train_gen.main(["--preset", "paper", "--plan", *flags]) == 2
+    try:
+        code = plan.main(flags)
+    except SystemExit as stop:
+        code = stop.code
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert code == 2 and message in error and error.count("\n") == 1
