@@ -84,7 +84,7 @@ def test_flops_of_the_full_size_generator_are_those_of_its_matrices(full):
     with theirs:
         forward(None)
     assert counter.flops == theirs.get_total_flops()
-    weights_and_more = plan.size_of(full.mmdit.paracounters()) - plan.size_of(full.trained)
+    weights_and_more = plan.size_of(full.mmdit.parameters()) - plan.size_of(full.trained)
     assert weights_and_more < counter.traffic and args.guidance == 4.5
 
 
