@@ -423,9 +423,6 @@ class QwenVL(nn.Module):
         """[V,D]: the head, or the embedding if they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def logits(self, hidden):
-        return F.linear(hidden, self.head_weight)
-
     def trunk(self, attend, ids, positions, pixels=None, grids=()):
         """Hidden states [N,D] after the last norm, of ids [N] and positions [3,N].
 
@@ -466,7 +463,7 @@ class QwenVL(nn.Module):
         attend = Sequences([len(row) for row in rows])
         hidden = self.trunk(attend, input_ids[keep], positions, pixel_values, grids)
         logits = hidden.new_zeros(*input_ids.shape, self.config.vocab)
-        logits[keep] = self.logits(hidden)
+        logits[keep] = F.linear(hidden, self.head_weight)
         return logits
 
     def completion_hidden(self, prompts, completions):
@@ -522,7 +519,7 @@ class QwenVL(nn.Module):
         with ops.fast_linears(self, copy=False):
             hidden = self.trunk(cache.prefill, ids, positions, pixels, grids)
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits = self.logits(hidden[last]).repeat_interleave(n, dim=0)  # [P·n,V]
+        logits = ops.logits(hidden[last], self.head_weight).repeat_interleave(n, dim=0)  # [P·n,V]
         token, log_prob = sample(logits, temperature, uniforms[:, 0])
 
         # 3. decode: the next token of all answers at a time, until each has met a stop token
@@ -536,8 +533,10 @@ class QwenVL(nn.Module):
         # Asking whether all are done waits for the GPU, so ask every 16 steps.
         every = 16 if device.type == "cuda" else 1
         with ops.fast_linears(self.model.layers):
+            head = functools.partial(ops.logits, weight=self.head_weight)
             # FSDP2 gathers and frees sharded weights, so nothing may hold on to a laid out copy.
-            head = self.logits if sharded else ops.fast_linear(self.head_weight)
+            if device.type == "cpu" and not sharded:
+                head = ops.fast_linear(self.head_weight)
 
             def next_token(token, index, position, uniforms):
                 """(token, log-probability), both [P·n], after `token`, the index-th of its row."""

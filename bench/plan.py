@@ -32,7 +32,7 @@ import feedback
 import flow_grpo
 import mmdit
 import qwen_vl
-from parts import chat, cli, clip, lora, text_encoders, vae
+from parts import chat, cli, clip, lora, ops, text_encoders, vae
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER
 
@@ -327,11 +327,11 @@ def judge_counters(judge, args, n):
     def prefill(_):
         pictures = judge.visual(pixels, [grid] * n)  # held while the text is computed
         hidden = judge.trunk(cache.prefill, ids, ids.expand(3, -1))
-        return pictures, qwen_vl.sample(judge.logits(hidden[last]), 0, None)
+        return pictures, qwen_vl.sample(ops.logits(hidden[last], judge.head_weight), 0, None)
 
     def decode(_):
         hidden = judge.trunk(cache.decode, last, last.expand(3, -1))
-        return qwen_vl.sample(judge.logits(hidden), 0, None)
+        return qwen_vl.sample(ops.logits(hidden, judge.head_weight), 0, None)
 
     first = measure(prefill)
     cache.room = ANSWER // 2 + 1  # attention grows evenly, so the middle is the mean

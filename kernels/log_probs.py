@@ -1,8 +1,8 @@
-"""`grpo.token_log_probs` a tile of the logits at a time, so that those of all tokens are never held.
+"""`grpo.token_log_probs` a tile of the logits at a time, so that they are never held whole.
 
-The logits of 2,048 tokens over Qwen's vocabulary of 152,064 entries are 1.2 GB in float32, and their
-softmax and its gradient as much again. Here one tile of at most ROWS × CHUNK exists, 32 MiB whatever
-N and V are. Products are taken in the type of the inputs, the softmax in float32.
+The logits of 2,048 tokens over Qwen's vocabulary of 152,064 entries are 1.2 GB in float32, and
+their softmax and its gradient as much again. Here one tile of at most ROWS × CHUNK exists, 32 MiB
+whatever N and V are. Products are taken in the type of the inputs, the softmax in float32.
 
 Shapes: N tokens, D width, V vocabulary.
 """
@@ -38,10 +38,10 @@ def token_log_probs(hidden, lm_head_weight, targets, temperature=1.0):
 class TokenLogProbs(torch.autograd.Function):
     """`token_log_probs` with its gradients.
 
-    hidden: d log p_i / d hidden_i = (W[target_i] − Σ_v p_iv·W_v)/T is one row, whatever comes after,
-    so the forward pass forms it while it has the tile, and the backward pass only scales it. W: the
-    backward pass makes the tiles again. Forward and backward together cost two matrix products with
-    a frozen head and four with a trained one.
+    hidden: d log p_i / d hidden_i = (W[target_i] − Σ_v p_iv·W_v)/T is one row, whatever comes
+    after, so the forward pass forms it while it has the tile, and the backward pass only scales it.
+    W: the backward pass makes the tiles again. Forward and backward together cost two matrix
+    products with a frozen head and four with a trained one.
     """
 
     @staticmethod

@@ -183,34 +183,3 @@ def program_name():
     if spec is None:
         return f"python {Path(sys.argv[0]).name}"
     return f"python -m {spec.name.removesuffix('.__main__')}"
-
-
-# LEGACY, goes when train_gen.py, train_judge.py and prepare/ use add_settings and argparse types
-
-
-def make_parser(doc, settings, out, kinds=()):
-    made = parser(doc)
-    made.add_argument("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of everything below")
-    made.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"), help="dataset folder (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=Path(out), help="folder of the run (default: %(default)s)")
-    made.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    for name, (paper, tiny, text) in settings.items():
-        kind = dict(kinds).get(name, type(paper))
-        made.add_argument("--" + name.replace("_", "-"), type=kind, help=f"{text} (paper: {paper}, tiny: {tiny})")
-    return made
-
-
-def parse(made, settings, argv):
-    return parse_settings(made, settings, argv)
-
-
-def check_bounds(args, bounds):
-    for name, (low, high) in bounds.items():
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {low}..{high}")
-
-
-def check_choices(args, choices):
-    for name, known in choices.items():
-        if getattr(args, name) not in known:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {', '.join(known[:-1])} or {known[-1]}")

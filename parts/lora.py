@@ -17,9 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
 from parts.weights import index, load, save
+
+
+@ops.fusable
+def add_change(y, x, A, B, scale):
+    """y + scale·B·A·x [...,rows]: x [...,in], A [projections·rank,in], B: [rows,rank] of each."""
+    # All A in one product, as they read the same x; then each projection's own B.
+    low = F.linear(x.to(A.dtype), A)  # [...,projections·rank]
+    low = low.split(len(A) // len(B), dim=-1)
+    change = torch.cat([F.linear(z, own) for z, own in zip(low, B, strict=True)], dim=-1)
+    return y + (scale * change).to(y.dtype)
 
 
 class LoRA(nn.Module):
@@ -55,11 +66,7 @@ class LoRA(nn.Module):
         y = self.linear(x)
         if not self.enabled:
             return y
-        # All A in one product, as they read the same x; then each projection's own B.
-        low = F.linear(x.to(self.A.dtype), self.A)  # [...,projections·rank]
-        low = low.split(self.rank, dim=-1)
-        change = torch.cat([F.linear(z, B) for z, B in zip(low, self.B, strict=True)], dim=-1)
-        return y + (self.alpha / self.rank * change).to(y.dtype)  # [...,rows]
+        return add_change(y, x, self.A, list(self.B), self.alpha / self.rank)
 
     def pairs(self):
         """[(peft's name, A [rank,in], B [rows,rank])] of the projections."""

@@ -22,7 +22,6 @@ import importlib
 import importlib.util
 import inspect
 import io
-import math
 import os
 import textwrap
 import tokenize
@@ -35,6 +34,10 @@ from torch import nn
 from parts.cli import say
 
 FUSED = os.environ.get("KERNELS", "fused") != "plain"
+# cuDNN's attention, torch's first choice on Hopper, plans anew for every shape it meets (seconds,
+# where the judge's shapes change at every call), and has given NaN gradients with a mask
+# (pytorch#196678). Flash attention takes its place; a training step was no slower with it.
+torch.backends.cuda.enable_cudnn_sdp(False)
 LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
@@ -177,6 +180,18 @@ def attention(q, k, v, mask=None, causal=False, scale=None):
     return out.transpose(1, 2).flatten(2)
 
 
+def logits(hidden, weight):
+    """hidden·Wᵀ [N,V] in float32 of hidden [N,D] and a head W [V,D], without gradient.
+
+    Sampling and training must see the same numbers. Logits rounded to bfloat16 are off by up to
+    2⁻⁸ of their size, which for a logit of 20 is a factor of 1.08 in the token's probability, so on
+    a GPU the product of narrow types is taken in float32.
+    """
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return F.linear(hidden, weight).float()
+
+
 @fusable
 def channels_last(x):
     """x [B,C,H,W] in the memory layout that convolutions are fastest in; its values do not change."""
@@ -215,141 +230,3 @@ def as_graph(function, *inputs):
     """
     record = faster("graphs", "as_graph")
     return function if record is None else record(function, *inputs)
-
-
-# LEGACY: goes as soon as its last user has switched
-
-def on_gpu(x):
-    """triton_kernels if an operation on x is to run there, else None: Triton comes with CUDA builds of torch."""
-    if not FUSED or not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
-        return None
-    from kernels import triton_forms as triton_kernels
-    return triton_kernels
-
-
-def on_cpu(x):
-    return FUSED and x.device.type == "cpu"
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding: the two halves of a head are the parts of complex numbers, turned by an angle.
-
-    x [..., H, E], cos, sin [..., 1, E] (each angle twice, once per half).
-    """
-    first, second = x.chunk(2, dim=-1)
-    if on_cpu(x) and not torch.is_grad_enabled():  # in place, where autograd would have to copy
-        y, (sin, other) = x * cos, sin.chunk(2, dim=-1)
-        y[..., :first.shape[-1]].addcmul_(second, sin, value=-1)
-        y[..., first.shape[-1]:].addcmul_(first, other)
-        return y
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def split_rotate(qkv, heads, kv_heads, cos, sin):
-    """Packed projection [N,(H+2K)·E] -> q [N,H,E], k, v [N,K,E], q and k turned by `rotate`; cos, sin [N,1,E].
-
-    If cos is float32 so is the rotation, and its result is rounded (the vision tower); else all is in qkv's type (the text).
-    """
-    if gpu := on_gpu(qkv):
-        return gpu.split_rotate(qkv, heads, kv_heads, cos, sin)
-    qk, v = qkv.view(len(qkv), heads + 2 * kv_heads, -1).split([heads + kv_heads, kv_heads], dim=1)
-    q, k = rotate(qk.to(torch.promote_types(qkv.dtype, cos.dtype)), cos, sin).to(qkv.dtype).split([heads, kv_heads], dim=1)
-    return q, k, v
-
-
-def swiglu(gate_up):
-    """silu(gate)·up of a packed projection [..., 2M] -> [..., M]."""
-    if gpu := on_gpu(gate_up):
-        return gpu.swiglu(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def attend_shared(q, prompt_k, prompt_v, k, v, hidden=None):
-    """Attention of one new token in each of P·n rows, over the tokens of its prompt, which n rows share, and its row's own.
-
-    q [P·n,H,E], prompt_k, prompt_v [P,K,L,E], k, v [P·n,K,t,E] -> [P·n,H·E]. hidden [P or 1,L+t]: True where none attends.
-    A prompt's keys and values are read once for its n rows. Scores and their softmax are float32 (float64 for that).
-    """
-    (R, H, E), (P, K, L, _) = q.shape, prompt_k.shape
-    n, G = R // P, H // K
-    q = q.view(P, n, K, G, E)
-    scores = torch.cat([  # [P,n,K,G,L+t]
-        batched(q.transpose(1, 2).reshape(P * K, n * G, E), prompt_k.flatten(0, 1).mT).view(P, K, n, G, L).transpose(1, 2),
-        batched(q.reshape(R * K, G, E), k.flatten(0, 1).mT).view(P, n, K, G, -1)], dim=-1).mul_(E ** -0.5)
-    if hidden is not None:
-        scores.masked_fill_(hidden[:, None, None, None], float("-inf"))
-    over_prompt, own = scores.softmax(-1).to(q.dtype).tensor_split([L], dim=-1)
-    out = batched(over_prompt.transpose(1, 2).reshape(P * K, n * G, L), prompt_v.flatten(0, 1))
-    out = out.view(P, K, n, G, E).transpose(1, 2) + batched(own.reshape(R * K, G, -1), v.flatten(0, 1)).view(P, n, K, G, E)
-    return out.to(q.dtype).reshape(R, H * E)
-
-
-def batched(a, b):
-    """a·b [N,·,·], not rounded below float32 where the device can do so."""
-    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
-
-
-def sde_draw(velocity, latents, noise, a, b, std):
-    """(the step mean + std·noise, without gradient, its log-probability [B], see `sde_log_prob`)."""
-    if gpu := on_gpu(velocity):
-        return gpu.sde_draw(velocity, latents, noise, a, b, std)
-    mean = sde_mean(velocity, latents, a, b)
-    drawn = (mean + std * noise).detach()
-    return drawn, log_density(drawn, mean, std)
-
-
-def sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity=None, sigma_t=1.0):
-    """(log density [B] of the given step, averaged over its elements, KL [B] to the reference's step or None).
-
-    The KL, with ref_velocity, a constant: (mean − ref_mean)²/(2·sigma_t²), averaged over elements, where latents cancel.
-    """
-    if gpu := on_gpu(velocity):
-        return gpu.sde_log_prob(velocity, latents, next_latents, a, b, std, ref_velocity, sigma_t)
-    log_prob = log_density(next_latents.float(), sde_mean(velocity, latents, a, b), std)
-    if ref_velocity is None:
-        return log_prob, None
-    gap = b * (velocity.float() - ref_velocity.detach().float())
-    return log_prob, gap.square().flatten(1).mean(1) / (2 * sigma_t**2)
-
-
-def sde_mean(velocity, latents, a, b):
-    return latents.float() * a + velocity.float() * b
-
-
-def log_density(x, mean, std):
-    return -0.5 * ((x - mean) / std).square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
-
-
-def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
-    """One tile of a running log-softmax, in place: logits z [N,V] become exp(scale·z − peak).
-
-    V vocabulary entries from `start` on; targets [N], counted over the whole vocabulary. peak, total, picked [N], float32 or
-    wider: the greatest scaled logit so far (−inf at first), Σ exp(logit − peak), and the target's scaled logit once its tile
-    has passed. Returns keep [N]: what sums of exp(logit − old peak) must be multiplied by.
-    """
-    if gpu := on_gpu(z):
-        return gpu.scan_tile(z, targets, start, peak, total, picked, scale)
-    if scale != 1:
-        z.mul_(scale)
-    index, inside = place_in_tile(targets, start, z.shape[1])
-    picked.copy_(torch.where(inside, z.gather(1, index), picked[:, None])[:, 0])
-    top = torch.maximum(peak, z.amax(1))
-    keep = (peak - top).exp()
-    z.sub_(top[:, None]).exp_()
-    total.mul_(keep).add_(z.sum(1))
-    peak.copy_(top)
-    return keep
-
-
-def place_in_tile(targets, start, width):
-    """Column of each of targets [N] within a tile of the vocabulary [N,1], and whether it lies there (if not, it is any)."""
-    index = (targets - start)[:, None]
-    return index.clamp(0, width - 1), (index >= 0) & (index < width)
-
-
-all_laid_out = fast_linears
-laid_out = fast_linear
-for_convolutions = channels_last

@@ -170,7 +170,7 @@ def test_flop_are_counted_in_every_form_of_a_product_and_of_attention():
     layer, x, q = torch.nn.Linear(8, 16), torch.randn(2, 3, 8), torch.randn(1, 2, 5, 4, requires_grad=True)
     with torch.no_grad():
         assert timing.flop_of(lambda: layer(x)) == 2 * 6 * 8 * 16
-        with ops.all_laid_out(layer):
+        with ops.fast_linears(layer):
             assert timing.flop_of(lambda: layer(x)) == 2 * 6 * 8 * 16
     both = timing.flop_of(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
     assert both == 3 * (2 * 2 * 2 * 5 * 5 * 4)  # q·kᵀ and times v in 2 heads; the backward pass has two for each
