@@ -62,3 +62,29 @@ def save_processor(folder, processor):
         "image_processor_type": "CLIPImageProcessor",
         "size": both if image.square else {"shortest_edge": image.size}, "crop_size": both,
         "resample": 3, "image_mean": list(image.mean), "image_std": list(image.std)})
+
+
+def save_tokenizers(folder, vocab, merges, max_length):
+    """Write a pipeline's tokenizer/, which pads with the end as CLIP-L's, and tokenizer_2/."""
+    for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+        lines = ["#version: 0.2", *map(" ".join, merges)]
+        write_json(Path(folder) / name / "vocab.json", vocab)
+        write_whole(Path(folder) / name / "merges.txt", "\n".join(lines) + "\n")
+        write_json(Path(folder) / name / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": max_length,
+            "bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END, "pad_token": pad})
+
+
+def save_pipeline(folder):
+    """Write model_index.json and the scheduler's configuration: they make a folder a pipeline."""
+    write_json(Path(folder) / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
+    text_tower = ["transformers", "CLIPTextModelWithProjection"]
+    tokenizer = ["transformers", "CLIPTokenizer"]
+    write_json(Path(folder) / "model_index.json", {
+        "_class_name": "StableDiffusion3Pipeline", "t5_tokens": 0,  # no T5, and no zeros for it
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": text_tower, "text_encoder_2": text_tower, "text_encoder_3": [None, None],
+        "tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": [None, None]})
