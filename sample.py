@@ -29,7 +29,7 @@ import data
 import feedback
 from parts import cli, page, sheets, weights
 from parts.cli import UserError, say
-from parts.files import save_png
+from parts.files import save_png, write_whole
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from parts.prompts import load_prompts
 
@@ -161,7 +161,8 @@ def run(args):
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "rewrite": args.rewrite, "tolerance": args.tolerance, "readings": args.readings,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
-    options = feedback.RefineOptions(args.rewrite, args.tolerance, args.seed, None, args.readings)
+    options = feedback.RefineOptions(
+        rewrite=args.rewrite, tolerance=args.tolerance, seed=args.seed, readings=args.readings)
 
     # 3. for each target draw, judge, and improve the prompt (Algorithm 1)
     # With one picture a target, a row of the grid is one batch, drawn ahead of its targets.
@@ -180,14 +181,15 @@ def run(args):
                 args.prompt, v, a, generate, judge, args.rounds, args.n, options):
             rounds.append(finished)
             cell["rounds"].append(save_round(args, facts, finished))
-            cell["best"] = args.judge and dict(zip(("round", "image"), feedback.best_of(rounds)))
+            r, i = feedback.best_of(rounds)
+            cell["best"] = None if judge is None else {"round": r, "image": i}
             if args.grid is None and args.rounds > 1:
-                tell(rounds)
+                tell(finished, r, rounds[r].pictures[i].loss)
             # The page shows a run that goes on, too; a grid's grows by whole targets.
             if not ahead and (args.grid is None or finished.next_prompt is None):
                 write_page(record, args.out, started)
         if judge is not None:
-            name_emotion(args, facts, cell, rounds, judge)
+            name_emotion(args, facts, cell, rounds[r], judge)
 
     # 4. the grid, the page, and the result on standard output
     if args.grid:
@@ -196,10 +198,8 @@ def run(args):
         save_png(grid, args.out / record["grid"], prompt=args.prompt, seed=args.seed, **settings)
     write_page(record, args.out, started)
     say(page.latency(record))
-    if args.json:
-        print(json.dumps(record, indent=1, ensure_ascii=False))
-    else:
-        print(page.summary(record, args.out))
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    print(text if args.json else page.summary(record, args.out))
 
 
 def check_machine(args):
@@ -209,12 +209,8 @@ def check_machine(args):
         raise UserError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
-    # Permissions alone do not tell: a disk may be full or mounted for reading only.
-    probe = args.out / ".probe"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
+        write_whole(args.out / ".probe", "").unlink()
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); choose another "
                         f"folder") from error
@@ -309,14 +305,14 @@ def save_round(args, facts, finished):
     return entry
 
 
-def name_emotion(args, facts, cell, rounds, judge):
+def name_emotion(args, facts, cell, best_round, judge):
     """Ask the judge for the emotion class too, but only of the best picture of all rounds."""
-    r, i = feedback.best_of(rounds)
-    best = rounds[r].pictures[i]
+    best = best_round.pictures[best_round.best]
     emotion = feedback.judge_emotion(judge, best.image)
-    cell["rounds"][r]["images"][i]["emotion"] = emotion
+    at = cell["best"]
+    cell["rounds"][at["round"]]["images"][at["image"]]["emotion"] = emotion
     judgement = replace(best.judgement, emotion=emotion)
-    save_picture(args, facts, rounds[r].prompt, best.seed, best.image, judgement)
+    save_picture(args, facts, best_round.prompt, best.seed, best.image, judgement)
 
 
 def write_page(record, folder, started):
@@ -328,13 +324,11 @@ def write_page(record, folder, started):
     page.write(record, folder)
 
 
-def tell(rounds):
-    """Say how near the last round came, and what the judge would change."""
-    r, i = feedback.best_of(rounds)
-    last = rounds[-1]
-    loss = last.pictures[last.best].loss
-    lines = [f"loss {loss:.2f}, best so far {rounds[r].pictures[i].loss:.2f} (round {r})",
-             last.note, last.analysis]
+def tell(finished, r, least):
+    """Say how near a round came, the least loss so far (round r), and the judge's analysis."""
+    loss = finished.pictures[finished.best].loss
+    lines = [f"loss {loss:.2f}, best so far {least:.2f} (round {r})", finished.note,
+             finished.analysis]
     say("\n".join(f"    {line}" for line in lines if line))
 
 
