@@ -93,7 +93,7 @@ class Instruments:
 def readers_of(judges, meter):
     """{name: read(images) -> [(V, A)]}, NaN where an answer cannot be read.
 
-    judges: {name: judge of feedback.judge_of}. meter: whether the analytic meter reads, too.
+    judges: {name: judge of pipeline.judge_of}. meter: whether the analytic meter reads, too.
     """
     def ask(judge, images):
         return [said.va for said in feedback.judge_images(judge, images)]
