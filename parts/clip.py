@@ -374,10 +374,6 @@ class CLIP(nn.Module):
     def embed_images(self, pixels):  # [B,3,S,S] -> unit vectors [B,P] float32
         return F.normalize(self.vision(pixels).float(), dim=-1)
 
-    def forward(self, ids, pixels):
-        """Logits [B_images, B_texts]: cosine similarity times exp(logit_scale)."""
-        return self.logit_scale.exp() * self.embed_images(pixels) @ self.embed_text(ids).T
-
     def views(self):
         return {"logit_scale": [self.logit_scale], **self.text.views(), **self.vision.views()}
 
