@@ -1,12 +1,11 @@
-"""Every prompt sent to the judge, the reader of its answers, and Algorithm 1 of EmoFeedback²
-(sections 3.1 and 3.3, appendices B and D).
+"""Every prompt sent to the judge, the one reader of its answers, and Algorithm 1 (EmoFeedback²).
 
     rounds = refine("a horse in the hills at noon", 7, 3, generate, judge)
 
 Each round draws pictures of a prompt, asks the judge for the valence V and arousal A of each (the
 loss is |ΔV| + |ΔA|), shows it the best and the worst, and goes on with the prompt it writes.
 `generate` and `judge` are any callables, so that the loop runs with a remote model as well. The
-wording of the prompts is ours; each asks for what the paper's Tables 8 and 9 ask for.
+wording of the prompts is ours; they ask for what the paper's Tables 8 and 9 (appendix D) ask for.
 """
 
 import json
@@ -59,8 +58,7 @@ PROMPTS = {  # $name stands for a value of VALUES
 }
 VALUES = {
     "compare": ("request", "prompt", "v", "a", "best_v", "best_a", "worst_v", "worst_a"),
-    "rewrite": ("request", "v", "a"),
-    "again": ("why",),
+    "rewrite": ("request", "v", "a"), "again": ("why",),
 }
 KEYS = {"regression": ("valence", "arousal"), "class": ("emotion_class",)}  # of an answer
 TASKS = tuple(KEYS)
@@ -89,8 +87,7 @@ def ask(task, image):
 def ask_compare(request, prompt, v, a, best, worst, why=None):
     """The conversation that asks for an analysis and a better prompt.
 
-    request: the user's neutral prompt. best, worst: (image, v, a), None for what could not be
-    judged. why: what was wrong with the last answer, if the judge is asked again.
+    request: the neutral prompt. best, worst: (image, v, a). why: what the last answer lacked.
     """
     text = fill(PROMPTS["compare"], request=request, prompt=prompt, v=v, a=a,
                 best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2])
@@ -211,7 +208,7 @@ def read_rewrite(text, request):
 
 
 # --------------------------------------------------------------------------------------------------
-# Judging pictures
+# Algorithm 1: pictures are judged, and the prompt is rewritten
 
 
 @dataclass(frozen=True)
@@ -258,10 +255,6 @@ def judge_images(judge, images, readings=1, strict=False):
 def judge_emotion(judge, image):
     """The class of data.EMOTIONS that the judge sees in a PIL image, or None."""
     return read_answer(judge([ask("class", image)])[0], "class", strict=False)
-
-
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1
 
 
 @dataclass(frozen=True)
@@ -334,7 +327,7 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
         # 2. Line 7, equation 3, the loss: M(P_loss) reads V and A, whose errors are added up.
         judgements, judge_seconds = timed(judge_images, judge, images, options.readings)
         losses = [judgement.distance(v, a) for judgement in judgements]
-        pictures = list(map(Picture, images, seeds, judgements, losses))
+        pictures = [Picture(*own) for own in zip(images, seeds, judgements, losses, strict=True)]
 
         # 3. Line 8: the best and the worst picture.
         best = losses.index(min(losses))
@@ -369,8 +362,7 @@ def ask_for_prompt(judge, request, question):
             return *read_rewrite(judge([question(why)], attempt)[0], request), ""
         except Unusable as error:
             why = str(error)
-    note = f"{TRIES} answers could not be used, the last because {why}; the prompt is kept"
-    return None, None, note
+    return None, None, f"{TRIES} answers were unusable, the last because {why}; the prompt is kept"
 
 
 def timed(work, *args):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import feedback
 from data import VA_MAX, VA_MIN
 from parts import ops
+from parts.cli import UserError
 
 # --------------------------------------------------------------------------------------------------
-# Rewards. Answers are read strictly: what a lenient reader would forgive is what training must
-# teach, and an answer with two values for one key could collect the reward of either.
+# Rewards. Answers are read strictly, for what a lenient reader forgives would never be unlearnt.
 
 
 def format_reward(text):
@@ -30,9 +30,9 @@ def format_reward(text):
 def va_reward(text, v, a, kind="step", epsilon=0.70, weights=(0.25, 0.75)):
     """Reward in 0..sum(weights) of a V-A answer against the true v and a; 0.0 if it is unreadable.
 
-    kind "step": α₁·[|ΔV| ≤ ε] + α₂·[|ΔA| ≤ ε]. The paper gives α₁, α₂ and ε (appendix B.2) and draws
-    the formula in figure 2 only. kind "continuous": α₁·(1 − |ΔV|/8) + α₂·(1 − |ΔA|/8), the other
-    reward of Table 4.
+    kind "step": α₁·[|ΔV| ≤ ε] + α₂·[|ΔA| ≤ ε]. The paper gives α₁, α₂ and ε (appendix B.2) and
+    draws the formula in figure 2 only. kind "continuous": α₁·(1 − |ΔV|/8) + α₂·(1 − |ΔA|/8), the
+    other reward of Table 4.
     """
     answer = feedback.read_answer(text, "regression", strict=True)
     if answer is None:
@@ -94,6 +94,22 @@ def token_log_probs(hidden, lm_head_weight, targets, temperature=1.0):
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probs = F.log_softmax(logits.to(wide) / temperature, dim=-1)
     return log_probs.gather(1, targets.long()[:, None])[:, 0]  # [N,1] -> [N]
+
+
+def check_on_policy(sampled, computed, mask, limit):
+    """The greatest |ratio − 1| of log-probabilities as training computes and as sampling gave them.
+
+    Before an update the two are of one policy and differ by rounding only. sampled, computed,
+    mask [B,L]. Raises UserError above the limit: one of the two passes then sees something else.
+    """
+    deviation = torch.where(mask, (computed - sampled).exp() - 1, 0.0).abs()
+    worst = float(deviation.max())
+    if not worst <= limit:
+        first = int((deviation > limit).any(dim=0).int().argmax())
+        raise UserError(f"before the first update, the ratio of training to sampling is off by "
+                        f"{worst:.2g} (allowed: {limit:.0e}), from token {first} of an answer on; "
+                        f"compare the two's prompts, adapter, positions, padding, temperature")
+    return worst
 
 
 # --------------------------------------------------------------------------------------------------

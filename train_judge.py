@@ -7,20 +7,18 @@
 
 One sample is one picture and one question: how much valence and arousal, or which of eight
 emotions. A step asks a batch of questions, samples a group of answers to each, rewards each answer
-for its form and for being right, and compares it with the rest of its group. `--reward continuous`
-and `--tasks regression` or `class` are the ablations of Tables 4 and 5. Without `--lora` all
-weights are trained, on several GPUs sharded by FSDP2.
+for its form and for being right, and compares it with the rest of its group. Without `--lora` all
+weights are trained, on several GPUs sharded by FSDP2. A run started again with the same command
+goes on after its last checkpoint.
 
-A run started again with the same command goes on after its last checkpoint and ends with the same
-weights. The order of this file: settings, rollout, update, evaluation, models, the loop (`train`).
-Shapes: P questions of this process in a step, p of them in one forward and backward pass, G answers
-to each, C tokens of the longest.
+The order of this file: settings, rollout, update, evaluation, models, the loop (`train`). Shapes:
+P questions of this process in a step, p of them in one pass, G answers to each, C tokens of the
+longest.
 """
 
 import json
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +38,7 @@ from parts.cli import UserError, integer, number
 from parts.files import open_picture
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
-VA = feedback.KEYS["regression"]  # valence and arousal
+VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), str, "folder or hub id to start from"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] answers to each question, G"),
@@ -51,8 +49,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "beta": (1e-3, 1e-3, number(0, 100), "weight of the KL to the reference (k3)"),
     "clip": (0.2, 0.2, number(0, 1), "range of the ratio"),
     "epsilon": (0.70, 0.70, number(0, 8), "an answer this near is right (step reward)"),
-    "va_weights": ({"valence": 0.25, "arousal": 0.75}, {"valence": 0.25, "arousal": 0.75},
-                   cli.weights_of(VA), "of the two parts of the V-A reward"),
+    "va_weights": (VA_WEIGHTS, VA_WEIGHTS, cli.weights_of(VA_WEIGHTS), "of the V-A reward's parts"),
     "tasks": (feedback.TASKS, feedback.TASKS, cli.some_of(feedback.TASKS), "questions (Table 5)"),
     "reward": ("step", "step", ("step", "continuous"), "V-A reward (Table 4)"),
     "temperature": (1.0, 1.0, number(1e-3, 100), "of the sampled answers"),
@@ -103,8 +100,7 @@ def questions_of(step, rows, args):
     process that asks it.
     """
     questions = []
-    count = len(rows) * len(args.tasks)
-    indices = training.batch_indices(step, args.batch, count, args.seed)
+    indices = training.batch_indices(step, args.batch, len(rows) * len(args.tasks), args.seed)
     for i, index in enumerate(indices):
         row, task = divmod(index, len(args.tasks))
         seed = (args.seed * 1_000_003 + step) * 4096 + i
@@ -117,7 +113,7 @@ def rewards_of(text, question, args):
     row = question.row
     rewards = {"format": grpo.format_reward(text)}
     if question.task == "regression":
-        weights = [args.va_weights.get(part, 0.0) for part in VA]
+        weights = [args.va_weights.get(part, 0.0) for part in VA_WEIGHTS]
         rewards["va"] = grpo.va_reward(text, row.v, row.a, args.reward, args.epsilon, weights)
     else:
         rewards["class"] = grpo.class_reward(text, row.label)
@@ -135,7 +131,7 @@ def roll_out(model, questions, args, processes):
                                 generators, progress)
     # 2. rewards
     sums = dict.fromkeys(("reward_format", "reward_va", "reward_class", "asked_format", "asked_va",
-                          "asked_class", "cut", "length"), 0.0)
+                          "asked_class", "cut"), 0.0)
     totals = []
     for question, group in zip(questions, groups, strict=True):
         for answer in group:
@@ -145,13 +141,12 @@ def roll_out(model, questions, args, processes):
                 sums[f"reward_{part}"] += reward
                 sums[f"asked_{part}"] += 1
             sums["cut"] += not answer.finished
-            sums["length"] += len(answer.tokens)
     rewards = torch.tensor(totals).view(len(questions), args.group)
     # 3. padding
     answers = [answer for group in groups for answer in group]
-    tokens = pad_sequence([answer.tokens for answer in answers], True, padding_value=-1)  # [P·G,C]
-    log_probs = pad_sequence([answer.log_probs for answer in answers], True)
+    tokens = pad_sequence([answer.tokens for answer in answers], True, -1)  # [P·G,C]
     tokens = tokens.view(*rewards.shape, -1).to(processes.device)  # [P,G,C]
+    log_probs = pad_sequence([answer.log_probs for answer in answers], True)
     log_probs = log_probs.view(tokens.shape).to(processes.device)
     return Rollout(prompts, tokens.clamp(min=0), tokens >= 0, log_probs, rewards, sums)
 
@@ -160,67 +155,43 @@ def roll_out(model, questions, args, processes):
 # Update
 
 
-def log_probs_of(model, rollout, part, temperature):
+def log_probs_of(model, rollout, part, args):
     """Log-probabilities [p·G,C] of the answers' tokens under the model; part: a slice of P."""
     tokens = rollout.tokens[part]
     hidden = model.completion_hidden(rollout.prompts[part], tokens)  # [p,G,C,D]
     log_probs = grpo.token_log_probs(
-        hidden.flatten(0, 2), model.head_weight, tokens.flatten(), temperature)  # [p·G·C]
+        hidden.flatten(0, 2), model.head_weight, tokens.flatten(), args.temperature)  # [p·G·C]
     return log_probs.view(-1, tokens.shape[-1])
-
-
-@torch.no_grad()
-def reference_log_probs(model, reference, rollout, parts, args):
-    """As `log_probs_of`, for each part, under the reference: a frozen copy, or if that is None the
-    model without its adapter. [None, …] if the KL to it has no weight."""
-    if not args.beta:
-        return [None] * len(parts)
-    with lora.lora_disabled(model) if reference is None else nullcontext():
-        return [log_probs_of(reference or model, rollout, part, args.temperature) for part in parts]
-
-
-def check_on_policy(sampled, computed, mask, limit):
-    """The greatest |ratio − 1| between training and sampling, which before an update are the same.
-
-    sampled, computed, mask [B,C]. Raises UserError if it is above the limit.
-    """
-    deviation = torch.where(mask, (computed - sampled).exp() - 1, 0.0).abs()
-    worst = float(deviation.max())
-    if not worst <= limit:
-        wrong = deviation > limit
-        raise UserError(
-            f"before the first update, the ratio of training to sampling is off by {worst:.2g} "
-            f"(allowed: {limit:.0e}), in {int(wrong.sum()) / int(mask.sum()):.0%} of the tokens "
-            f"from token {int(wrong.any(dim=0).int().argmax())} on; from token 0: prompt, pictures, "
-            f"temperature or adapter differ; later: positions or cache; few tokens: padding or mask")
-    return worst
 
 
 def update(model, reference, rollout, advantages, optimizer, args, processes, limit):
     """args.updates steps of the optimizer, each by the gradients of all micro-batches.
 
-    advantages [P,G]. limit: of `check_on_policy`. Returns ({metric: sum over this process's
-    tokens}, {metric: greatest value}, the gradient's norm over all processes).
+    reference: see `load_reference`. advantages [P,G]. limit: of `check_on_policy`. Returns
+    ({metric: sum over this process's tokens}, {metric: greatest value}, the gradient's norm).
     """
     trained = optimizer.param_groups[0]["params"]
     P = len(rollout.prompts)
     parts = [slice(start, start + args.micro) for start in range(0, P, args.micro)]
-    references = reference_log_probs(model, reference, rollout, parts, args)
-    olds = [None] * len(parts)
+    references = [None] * len(parts)
+    if reference is not None:
+        with torch.no_grad(), lora.lora_disabled(reference):
+            references = [log_probs_of(reference, rollout, part, args) for part in parts]
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
-    greatest = {"ratio_max_deviation": 0.0, "sampling_mismatch": 0.0}
+    olds = []
+    mismatches = []
+    deviations = []
     for turn in range(args.updates):
         optimizer.zero_grad(set_to_none=True)
         for i, part in enumerate(parts):
             # 1. log-probabilities; before any update the same function gives the old ones, so that
             #    the ratio is exactly 1, and sampling's own only differ by rounding
-            new = log_probs_of(model, rollout, part, args.temperature)  # [p·G,C]
+            new = log_probs_of(model, rollout, part, args)  # [p·G,C]
             mask = rollout.mask[part].flatten(0, 1)
             if turn == 0:
-                olds[i] = new.detach()
+                olds.append(new.detach())
                 sampled = rollout.log_probs[part].flatten(0, 1)
-                mismatch = check_on_policy(sampled, olds[i], mask, limit)
-                greatest["sampling_mismatch"] = max(greatest["sampling_mismatch"], mismatch)
+                mismatches.append(grpo.check_on_policy(sampled, olds[i], mask, limit))
             # 2. loss; gradients are averaged over processes, so each divides by its own answers
             loss, metrics = grpo.grpo_loss(
                 new, olds[i], references[i], advantages[part].flatten(), mask, args.clip, args.beta,
@@ -231,15 +202,14 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
             for name in ("ratio", "clip_fraction", "kl"):
                 sums[name] += float(metrics.get(name, 0.0)) * int(mask.sum()) / args.updates
             if turn == 0:
-                greatest["ratio_max_deviation"] = max(
-                    greatest["ratio_max_deviation"], float(metrics["ratio_max_deviation"]))
+                deviations.append(float(metrics["ratio_max_deviation"]))
         # 4. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
         if args.lora:
             processes.average_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    return sums, greatest, norm
+    greatest = {"ratio_max_deviation": max(deviations), "sampling_mismatch": max(mismatches)}
+    return sums, greatest, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,7 +222,7 @@ def evaluate(model, rows, args, processes, batch=64):
     mine = rows[processes.rank::processes.world]
     # Sharded processes must ask equally often, so some ask about the first row once more.
     padded = mine + rows[:1] * (math.ceil(len(rows) / processes.world) - len(mine))
-    sums = dict.fromkeys(("answers", "format", "read", "v", "a", "right"), 0.0)
+    sums = dict.fromkeys(("format", "read", "v", "a", "right"), 0.0)
     for task in feedback.TASKS:
         starts = range(0, len(padded), batch)
         for start in tqdm(starts, f"evaluation ({task})", leave=False, disable=not processes.first):
@@ -263,7 +233,6 @@ def evaluate(model, rows, args, processes, batch=64):
                     questions, max_new_tokens=args.max_new_tokens, temperature=0)
             for row, (answer,) in zip(mine[start:start + batch], groups):
                 said = feedback.read_answer(answer.text, task, strict=True)
-                sums["answers"] += 1
                 sums["format"] += grpo.format_reward(answer.text)
                 if task == "class":
                     sums["right"] += said == row.label
@@ -273,7 +242,8 @@ def evaluate(model, rows, args, processes, batch=64):
                     sums["a"] += abs(said[1] - row.a)
     total = processes.total(sums)
     read = total["read"] or math.nan
-    return {"eval_format": total["format"] / total["answers"], "eval_v_error": total["v"] / read,
+    answers = len(rows) * len(feedback.TASKS)
+    return {"eval_format": total["format"] / answers, "eval_v_error": total["v"] / read,
             "eval_a_error": total["a"] / read, "eval_class_accuracy": total["right"] / len(rows)}
 
 
@@ -296,8 +266,7 @@ def load_judge(args, processes):
     """The judge with its trained parameters: a new adapter with --lora, else all, in float32."""
     sharded = processes.world > 1 and not args.lora
     if args.cuda_graphs and (sharded or processes.device.type != "cuda"):
-        raise UserError("--cuda-graphs: needs a GPU that holds the whole model; leave it out, or "
-                        "add --lora")
+        raise UserError("--cuda-graphs: needs a GPU that holds the whole model; try --lora")
     if args.lora:
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
         torch.manual_seed(args.seed)
@@ -310,13 +279,14 @@ def load_judge(args, processes):
     return model
 
 
-def load_reference(args, processes):
-    """A frozen copy of the model to start from. None if the model without its adapter is the
-    reference, or if the KL has no weight."""
-    if args.lora or not args.beta:
+def load_reference(model, args, processes):
+    """What the KL is to: a frozen copy, or the model, which is then asked without its adapter."""
+    if not args.beta:
         return None
-    on_gpu = processes.device.type == "cuda"
-    return load_whole(args, processes, torch.bfloat16 if on_gpu else torch.float32)
+    if args.lora:
+        return model
+    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+    return load_whole(args, processes, dtype)
 
 
 def load_whole(args, processes, dtype):
@@ -336,11 +306,8 @@ def export(model, folder, args, processes):
         if processes.first:
             lora.save_lora(folder, model, args.model)
     else:
-        whole = sharding.whole_weights(model)
+        plain = sharding.whole(model, partial(qwen_vl.QwenVL, model.config, model.processor))
         if processes.first:
-            with torch.device("meta"):
-                plain = qwen_vl.QwenVL(model.config, model.processor)
-            plain.load_state_dict(whole, assign=True)
             plain.save_pretrained(folder, torch.bfloat16)
     processes.wait()
 
@@ -354,15 +321,14 @@ def train(args, processes):
     # rows, the run's folder, the model and its reference
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    questions_in_all = args.epochs * len(rows) * len(args.tasks)
-    args.steps = args.steps or math.ceil(questions_in_all / args.batch)
+    args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
     not_settings = ("out", "evaluate", "device")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     fixed = [name for name in settings if name not in MAY_CHANGE]
     run = training.Run(args.out, settings, processes, fixed)
     state = run.load()
     model = load_judge(args, processes)
-    reference = load_reference(args, processes)
+    reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
     start = 0
@@ -370,13 +336,12 @@ def train(args, processes):
         start = state["step"]
         training.restore_state(state, trained, optimizer)
         run.read_log(start)
-    # Sampling and training round differently, in bfloat16 by much.
-    exact = model.head_weight.dtype == torch.float32 and processes.device.type == "cpu"
-    mismatch_limit = 1e-4 if exact else 0.5
+    # Sampling and training round differently: on a GPU, in bfloat16, by much.
+    mismatch_limit = 1e-4 if processes.device.type == "cpu" else 0.5
     if processes.first:
         cli.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.1f} M trained of "
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M, on {processes.world} × "
-                f"{processes.device.type}; {len(rows):,} pictures, {', '.join(args.tasks)}, "
+                f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M, on "
+                f"{processes.world} × {processes.device.type}; {len(rows):,} pictures, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} answers"
                 + (f"; goes on after step {start:,}" if start else ""))
     if not start:
@@ -401,12 +366,12 @@ def train(args, processes):
             limit = mismatch_limit if step == start else math.inf
             updated = update(
                 model, reference, rollout, advantages, optimizer, args, processes, limit)
+            seconds_update = timer.lap()
             # 5. log
             record = {"step": done, **summary(rollout, *updated, processes), "lr": lr,
-                      "seconds_rollout": seconds_rollout, "seconds_update": timer.lap(),
+                      "seconds_rollout": seconds_rollout, "seconds_update": seconds_update,
                       "memory_gib": training.peak_memory(processes.device)}
-            seconds = record["seconds_rollout"] + record["seconds_update"]
-            record["tokens_per_second"] = record["tokens"] / seconds
+            record["tokens_per_second"] = record["tokens"] / (seconds_rollout + seconds_update)
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "parses", "kl")})
             # 6. evaluate
             if done == args.steps or (args.eval_every and done % args.eval_every == 0):
@@ -423,9 +388,7 @@ def train(args, processes):
 
     export(model, args.out / "judge", args, processes)
     if processes.first:
-        print(f"before and after GRPO, {len(held_out)} held-out pictures:")
-        print(run.evaluations())
-        print(args.out / "judge")
+        print(f"{len(held_out)} held-out pictures:\n{run.evaluations()}\n{args.out / 'judge'}")
     return 0
 
 
@@ -437,25 +400,24 @@ def summary(rollout, sums, greatest, norm, processes):
         "reward": float(rollout.rewards.sum()), "reward_std": float(spread.sum()),
         "zero_spread": int((spread < 1e-6).sum()), "tokens": int(rollout.mask.sum())})
     counts = {
-        "reward": "answers", "reward_format": "answers", "length": "answers", "cut": "answers",
+        "reward": "answers", "reward_format": "answers", "cut": "answers",
         "reward_va": "asked_va", "reward_class": "asked_class", "reward_std": "groups",
         "zero_spread": "groups", "ratio": "tokens", "clip_fraction": "tokens", "kl": "tokens"}
     means = {name: total[name] / total[count] if total[count] else None
              for name, count in counts.items()}
     greatest = {name: max(processes.gather([value])) for name, value in greatest.items()}
     return {"loss": total["loss"], **means, "parses": means["reward_format"], **greatest,
-            "grad_norm": norm, "tokens": total["tokens"]}
+            "length": total["tokens"] / total["answers"], "grad_norm": norm,
+            "tokens": total["tokens"]}
 
 
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/judge")
-    parser.add_argument("--steps", type=integer(1, 10**7), help="training steps, not --epochs")
-    parser.add_argument("--lora", action="store_true",
-                        help="train an adapter of the language model, the rest frozen")
-    parser.add_argument("--cuda-graphs", action="store_true",
-                        help="each step of the answers as one CUDA graph")
-    parser.add_argument("--evaluate", action="store_true",
-                        help="no training: held-out figures of --model")
+    add = parser.add_argument
+    add("--steps", type=integer(1, 10**7), help="training steps, in place of --epochs")
+    add("--lora", action="store_true", help="train an adapter of the language model only")
+    add("--cuda-graphs", action="store_true", help="each step of the answers as one CUDA graph")
+    add("--evaluate", action="store_true", help="no training: held-out figures of --model")
     return cli.parse_settings(parser, SETTINGS, argv)
 
 

@@ -2,7 +2,7 @@
 
 The logits of 2,048 tokens over Qwen's vocabulary of 152,064 entries are 1.2 GB in float32, and
 their softmax and its gradient as much again. Here one tile of at most ROWS × CHUNK exists, 32 MiB
-whatever N and V are. Products are taken in the type of the inputs, the softmax in float32.
+whatever N and V are. Logits and softmax are float32; products take factors of the inputs' type.
 
 Shapes: N tokens, D width, V vocabulary.
 """
@@ -11,6 +11,8 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from parts import ops
 
 ROWS = 4096  # tokens of a tile
 CHUNK = 2048  # vocabulary entries of a tile
@@ -69,21 +71,17 @@ def scan_vocabulary(hidden, weight, targets, temperature, with_slope):
     every tile.
     """
     N = len(hidden)
-    triton_forms = triton_for(hidden)
-    scan = scan_tile if triton_forms is None else triton_forms.scan_tile
-    # The Triton kernel computes in float32 whatever type its tile has, so that may be a narrow one.
-    buffer = tile_buffer(hidden, weight, None if triton_forms is None else hidden.dtype)
-    wide = torch.promote_types(buffer.dtype, torch.float32)
-    peak = buffer.new_full((N,), -math.inf, dtype=wide)
-    total = buffer.new_zeros((N,), dtype=wide)
-    picked = buffer.new_zeros((N,), dtype=wide)
+    buffer = tile_buffer(hidden, weight)
+    peak = buffer.new_full((N,), -math.inf)
+    total = buffer.new_zeros(N)
+    picked = buffer.new_zeros(N)
     # Σ_v exp(logit_v − peak)·W_v
-    pull = buffer.new_zeros(hidden.shape, dtype=wide) if with_slope else None
+    pull = buffer.new_zeros(hidden.shape) if with_slope else None
     for columns in slices(len(weight), CHUNK):
         for rows in slices(N, ROWS):
             z = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
-            keep = scan(z, targets[rows], columns.start, peak[rows], total[rows], picked[rows],
-                        1 / temperature)
+            keep = scan_tile(z, targets[rows], columns.start, peak[rows], total[rows],
+                             picked[rows], 1 / temperature)
             if with_slope:
                 add_product(pull[rows].mul_(keep[:, None]), z, weight[columns])
     lse = peak + total.log()
@@ -123,18 +121,19 @@ def slices(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def tile_buffer(hidden, weight, dtype=None):
-    """Room for the largest tile, flat, in float32 or wider if no type is given."""
-    dtype = dtype or torch.promote_types(hidden.dtype, torch.float32)
+def tile_buffer(hidden, weight):
+    """Room for the largest tile, flat, in float32 or wider."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.new_empty(min(len(hidden), ROWS) * min(len(weight), CHUNK), dtype=dtype)
 
 
 def logits_tile(buffer, hidden, weight):
-    """hidden·Wᵀ for some rows of each, written into the buffer."""
+    """hidden·Wᵀ for some rows of each, in the buffer or, for narrower types, a tensor of its own."""
+    if hidden.dtype != buffer.dtype:
+        # Those of sampling: what rounds otherwise there would make the ratio differ from 1.
+        return ops.logits(hidden, weight)
     z = buffer[:len(hidden) * len(weight)].view(len(hidden), len(weight))
-    if hidden.dtype == z.dtype:
-        return torch.mm(hidden, weight.t(), out=z)
-    return z.copy_(hidden @ weight.t())
+    return torch.mm(hidden, weight.t(), out=z)
 
 
 def add_product(total, a, b):
@@ -145,14 +144,7 @@ def add_product(total, a, b):
         total.add_(a.to(b.dtype) @ b)
 
 
-def triton_for(x):
-    """kernels.triton_forms if it computes tensors like x, else None."""
-    if not x.is_cuda or x.dtype == torch.float64:
-        return None
-    from kernels import triton_forms  # there only with a CUDA build of torch
-    return triton_forms
-
-
+@ops.fusable
 def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
     """One tile of a running log-softmax, in place: logits z [N,V] become exp(scale·z − peak).
 

@@ -3,6 +3,7 @@
     shard(model, model.blocks, device, ("generate",))
     with weights_gathered(model):
         model.generate(...)
+    whole(model, make).save_pretrained(...)
 """
 
 from contextlib import contextmanager
@@ -45,10 +46,15 @@ def weights_gathered(model):
             module.reshard()
 
 
-def whole_weights(model):
-    """{name: whole weight on the CPU} of a model, sharded or not; every process must call it."""
-    whole = {}
+def whole(model, make):
+    """make(), on the CPU, with the weights of a model, sharded or not; all processes must call."""
+    weights = {}
     for name, weight in model.named_parameters():
         weight = weight.detach()
-        whole[name] = (weight.full_tensor() if isinstance(weight, DTensor) else weight).cpu()
-    return whole
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()  # the processes give each other their parts
+        weights[name] = weight.cpu()
+    with torch.device("meta"):
+        copy = make()
+    copy.load_state_dict(weights, assign=True)
+    return copy

@@ -13,9 +13,8 @@ from PIL import Image
 import data
 import feedback
 from parts import chat
-from parts.cli import UserError
 from parts.pipeline import judge_of
-from parts.prompts import load_prompts, lost_words
+from parts.prompts import load_prompts
 
 PICTURE = Image.new("RGB", (64, 64))
 REQUEST = "a swan on the lake at noon"
@@ -65,21 +64,6 @@ def test_a_file_replaces_prompts(tmp_path, monkeypatch):
     load_prompts(path, feedback.PROMPTS, feedback.VALUES)
     assert said_in(feedback.ask_rewrite("a $cat", 7, 3)) == "a $cat at 7.00 for $5"
     assert feedback.ask("class", PICTURE)[0]["content"] == "You are terse."
-
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "Expecting"), ("[]", "expected JSON"), ('{"compare": 3}', "expected JSON"),
-    ('{"poem": ""}', "unknown prompt 'poem'"),
-    ('{"rewrite": "$request $best_v"}', "best_v"), ('{"class": "$"}', "Invalid placeholder"), (None, "No such file"),
-])
-def test_a_bad_file_of_prompts_is_refused_and_changes_nothing(text, message, tmp_path):
-    path, before = tmp_path / "prompts.json", dict(feedback.PROMPTS)
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match="prompts.json") as refused:
-        load_prompts(path, feedback.PROMPTS, feedback.VALUES)
-    assert message in str(refused.value) and "\n" not in str(refused.value)
-    assert before == feedback.PROMPTS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,16 +150,6 @@ def test_a_class_is_one_of_the_eight(answer, emotion):
 def test_every_pair_of_the_scale_is_read_exactly(v, a, thought):
     text = f"<think>{thought}</think>\n<answer>{json.dumps({'valence': v, 'arousal': a})}</answer>"
     assert feedback.read_answer(text, "regression", True) == feedback.read_answer(text, "regression", False) == (v, a)
-
-
-@pytest.mark.parametrize("request_, prompt, lost", [
-    (REQUEST, "At noon, swans on a misty lake", []), (REQUEST, "a boat on the lake", ["swan", "noon"]),
-    ("a person walks away from a large fire", "A person walking away from a large, raging fire at dusk", []),
-    ("two horses", "a horse", ["two"]), ("湖上的天鹅", "宁静湖上的白天鹅", []),
-    ("湖上的天鹅", "宁静的森林", ["湖", "上", "天", "鹅"]),
-])
-def test_lost_words_are_those_that_carry_meaning(request_, prompt, lost):
-    assert lost_words(request_, prompt) == lost
 
 
 class Scripted:
@@ -296,7 +270,7 @@ def test_a_rewrite_that_is_broken_or_loses_the_subject_is_asked_for_again_and_th
     assert rounds[0].next_prompt == good and rounds[0].note == "" and world.attempts == [0, 1, 2, 0, 1, 2]
     assert "could not be used" not in world.asked[0][1] and "its prompt lost swan" in world.asked[2][1]
     assert rounds[1].next_prompt == rounds[2].prompt == good and rounds[1].analysis is None
-    assert "3 answers could not be used" in rounds[1].note and "the prompt is kept" in rounds[1].note
+    assert "3 answers were unusable" in rounds[1].note and "the prompt is kept" in rounds[1].note
 
 
 def test_the_first_prompt_can_be_given_or_rewritten():
@@ -304,7 +278,7 @@ def test_the_first_prompt_can_be_given_or_rewritten():
     world = World({first: (7, 3), ROUND_0: (7, 3)}, [advice(first), "", "", ""])
     one, kept = (feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 1, 1, rewrite=True)[0] for _ in range(2))
     assert one.prompt == first and world.asked[0][0] == [] and one.note == ""
-    assert kept.prompt == ROUND_0 and "could not be used" in kept.note
+    assert kept.prompt == ROUND_0 and "were unusable" in kept.note
     assert feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 1, 1, start=first)[0].prompt == first
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import data
 import feedback
 import grpo
+from parts.cli import UserError
 
 GOOD = '{"valence": 7.0, "arousal": 3.0}'  # the truth in these tests is V 7, A 3, awe
 CLASS = '{"emotion_class": "awe"}'
@@ -273,6 +274,18 @@ def test_log_probabilities_have_gradients_in_states_and_head():
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((4, 3), (7, 3))]
     assert torch.autograd.gradcheck(lambda h, w: grpo.token_log_probs(h, w, torch.tensor([0, 6, 2, 2]), 0.8), inputs)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda x: x + 0.1, "from token 0 of"), (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "from token 1 of"),
+    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "from token 7 of"), (lambda x: x * math.nan, "off by nan")])
+def test_training_must_see_the_probabilities_that_sampling_saw(spoil, message):
+    x = torch.randn(3, 8)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[0, 5:] = False
+    assert 0 < grpo.check_on_policy(x.masked_fill(~mask, math.nan), x + 1e-6, mask, 1e-4) < 1e-4
+    with pytest.raises(UserError, match=message):
+        grpo.check_on_policy(x, spoil(x), mask, 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

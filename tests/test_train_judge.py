@@ -1,7 +1,6 @@
 """Training the judge: the log, exact resume after a kill, two processes against one, adapters, bad input."""
 
 import json
-import math
 import signal
 import time
 from functools import partial
@@ -19,7 +18,6 @@ import qwen_vl
 import train_judge
 from parts import chat
 from parts import run as training
-from parts.cli import UserError
 from parts.files import read_records
 from tests import launch
 from tests.launch import finish, log_of, without_times
@@ -52,7 +50,7 @@ def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
                 "tokens_per_second", "memory_gib", "zero_spread", "reward_std", "grad_norm", "lr"):
         assert all(isinstance(r[key], (int, float)) or key in ("reward_va", "reward_class") for r in log[1:]), key
     assert Image.open(out / "curves.png").size[0] == 900
-    assert "before and after GRPO" in output and "| format | v error | a error | class accuracy |" in output
+    assert "4 held-out pictures" in output and "| format | v error | a error | class accuracy |" in output
     judge = qwen_vl.QwenVL.from_pretrained(out / "judge")
     start_weights = qwen_vl.QwenVL.from_pretrained(train_judge.TINY)
     assert any(not torch.equal(p, q) for p, q in zip(judge.parameters(), start_weights.parameters()))
@@ -144,19 +142,6 @@ def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset
     monkeypatch.setattr(qwen_vl.QwenVL, "completion_hidden", lambda self, *a: plain(self, *a) * 1.01)
     assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2"]) == 2
     assert "the ratio of training to sampling is off by" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("spoil, where", [
-    (lambda x: x + 0.1, "100% of the tokens from token 0 on"),
-    (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "88% of the tokens from token 1 on"),
-    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "12% of the tokens from token 7 on"),
-    (lambda x: x * math.nan, "off by nan")])
-def test_a_mismatch_says_where_it_begins(spoil, where):
-    x = torch.randn(3, 8)
-    mask = torch.ones_like(x, dtype=torch.bool)
-    assert 0 < train_judge.check_on_policy(x, x + 1e-6, mask, 1e-4) < 1e-4
-    with pytest.raises(UserError, match=where):
-        train_judge.check_on_policy(x, spoil(x), mask, 1e-4)
 
 
 def test_every_epoch_asks_every_question_once():
