@@ -1,8 +1,8 @@
 """What all Triton kernels of this folder share: launch, tiles, loads and roundings.
 
-The kernels are in triton_norms.py, triton_heads.py and triton_steps.py. They compute the operations
-of the same names in mmdit.py, qwen_vl.py, flow_grpo.py and parts/ops.py, each with its gradient.
-Memory and not arithmetic limits them, so each reads its inputs once and writes its results once:
+The functions of triton_norms.py, triton_heads.py and triton_steps.py take and return what the plain
+forms of the same names do, in mmdit.py, qwen_vl.py, flow_grpo.py and parts/ops.py; each has its
+gradient. Memory and not arithmetic limits them, so a kernel reads and writes everything once:
 
 - float32 inside; float32, bfloat16 or float16 outside. A result is rounded where the plain form
   rounds it, if that is cheap, else only once, at the end. Gradients are rounded once.
@@ -12,9 +12,8 @@ Memory and not arithmetic limits them, so each reads its inputs once and writes 
 - Sums whose gradient nobody asks for, as those of a frozen norm, are not formed.
 
 Letters: B batch, L tokens, N rows (all leading dimensions as one), H heads, K key-value heads,
-E channels of one head, D width, M width of the MLP, V vocabulary entries of a tile, s bytes of an
-element. "Moves" counts main memory; what all rows share, such as a weight [D], is read from the
-cache and not counted.
+E channels of one head, D width, M width of the MLP, V vocabulary entries of a tile. The bytes that
+each kernel moves are counted by bench/kernel_table.py.
 """
 
 import functools
@@ -47,7 +46,7 @@ def row_block(width):
         raise ValueError(f"rows of at most {WIDEST} values, got {width}")
     block = triton.next_power_of_2(width)
     # With 16 values a thread, what a gradient holds at once fits the registers and nothing spills.
-    return {"D": width, "BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
 def unit_stride(x):

@@ -1,6 +1,7 @@
 """adaLN, gated residual and RMSNorm as Triton kernels: what happens to whole rows of tokens.
 
-See triton_launch.py for what all kernels have in common, and for the letters.
+See triton_launch.py for what all kernels have in common, and for the letters. A vector of adaLN,
+such as shift [B,D], may have any step from row to row.
 """
 
 import torch
@@ -41,10 +42,7 @@ def layer_norm(x, inside, eps, D: tl.constexpr):
 @triton.jit
 def modulate_kernel(x, shift, scale, y, shift_step, scale_step, L, eps, D: tl.constexpr,
                     BLOCK: tl.constexpr):
-    """x [B,L,D], shift, scale [B,D] at their steps from row to row -> y [B,L,D].
-
-    A program computes a token. Moves 2·s·D a token.
-    """
+    """x [B,L,D], shift, scale [B,D] -> y [B,L,D]. A program computes a token."""
     # Offsets are int64, because those of a large batch pass 2³¹.
     row = tl.program_id(0).to(tl.int64)
     picture = row // L
@@ -61,7 +59,7 @@ def modulate_backward_kernel(x, scale, dy, dx, partial, scale_step, L, eps, D: t
                              BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
     """x, dy -> dx [B,L,D], and the parts of dshift, dscale in partial [2,B,blocks,D].
 
-    A program computes ROWS tokens of a picture. Moves 3·s·D a token, and 8·D for each program.
+    A program computes ROWS tokens of a picture.
     """
     block = tl.program_id(0)
     picture = tl.program_id(1).to(tl.int64)
@@ -107,7 +105,7 @@ class Modulate(torch.autograd.Function):
         ctx.shift_dtype = shift.dtype
         y = torch.empty_like(x, dtype=promoted(x, shift, scale))
         launch(modulate_kernel, (B * L,), x, shift, scale, y, shift.stride(0), scale.stride(0), L,
-               eps, **row_block(D))
+               eps, D=D, **row_block(D))
         return y
 
     @staticmethod
@@ -122,7 +120,7 @@ class Modulate(torch.autograd.Function):
         blocks = triton.cdiv(L, rows)
         partial = torch.empty(2, B, blocks if sums else 0, D, device=x.device)
         launch(modulate_backward_kernel, (blocks, B), x, scale, dy, dx, partial, scale.stride(0), L,
-               ctx.eps, ROWS=rows, SUMS=sums, **row_block(D))
+               ctx.eps, ROWS=rows, SUMS=sums, D=D, **row_block(D))
         if not sums:
             return dx, None, None, None
         dshift, dscale = partial.sum(2)
@@ -130,10 +128,6 @@ class Modulate(torch.autograd.Function):
 
 
 def modulate(x, shift, scale, eps=1e-6):
-    """LayerNorm without an affine part of its own, then ·(1 + scale) + shift.
-
-    x [B,L,D]; shift, scale [B,D], rows at any step.
-    """
     check("shift", shift, (x.shape[0], x.shape[2]))
     check("scale", scale, shift.shape)
     return Modulate.apply(x, shift, scale, eps)
@@ -155,10 +149,7 @@ def gate_tile(L, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def gate_residual_kernel(x, branch, gate, y, gate_step, L, D: tl.constexpr, ROWS: tl.constexpr,
                          COLUMNS: tl.constexpr):
-    """x, branch [B,L,D], gate [B,D] at its step from row to row -> y [B,L,D].
-
-    Moves 3·s·D a token.
-    """
+    """x, branch [B,L,D], gate [B,D] at its step from row to row -> y [B,L,D]."""
     offset, inside, column, picture = gate_tile(L, D, ROWS, COLUMNS)
     # A tile has one picture, so it reads its part of the gate once for all its tokens.
     g = load(gate + picture * gate_step + column, column < D)
@@ -172,8 +163,7 @@ def gate_residual_backward_kernel(dy, branch, gate, dbranch, partial, gate_step,
                                   BRANCH: tl.constexpr, SUMS: tl.constexpr):
     """dy -> dbranch [B,L,D] if BRANCH; the parts of dgate in partial [B,blocks,D] if SUMS.
 
-    branch is read for SUMS only. Moves s·D a token for each of dy, dbranch and branch, and 4·D for
-    each block of rows.
+    branch is read for SUMS only.
     """
     offset, inside, column, picture = gate_tile(L, D, ROWS, COLUMNS)
     g = load(dy + offset, inside)
@@ -225,7 +215,6 @@ class GateResidual(torch.autograd.Function):
 
 
 def gate_residual(x, branch, gate):
-    """x + gate·branch. x, branch [B,L,D]; gate [B,D], rows at any step."""
     check("branch", branch, x.shape)
     check("gate", gate, (x.shape[0], x.shape[2]))
     return GateResidual.apply(x, branch, gate)
@@ -237,7 +226,7 @@ def gate_residual(x, branch, gate):
 
 @triton.jit
 def rms_norm_kernel(x, weight, y, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """x [N,D], weight [D] -> y [N,D]. A program computes a row. Moves 2·s·D a row."""
+    """x [N,D], weight [D] -> y [N,D]. A program computes a row."""
     start = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -253,7 +242,7 @@ def rms_norm_backward_kernel(x, weight, dy, dx, partial, N, eps, D: tl.constexpr
                              BLOCK: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr):
     """x, dy -> dx [N,D], and the parts of dweight in partial [blocks,D].
 
-    A program computes ROWS rows. Moves 3·s·D a row, and 4·D for each program.
+    A program computes ROWS rows.
     """
     block = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -285,7 +274,7 @@ class RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         y = torch.empty_like(x, dtype=promoted(x, weight))
-        launch(rms_norm_kernel, (x.numel() // D,), x, weight, y, eps, **row_block(D))
+        launch(rms_norm_kernel, (x.numel() // D,), x, weight, y, eps, D=D, **row_block(D))
         return y
 
     @staticmethod
@@ -302,11 +291,10 @@ class RMSNorm(torch.autograd.Function):
         blocks = triton.cdiv(N, rows)
         partial = torch.empty(blocks if sums else 0, D, device=x.device)
         launch(rms_norm_backward_kernel, (blocks,), x, weight, dy, dx, partial, N, ctx.eps,
-               ROWS=rows, SUMS=sums, **row_block(D))
+               ROWS=rows, SUMS=sums, D=D, **row_block(D))
         return dx, partial.sum(0).to(weight.dtype) if sums else None, None
 
 
 def rms_norm(x, weight, eps=1e-6):
-    """x / sqrt(mean(x²) + eps), rounded to x's type, · weight. x [...,D], weight [D]."""
     check("weight", weight, x.shape[-1:])
     return RMSNorm.apply(x, weight, eps)
