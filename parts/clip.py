@@ -31,6 +31,7 @@ from parts.cli import UserError
 from parts.files import read_json, to_rgb
 
 END = "<|endoftext|>"
+# quick_gelu is OpenAI's cheaper form of the same curve; weights fit only the one they had.
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -125,6 +126,7 @@ def image_config(folder, side):
     Sizes are a number, {"shortest_edge": …} or {"height": …, "width": …}. Raises UserError for
     another side and for steps that `preprocess` does not take.
     """
+    # Newer folders put the settings of pictures inside those of the whole processor.
     files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
     file = next((file for file in files if file.exists()), None)
     raw = {} if file is None else read_json(file)
@@ -170,6 +172,7 @@ class PromptTokenizer:
         self.name = "T5" if max_length else "CLIP"
         self.max_length = max_length or config.get("model_max_length", 77)
         self.tokenizer = weights.read_tokenizer(folder, clip_tokenizer)
+        # A tokenizer.json may pad and cut by itself; then the warning could not say what is lost.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         pad = config.get("pad_token") or END
@@ -230,6 +233,7 @@ class Processor:
         for wanted in ("*.txt", "*.json"):  # of a hub id these are downloaded, and no weights
             folder = weights.root(source, wanted)
         tokenizer = PromptTokenizer(folder)
+        # The tower looks for the end token by its number, so another vocabulary reads nonsense.
         end = tokenizer.tokenizer.token_to_id(END)
         if end != text.eos_token_id:
             raise UserError(

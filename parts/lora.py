@@ -45,7 +45,7 @@ class LoRA(nn.Module):
         super().__init__()
         device = linear.weight.device
         self.linear = linear
-        self.names = tuple(rows)
+        self.names = tuple(rows)  # for the files
         self.rank = rank
         self.alpha = alpha
         self.enabled = True
@@ -93,7 +93,7 @@ def lora_disabled(model):
         layer.enabled = False
     try:
         yield
-    finally:
+    finally:  # also after an error, or training would go on without the adapter
         for layer in layers:
             layer.enabled = True
 
@@ -155,6 +155,7 @@ def load_lora(folder, model, targets):
     try:
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
+        # These change the formula without changing any tensor, so nothing else would notice them.
         for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
@@ -164,6 +165,7 @@ def load_lora(folder, model, targets):
         raise UserError(
             f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
+    # An adapter that is on and one that is merged give one sum, but a merged one costs no time.
     add_lora(model, targets, rank, alpha)
     load(lora_views(model), index(Path(folder) / "adapter_model.safetensors"), folder)
     merge_lora(model)

@@ -1,7 +1,7 @@
 """The 16-channel autoencoder of Stable Diffusion 3 (Esser et al. 2024).
 
-It turns pictures into latents an eighth as high and wide, and back. Modules carry the tensor names of
-Stability's single file (`first_stage_model.encoder.down.0.block.0.norm1.weight`);
+It turns pictures into latents an eighth as high and wide, and back. Modules carry the tensor names
+of Stability's single file (`first_stage_model.encoder.down.0.block.0.norm1.weight`);
 parts/layouts.py maps the layout of diffusers (`vae/`) on them.
 
 Shapes: B batch, C channels, H, W pixels, h = H/8, w = W/8 latent cells. Left out: tiling and
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         y = self.norm(x)
         projected = (self.q(y), self.k(y), self.v(y))
         q, k, v = (z.flatten(2).transpose(1, 2)[:, None] for z in projected)  # each [B,1,HW,C]
-        y = ops.attention(q, k, v)  # [B,HW,C]
+        y = ops.attention(q, k, v)  # [B,HW,C]: every position attends to all others
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -103,6 +103,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
+        # Nearest neighbours, then a convolution: a transposed one leaves a checkerboard.
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -139,11 +140,12 @@ class Encoder(nn.Module):
         groups = config.groups
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
+        self.down = nn.ModuleList(  # down[0] is at full resolution, the last has no downsample
             Level(widths[max(i - 1, 0)], widths[i], config.blocks, groups, downsample=i < last)
             for i in range(len(widths)))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        # Twice the channels: a mean and a log-variance for each of the latent's.
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):  # [B,3,H,W] -> mean and log-variance [B,2·16,h,w]
@@ -189,7 +191,7 @@ class VAE(nn.Module):
     def moments(self, images):
         """Mean and log-variance [B,16,h,w] of the unscaled latent posterior."""
         mean, logvar = self.encoder(ops.channels_last(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30.0, 20.0)
+        return mean, logvar.clamp(-30.0, 20.0)  # so that exp() of it stays finite
 
     def encode(self, images, generator=None):
         """images [B,3,H,W] in -1..1 -> scaled latents [B,16,h,w].
@@ -203,6 +205,7 @@ class VAE(nn.Module):
                 f"of {self.factor}")
         z, logvar = self.moments(images)
         if generator is not None:
+            # float32 on the generator's own device: a seed means one picture on every device.
             noise = torch.randn(z.shape, generator=generator, device=generator.device)
             z = z + torch.exp(0.5 * logvar) * noise.to(z)
         return (z - self.config.shift) * self.config.scale
