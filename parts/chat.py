@@ -65,12 +65,14 @@ def image_patches(image, c):
     height, width = smart_resize(image.height, image.width, unit, c.min_pixels, c.max_pixels)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # float32 throughout, as the published processor computes: the judge was trained on its bits.
     pixels = (np.asarray(image, np.float32) / 255 - np.float32(c.mean)) / np.float32(c.std)
     h = height // c.patch
     w = width // c.patch
     x = torch.from_numpy(pixels)  # [h·patch, w·patch, 3]
     x = x.view(h // c.merge, c.merge, c.patch, w // c.merge, c.merge, c.patch, 3)
     x = x.permute(0, 3, 1, 4, 6, 2, 5)  # [h/m, w/m, m, m, 3, patch, patch]
+    # The tower reads patches of a film; a picture is a film of `frames` equal pictures.
     x = x.unsqueeze(5).expand(*x.shape[:5], c.frames, c.patch, c.patch)
     return x.reshape(h * w, -1), (1, h, w)
 
@@ -140,6 +142,7 @@ def byte_bpe(vocab, merges, special=SPECIAL):
     """
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
+    # Merges never cross the borders of these words; every digit is a word of its own.
     words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     letters = pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
@@ -152,18 +155,13 @@ def byte_bpe(vocab, merges, special=SPECIAL):
 def read_tokenizer(folder):
     """A folder's tokenizer: tokenizer.json, or vocab.json, merges.txt and the added tokens."""
     folder = Path(folder)
-    try:
-        if (folder / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def assemble(vocab, merges):
         added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         special = [added[i]["content"] for i in sorted(added, key=int)] or SPECIAL
-        vocab = read_json(folder / "vocab.json")
-        return byte_bpe(vocab, weights.read_merges(folder / "merges.txt"), special)
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception for a malformed file
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read ({error}); download it again") from error
+        return byte_bpe(vocab, merges, special)
+
+    return weights.read_tokenizer(folder, assemble)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,6 +194,7 @@ class Processor:
 
     def __call__(self, messages):
         """One conversation -> Prompt. Raises ValueError for a malformed one."""
+        # The text is cut where pictures stand, since only their size tells how many tokens they are.
         text, *following = chat_text(messages).split("<|image_pad|>")
         parts = [part for message in messages for part in parts_of(message)]
         images = [part["image"] for part in parts if part["type"] == "image"]
