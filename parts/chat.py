@@ -65,7 +65,7 @@ def image_patches(image, c):
     height, width = smart_resize(image.height, image.width, unit, c.min_pixels, c.max_pixels)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    # float32 throughout, as the published processor computes: the judge was trained on its bits.
+    # In float32 throughout, as the published processor computes.
     pixels = (np.asarray(image, np.float32) / 255 - np.float32(c.mean)) / np.float32(c.std)
     h = height // c.patch
     w = width // c.patch
@@ -194,7 +194,7 @@ class Processor:
 
     def __call__(self, messages):
         """One conversation -> Prompt. Raises ValueError for a malformed one."""
-        # The text is cut where pictures stand, since only their size tells how many tokens they are.
+        # Only a picture's size tells how many tokens it is, so the text is cut where it stands.
         text, *following = chat_text(messages).split("<|image_pad|>")
         parts = [part for message in messages for part in parts_of(message)]
         images = [part["image"] for part in parts if part["type"] == "image"]
