@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 import flow_grpo
 import grpo
+import kernels
 import mmdit
 import qwen_vl
 from flow_grpo import sde_step
@@ -28,31 +30,43 @@ from kernels import log_probs
 from parts import ops
 
 pytest.importorskip("triton")
+FILES = ("triton_heads", "triton_norms", "triton_steps")
+OPERATIONS = ("gate_residual", "joint_qkv", "modulate", "rms_norm", "scan_tile", "sde_draw", "sde_log_prob", "split_qkv",
+              "split_rotate", "swiglu")
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERRORS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the greatest value: a few roundings
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def operations():
+    """The functions of all Triton files, by name."""
+    found = {}
+    for file in FILES:
+        module = importlib.import_module(f"kernels.{file}")
+        found |= {name: getattr(module, name) for name in OPERATIONS if hasattr(module, name)}
+    assert found.keys() == set(OPERATIONS)
+    return SimpleNamespace(**found)
+
+
 def interpreted():
-    """triton_kernels with a triton of its own that interprets."""
+    """`operations` with a triton of their own that interprets."""
     def remove():
-        names = [name for name in sys.modules if name.split(".")[0] in ("triton", "triton_kernels")]
+        names = [name for name in sys.modules if name.startswith(("triton.", "kernels.triton_")) or name == "triton"]
+        for name in vars(kernels).keys() & {name.rpartition(".")[2] for name in names}:
+            delattr(kernels, name)  # `from kernels import …` asks the package before sys.modules
         return {name: sys.modules.pop(name) for name in names if not name.startswith("triton._C")}  # C code loads once
 
     before = remove()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        module = importlib.import_module("kernels.triton_forms")
+        found = operations()
     remove()
     sys.modules.update(before)
-    return module
+    return found
 
 
-if DEVICE == "cpu":
-    fused = interpreted()
-else:
-    from kernels import triton_forms as fused
+fused = interpreted() if DEVICE == "cpu" else operations()
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +157,7 @@ def test_split_qkv(B, L, H, E, dtype):
 
     qkv, wq, wk = tensor(B, L, 3 * H * E, dtype=dtype), tensor(E, dtype=dtype), tensor(E, dtype=dtype, seed=1)
     hold_together(lambda *t: fused.split_qkv(t[0], H, *t[1:], 0.1), reference, (qkv, wq, wk))
-    hold_together(lambda t: fused.split_qkv(t, H), lambda t: ops.split_qkv.plain(t, H), (qkv,))
+    assert fused.split_qkv(qkv, H) is NotImplemented  # the plain form, which then only makes views
     assert fused.split_qkv(qkv, H, wq, wk)[2].data_ptr() == qkv[..., 2 * H * E:].data_ptr()
 
 
@@ -326,14 +340,15 @@ def test_what_a_kernel_could_not_read_is_refused():
 
 def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "bench/kernel_table.py", "--targets", "80", "90", "100", "--types", "bfloat16"]
+    command = [sys.executable, "-m", "bench.kernel_table", "--targets", "80", "90", "100", "--types", "bfloat16"]
     done = subprocess.run(command, cwd=ROOT, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in done.stdout.splitlines() if "|" in line]
     kernels_compiled = {row[0] for row in rows if len(row) == 6}
-    assert kernels_compiled > set(re.findall(r"^def (\w+)_kernel\(", (ROOT / "kernels/triton_forms.py").read_text(), re.M))
-    counts = {row[0]: [float(x) for x in row[3:]] for row in rows if len(row) == 8 and row[0] != "operation"}
+    text = "".join((ROOT / f"kernels/{file}.py").read_text() for file in FILES)
+    assert kernels_compiled > set(re.findall(r"^def (\w+)_kernel\(", text, re.M))
+    counts = {row[0]: [float(x) for x in row[3:]] for row in rows if len(row) == 8 and row[0] not in ("operation", "---")}
     assert len(counts) > 10
     for least, ours, plain, to_least, to_plain in counts.values():
         assert 0 < least <= ours < plain and to_least < 1.12 and to_plain > 1.3
@@ -346,15 +361,19 @@ def test_kernel_table_compiles_every_kernel_without_a_spill_and_counts_bytes(tmp
 # Whole models on the kernels
 
 
-def on_the_kernels(monkeypatch, run):
-    """(results of run() on the plain forms, the same on the kernels)."""
-    monkeypatch.setattr(ops, "FUSED", False)
-    plain = run()
+def take_the_kernels(monkeypatch):
     monkeypatch.setattr(ops, "FUSED", True)
     for module in (flow_grpo, mmdit, ops, qwen_vl):
         for name, operation in vars(module).items():
             if hasattr(operation, "forms"):
                 monkeypatch.setitem(operation.forms, DEVICE, getattr(fused, name, None))
+
+
+def on_the_kernels(monkeypatch, run):
+    """(results of run() on the plain forms, the same on the kernels)."""
+    monkeypatch.setattr(ops, "FUSED", False)
+    plain = run()
+    take_the_kernels(monkeypatch)
     return plain, run()
 
 
@@ -365,11 +384,40 @@ def lively(model):
     return model.to(DEVICE)
 
 
-def test_an_mmdit_and_its_gradients_are_the_same_on_the_kernels(monkeypatch):
+def small_mmdit():
+    """(model, inputs) with both kinds of blocks."""
     config = mmdit.MMDiTConfig(depth=2, heads=2, head_dim=8, dual_blocks=(0,), context_dim=12, pooled_dim=10, positions=4)
     model = lively(mmdit.MMDiT(config))
     model.pos_embed.normal_()
-    inputs = tensor(2, 16, 4, 6), torch.tensor([300.0, 800.0], device=DEVICE), tensor(2, 5, 12), tensor(2, 10)
+    return model, (tensor(2, 16, 4, 6), torch.tensor([300.0, 800.0], device=DEVICE), tensor(2, 5, 12), tensor(2, 10))
+
+
+def small_qwen_vl():
+    """(model, inputs) with a picture."""
+    config = qwen_vl.QwenVLConfig(width=32, layers=2, heads=2, kv_heads=1, mlp=24, sections=(2, 3, 3), vocab=40,
+                                  image_token=39, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=20,
+                                  full_blocks=(1,))
+    ids = torch.tensor([[1, 2, 39, 39, 39, 39, 3, 4]], device=DEVICE)
+    pixels = tensor(16, 3 * config.frames * config.patch**2)
+    return lively(qwen_vl.QwenVL(config)), (ids, pixels, torch.tensor([[1, 4, 4]]))
+
+
+@pytest.mark.parametrize("make", [small_mmdit, small_qwen_vl])
+def test_with_checkpointing_the_gradients_of_a_whole_model_on_the_kernels_are_the_same_bit_for_bit(monkeypatch, make):
+    take_the_kernels(monkeypatch)
+    model, inputs = make()
+    gradients = []
+    for model.checkpointing in (False, True):
+        loss = model(*inputs).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    kept, recomputed = gradients
+    assert sum(g is not None for g in kept) > 30
+    for ours, theirs in zip(kept, recomputed, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def test_an_mmdit_and_its_gradients_are_the_same_on_the_kernels(monkeypatch):
+    model, inputs = small_mmdit()
 
     def run():
         out = model(*inputs)
@@ -381,16 +429,10 @@ def test_an_mmdit_and_its_gradients_are_the_same_on_the_kernels(monkeypatch):
 
 
 def test_a_qwen_vl_with_a_picture_is_the_same_on_the_kernels(monkeypatch):
-    config = qwen_vl.QwenVLConfig(width=32, layers=2, heads=2, kv_heads=1, mlp=24, sections=(2, 3, 3), vocab=40,
-                                  image_token=39, vision_width=16, vision_layers=2, vision_heads=2, vision_mlp=20,
-                                  full_blocks=(1,))
-    model = lively(qwen_vl.QwenVL(config))
-    grid = torch.tensor([[1, 4, 4]])
-    pixels = tensor(16, 3 * config.frames * config.patch**2)
-    ids = torch.tensor([[1, 2, 39, 39, 39, 39, 3, 4]], device=DEVICE)
+    model, inputs = small_qwen_vl()
 
     def run():
-        logits = model(ids, pixels, grid)
+        logits = model(*inputs)
         return logits.detach(), *torch.autograd.grad(logits.square().mean(), [model.model.layers[0].self_attn.qkv_proj.weight,
                                                                              model.visual.blocks[0].attn.qkv.weight])
 
@@ -413,9 +455,9 @@ def test_token_log_probs_and_their_gradients_are_the_same_on_the_kernels(monkeyp
     exact = run(grpo.token_log_probs.plain, hidden.detach().double().requires_grad_(trained[0]),
                 weight.detach().double().requires_grad_(trained[1]))
     monkeypatch.setattr(log_probs, "CHUNK", 17)
-    monkeypatch.setattr(log_probs, "triton_for", lambda x: None)
     in_torch = run()
-    monkeypatch.setattr(log_probs, "triton_for", lambda x: fused)
+    monkeypatch.setattr(ops, "FUSED", True)
+    monkeypatch.setitem(log_probs.scan_tile.forms, DEVICE, fused.scan_tile)
     for wanted, plain, ours in zip(exact, in_torch, run(), strict=True):
         assert ours.dtype == plain.dtype
         torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=2 * ERRORS[dtype] * float(wanted.abs().max()))
