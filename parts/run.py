@@ -1,12 +1,12 @@
 """What the training programs share: processes, and a run's folder with log, curves and checkpoints.
 
-    with run:                                   # Ctrl-C and SIGTERM now only set a flag
+    with run:                    # Ctrl-C and SIGTERM now only set a flag
         for step in range(start, total):
-            ...                                 # the loop stands in train_judge.py and train_gen.py
-            run.log({"step": step + 1, ...})
+            ...                  # the steps stand in train_judge.py and train_gen.py
+            run.log(record)
             if run.stopped(): ...
 
-A run is a folder: `settings.json`, `log.jsonl` (a line a step), `curves.png`, and
+A run's folder has `settings.json`, `log.jsonl` (a line a step), `curves.png`, and
 `checkpoint-<step>/` with one file per process. A checkpoint is written under a temporary name and
 renamed when it is complete, so a killed run goes on from the last whole one. No state of a random
 generator is stored: every step derives its seeds from the run's seed and its own number.
@@ -92,7 +92,7 @@ class Processes:
 
 
 def start_processes(device=None):
-    """The Processes that `torchrun` started, or one. device: cpu or cuda; without one a GPU."""
+    """The Processes that `torchrun` started, or one. device: cpu or cuda; None: a GPU if any."""
     device = cli.device_of(device)
     if "RANK" not in os.environ:
         return Processes(0, 1, torch.device(device))
@@ -179,10 +179,9 @@ def sharded_like(part, tensor):
 
 def state_of(parameters, optimizer):
     """This process's part of the parameters and of AdamW's state."""
-    moments = []
-    for parameter in parameters:
-        moments.append({name: local(value) for name, value in optimizer.state[parameter].items()})
-    return {"parameters": [local(p.detach()) for p in parameters], "optimizer": moments}
+    moments = [optimizer.state[parameter] for parameter in parameters]
+    return {"parameters": [local(parameter.detach()) for parameter in parameters],
+            "optimizer": [{name: local(value) for name, value in own.items()} for own in moments]}
 
 
 @torch.no_grad()
@@ -192,14 +191,10 @@ def restore_state(state, parameters, optimizer):
     for parameter, saved, moments in pairs:
         local(parameter).copy_(saved)
         optimizer.state.pop(parameter, None)
-        own = {}
         for name, value in moments.items():
-            # AdamW counts its steps in a whole tensor on the CPU, also beside sharded moments
-            if name != "step":
+            if name != "step":  # AdamW's count of steps is one number, which nobody shards
                 value = sharded_like(value.to(local(parameter).device), parameter)
-            own[name] = value
-        if own:  # there are no moments before the first step
-            optimizer.state[parameter] = own
+            optimizer.state[parameter][name] = value
 
 
 class EMA:
@@ -223,6 +218,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, *error):
+        """Exchange the model's values and the averages; two calls change nothing."""
         for value, parameter in zip(self.values, self.parameters, strict=True):
             held = parameter.clone()
             parameter.copy_(value)
@@ -245,6 +241,7 @@ class Run:
 
     def __init__(self, folder, settings, processes, fixed=()):
         self.folder = Path(folder)
+        self.log_path = self.folder / "log.jsonl"
         self.processes = processes
         self.signal = None  # that asked this process to stop
         self.records = []  # the log's lines
@@ -264,6 +261,7 @@ class Run:
         processes.wait()
 
     def __enter__(self):
+        # those that stood before come back when the block ends, so that Ctrl-C works as usual then
         self.handlers = {number: signal.signal(number, self.ask_to_stop)
                          for number in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -289,10 +287,6 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------
     # Log and curves
-
-    @property
-    def log_path(self):
-        return self.folder / "log.jsonl"
 
     def log(self, record):
         """Append a line; numbers rounded to 7 digits, NaN as null."""
