@@ -200,10 +200,11 @@ def rewards_of(images, rows, models, reward_weights):
     readings = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
         judge = pipeline.judge_of(models.judge, 64, progress=False)
-        # read as strictly as the judge was trained
+        # Read as strictly as in the judge's training. The paper gives no formula; ours is
+        # 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1, and 0 for an answer that cannot be read.
         seen = feedback.judge_images(judge, images, strict=True)
         readings["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)
-        distance = (readings["judge"] - targets).abs().sum(dim=1)  # |V̂ − V| + |Â − A|
+        distance = (readings["judge"] - targets).abs().sum(dim=1)
         parts["emotion"] = (1 - distance / 16).nan_to_num(0.0)
     if models.scorer is not None:
         scores = clip.pick_score(models.scorer, images, [row.neutral for row in rows])
@@ -253,7 +254,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
                 with torch.no_grad(), lora.lora_disabled(model):
                     reference = flow_grpo.kept_velocity(*kept_step)
             step = flow_grpo.evaluate_step(*kept_step, reference)
-            # 2. its part of the loss: the gradients of all parts add up to those of their mean
+            # 2. its part of the loss (equation 2); the parts add up to the mean over all steps
             loss, metrics = flow_grpo.flow_grpo_loss(
                 step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
                 args.beta, normalizer=picture_steps)
@@ -370,7 +371,7 @@ def train(args, processes):
             rewards = {name: torch.tensor(processes.gather(values.tolist())).view(-1, args.group)
                        for name, values in own.items()}  # [P,G]
             seconds_rollout = timer.lap()
-            # 3. advantages: each picture against its group
+            # 3. advantages (equation 1): each picture against its group
             advantages = grpo.group_advantages(rewards["total"]).flatten().float()  # [P·G]
             advantages = processes.share(advantages.to(processes.device))  # [n]
             advantages = clamp_guided_advantages(advantages, samples)
