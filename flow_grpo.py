@@ -171,19 +171,12 @@ def check_shapes(like, **tensors):
 
 
 def draw_noise(like, generator):
-    """Standard normal noise like a tensor [B,…], made on the generator's device.
-
-    So a generator on the CPU gives the same noise wherever the model is.
-    """
+    """Standard normal noise like a tensor [B,…], from a CPU's generator the same on any device."""
     if isinstance(generator, list | tuple):
         rows = zip(like, generator, strict=True)  # ValueError unless there is one for each
         return torch.stack([draw_noise(row, own) for row, own in rows])
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, device=device).to(like.device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Whole trajectories
 
 
 @dataclass(frozen=True)
@@ -236,9 +229,9 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
 def evaluate_step(model, trajectory, k, context, pooled, ref_velocity=None):
     """The SDEStep that was kept k-th, under the model as it is now, with gradients.
 
-    context, pooled: those of the drawing. The arithmetic is that of `sample_sde`, so before any
-    update log_prob equals the kept one bit for bit, if the batch is the same (other batch sizes
-    round differently). ref_velocity: `kept_velocity` of the reference, for the KL.
+    The arithmetic is that of `sample_sde`, so before any update log_prob equals the kept one bit
+    for bit, if batch, context and pooled are the same (other batch sizes round differently).
+    ref_velocity: `kept_velocity` of the reference, for the KL.
     """
     kept = trajectory.steps[k]
     sigma, sigma_next = trajectory.sigmas[kept.index:kept.index + 2]
@@ -255,10 +248,6 @@ def kept_velocity(model, trajectory, k, context, pooled):
     return guided_velocity(model, kept.before, sigma, context, pooled, guidance)
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
-
-
 def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, normalizer=None,
                    advantage_clip=5.0):
     """(loss, metrics) of Flow-GRPO at one step of B trajectories: clipped surrogate + beta·KL.
@@ -266,10 +255,8 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     log_prob, old_log_prob [B]: of the step under the model that trains and the one that drew it.
     advantages [B]: of the picture at its end, cut to ±advantage_clip. kl [B]: SDEStep.kl, or None
     if beta is 0. Only log_prob and kl are differentiated. Rows are summed and divided by
-    `normalizer` (default B): with the number of rows and steps of a whole batch, the losses of its
-    parts add up to the loss of the whole. Where gradients are averaged over processes rather than
-    summed, that is the number per process.
-
+    `normalizer` (default B): with the number of rows and steps of a whole batch (of a process,
+    where gradients are averaged over processes), the losses of its parts add up to its own.
     metrics, detached, over the rows: ratio (mean), ratio_max_deviation (greatest |ratio − 1|),
     clip_fraction (share where the clip takes the gradient away), and kl (mean) if there is one.
     """
