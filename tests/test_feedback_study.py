@@ -10,7 +10,8 @@ from tiny import feedback_study as study
 
 
 def run(folder, *extra):
-    study.main(["--cases", "2", "--seeds", "0", "--n", "2", "--steps", "1", "--out", str(folder), "--jobs", "1", *extra])
+    assert study.main(["--cases", "2", "--seeds", "0", "--n", "2", "--sample-steps", "1", "--out", str(folder),
+                       "--jobs", "1", *extra]) == 0
 
 
 @pytest.fixture(scope="module")

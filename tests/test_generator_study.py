@@ -1,6 +1,7 @@
 """The study of reward feedback: every run once, and a table of what was measured."""
 
 import json
+import re
 
 import pytest
 
@@ -9,8 +10,8 @@ from parts.pipeline import TINY, load_generator
 from tiny import generator_study
 from tiny.dataset import write_tiny
 
-SMALL = ("--cases 4 --steps 1 --group 2 --guided 1 --batch 2 --micro 4 --sample-steps 2 --eval-steps 2 --eval-rows 4 "
-         "--size 64 --window 1 --window-within 2").split()
+SMALL = ("--cases 4 --steps 1 --group 2 --guided-pictures 1 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 "
+         "--eval-rows 4 --size 64 --window 1 --window-within 2").split()
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
-    generator_study.main(SMALL)
+    assert generator_study.main(SMALL) == 0
     first = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in first.splitlines()]
     assert rows == ["rewards", "---", "base", "judge and PickScore"] and first.count("±") == 2 * len(generator_study.FIGURES)
@@ -40,12 +41,12 @@ def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
     assert (folders / "study/both_seed0" / generator_study.RESULT).stat().st_mtime_ns == written
 
 
-def test_a_failed_run_is_named(folders):
-    with pytest.raises(SystemExit, match=r"the run both_seed0 ended with code 2; see .*output.txt"):
-        generator_study.main([*SMALL, "--window", "9"])
+def test_a_failed_run_is_named(folders, capsys):
+    assert generator_study.main([*SMALL, "--window", "9"]) == 2
+    assert re.search(r"the run both_seed0 ended with code 2; see .*output.txt", capsys.readouterr().err)
 
 
-def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatch):
+def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatch, capsys):
     monkeypatch.setattr(generator_study, "SUPERVISED", folders / "nothing")
-    with pytest.raises(SystemExit, match=r"pretrain.py judge"):
-        generator_study.main([])
+    assert generator_study.main([]) == 2
+    assert "run `python -m tiny.pretrain judge` first" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The study of the miniature judge: every run once, and a table of what their logs say."""
 
+import re
+
 import pytest
 
 import qwen_vl
@@ -22,7 +24,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
-    judge_study.main(SMALL)
+    assert judge_study.main(SMALL) == 0
     first = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in first.splitlines()]
     assert rows == ["judge", "---", "before GRPO", "after GRPO, 2 seeds", "class only"]
@@ -34,18 +36,18 @@ def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
     assert (folders / "study" / "class" / "judge" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_failed_run_is_named(folders):
-    with pytest.raises(SystemExit, match=r"ended with code 2; see .*output.txt"):
-        judge_study.main([*SMALL, "--reward", "soft"])
+def test_a_failed_run_is_named(folders, capsys):
+    assert judge_study.main([*SMALL, "--reward", "soft"]) == 2
+    assert re.search(r"ended with code 2; see .*output.txt", capsys.readouterr().err)
 
 
-def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatch):
+def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatch, capsys):
     monkeypatch.setattr(judge_study, "SUPERVISED", folders / "nothing")
-    with pytest.raises(SystemExit, match=r"pretrain.py judge"):
-        judge_study.main([])
+    assert judge_study.main([]) == 2
+    assert "run `python -m tiny.pretrain judge` first" in capsys.readouterr().err
 
 
 def test_a_row_is_mean_and_standard_deviation_and_says_when_nothing_was_readable():
     records = [{"eval_format": f, "eval_v_error": v, "eval_a_error": None, "eval_class_accuracy": 0.5}
                for f, v in ((1.0, 1.0), (0.5, 3.0))]
-    assert judge_study.line("x", records) == "| x | 75.0 % ± 35 | 2.00 ± 1.4 | none readable | 50.0 % ± 0 |"
+    assert judge_study.table_row("x", records) == ["x", "75.0 % ± 35", "2.00 ± 1.4", "none readable", "50.0 % ± 0"]
