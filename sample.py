@@ -13,7 +13,6 @@ each further round it has compared the best and the worst picture and rewritten 
 inside, run.json, contact.png, and index.html to look at.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -68,7 +67,7 @@ def parse_args(argv=None):
     group.add_argument("--a", type=scale, help="arousal, 1 (calm) to 9 (excited)")
     group.add_argument("--grid", type=cli.integer(2, 9), metavar="K",
                        help="K×K targets all over the plane, as one labelled picture")
-    group.add_argument("--prompt", type=prompt_text, default=DEFAULT_PROMPT,
+    group.add_argument("--prompt", type=cli.text(feedback.LONGEST_PROMPT), default=DEFAULT_PROMPT,
                        help="what to draw, without emotion (default: %(default)s)")
 
     # 2. what draws and judges
@@ -102,15 +101,6 @@ def parse_args(argv=None):
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
     args = cli.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)
-
-
-def prompt_text(text):
-    """An argparse type: a prompt that the text encoders can take."""
-    whole = text.encode(errors="ignore").decode() == text  # else the shell passed other bytes
-    if not whole or not text.strip() or len(text) > feedback.LONGEST_PROMPT:
-        raise argparse.ArgumentTypeError(f"expected 1 to {feedback.LONGEST_PROMPT:,} characters of "
-                                         f"UTF-8, got {len(text):,} characters")
-    return text
 
 
 def complete(args, refuse):
@@ -184,10 +174,10 @@ def run(args):
             r, i = feedback.best_of(rounds)
             cell["best"] = None if judge is None else {"round": r, "image": i}
             if args.grid is None and args.rounds > 1:
-                tell(finished, r, rounds[r].pictures[i].loss)
+                say(page.round_line(finished, r, rounds[r].pictures[i].loss))
             # The page shows a run that goes on, too; a grid's grows by whole targets.
             if not ahead and (args.grid is None or finished.next_prompt is None):
-                write_page(record, args.out, started)
+                page.write(record, args.out, started)
         if judge is not None:
             name_emotion(args, facts, cell, rounds[r], judge)
 
@@ -196,7 +186,7 @@ def run(args):
         record["grid"] = f"grid{args.grid}.png"
         grid = sheets.va_grid(record, args.out)
         save_png(grid, args.out / record["grid"], prompt=args.prompt, seed=args.seed, **settings)
-    write_page(record, args.out, started)
+    page.write(record, args.out, started)
     say(page.latency(record))
     text = json.dumps(record, indent=1, ensure_ascii=False)
     print(text if args.json else page.summary(record, args.out))
@@ -227,7 +217,8 @@ def load(args):
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
                                encoders_from=args.text_encoders, adapter=args.adapter)
     if args.compile:
-        generator.mmdit.compile_blocks()
+        for block in generator.mmdit.joint_blocks:
+            block.compile()
     # The MMDiT has position embeddings for so many patches a side and no more.
     config = generator.mmdit.config
     limit = config.positions * config.patch * generator.vae.factor
@@ -313,23 +304,6 @@ def name_emotion(args, facts, cell, best_round, judge):
     cell["rounds"][at["round"]]["images"][at["image"]]["emotion"] = emotion
     judgement = replace(best.judgement, emotion=emotion)
     save_picture(args, facts, best_round.prompt, best.seed, best.image, judgement)
-
-
-def write_page(record, folder, started):
-    """Write run.json, contact.png and index.html of what there is so far."""
-    rounds = [round["seconds"] for cell in record["cells"] for round in cell["rounds"]]
-    parts = ("draw", "judge", "rewrite")
-    record["seconds"] = {part: sum(seconds[part] for seconds in rounds) for part in parts}
-    record["seconds"]["total"] = time.perf_counter() - started
-    page.write(record, folder)
-
-
-def tell(finished, r, least):
-    """Say how near a round came, the least loss so far (round r), and the judge's analysis."""
-    loss = finished.pictures[finished.best].loss
-    lines = [f"loss {loss:.2f}, best so far {least:.2f} (round {r})", finished.note,
-             finished.analysis]
-    say("\n".join(f"    {line}" for line in lines if line))
 
 
 def main(argv=None):

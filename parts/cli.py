@@ -84,6 +84,17 @@ def weights_of(names):
     return read
 
 
+def text(longest):
+    """An argparse type: a text of 1 to `longest` characters."""
+    def read(given):
+        whole = given.encode(errors="ignore").decode() == given  # else the shell passed other bytes
+        if not whole or not given.strip() or len(given) > longest:
+            raise argparse.ArgumentTypeError(
+                f"expected 1 to {longest:,} characters of UTF-8, got {len(given):,} characters")
+        return given
+    return read
+
+
 def picture_side(text):
     """An argparse type: a side in pixels, which the models want as a multiple of 16."""
     side = integer(16, 4096)(text)

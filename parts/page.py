@@ -13,6 +13,7 @@ import difflib
 import functools
 import io
 import re
+import time
 from html import escape
 from pathlib import Path
 from string import Template
@@ -33,13 +34,19 @@ KANA_HAN = "぀-ヿ㐀-鿿"  # scripts without spaces: every character counts as
 WORD = re.compile(rf"[{KANA_HAN}]\s*|[^\s{MARKS}{KANA_HAN}]+\s*|[{MARKS}]\s*|\s+")
 
 
-def write(run, folder):
+def write(run, folder, started=None):
     """Write run.json, contact.png and index.html into the folder of a run's pictures.
 
-    Returns the path of index.html. Raises OSError for a picture that is missing or cannot be read,
-    before anything is written.
+    started: when the run began (time.perf_counter), to sum up its seconds. Returns the path of
+    index.html. Raises OSError for a picture that is missing or cannot be read, before anything is
+    written.
     """
     folder = Path(folder)
+    if started is not None:
+        rounds = [round["seconds"] for cell in run["cells"] for round in cell["rounds"]]
+        parts = ("draw", "judge", "rewrite")
+        run["seconds"] = {part: sum(seconds[part] for seconds in rounds) for part in parts}
+        run["seconds"]["total"] = time.perf_counter() - started
     text = html(run, folder)
     sheet = sheets.contact_sheet(run, folder)
     write_json(folder / "run.json", run)
@@ -311,6 +318,14 @@ def changes(old, new):
 
 # --------------------------------------------------------------------------------------------------
 # Lines for the screen
+
+
+def round_line(finished, r, least):
+    """How near a feedback.Round came, the least loss so far (of round r), and the analysis."""
+    loss = finished.pictures[finished.best].loss
+    lines = [f"loss {loss:.2f}, best so far {least:.2f} (round {r})", finished.note,
+             finished.analysis]
+    return "\n".join(f"    {line}" for line in lines if line)
 
 
 def latency(run):
