@@ -1,29 +1,31 @@
-"""Time and memory on a GPU or a CPU, and tables of measurements of which some may fail while the others still run.
+"""Time and memory on a GPU or a CPU, and rows of which some may fail while the others still run.
 
-A report is a dict that becomes a JSON file: `tables` {title: rows}, `failures` [text], and what else its program puts in;
-`deadline` (as time.monotonic counts) and `out` (the file, or None) stay out of it.
+A row is one JSON object on a line of its own: its part, its table, its name and its cells. It is
+written as soon as it is known, so that a program that is killed has lost only the row it was at.
 """
 
 import gc
+import json
+import os
 import statistics
-import sys
 import time
 import traceback
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-from parts.files import write_json
 
 
-def measured(run, device, repeats, cold=None):
-    """Of run(), once warm: (median ms of the device, median ms of the host, greatest GB allocated, on a CPU None).
+def measured(run, device, repeats, cold=None, warm_up=2):
+    """Of run(), once warm: (median ms of the device, of the host, greatest GB allocated or None).
 
-    device: "cuda" or "cpu". cold: a tensor, larger than the caches, that a GPU writes before each run. That empties them,
-    and keeps the GPU busy until the host has queued the run, so that none of the host's time is in the device's.
+    device: "cuda" or "cpu". cold: a tensor, larger than the caches, that a GPU writes before each
+    run. That empties them, and keeps the GPU busy until the host has queued the run, so that none
+    of the host's time is in the device's.
     """
-    on_gpu, ms, host = device == "cuda", [], []
-    warm_up = 2 if on_gpu else 1
+    on_gpu = device == "cuda"
+    warm_up = warm_up if on_gpu else 1
+    ms = []
+    host = []
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -40,59 +42,113 @@ def measured(run, device, repeats, cold=None):
             end.record()
             end.synchronize()
         ms.append(begin.elapsed_time(end) if on_gpu else host[-1])
-    return (statistics.median(ms[warm_up:]), statistics.median(host[warm_up:]),
-            torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+    return statistics.median(ms[warm_up:]), statistics.median(host[warm_up:]), peak
 
 
 def peak_rates(device, copied, side):
-    """(bytes/s of a copy of so many bytes, read and written, FLOP/s of a product of two bfloat16 matrices of that side)."""
+    """(bytes/s of a copy of so many bytes, read and written, FLOP/s of a bfloat16 product).
+
+    side: rows and columns of the product's two matrices.
+    """
     a, b = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in "ab")
     x, y = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in "xy")
     return (2 * copied / measured(lambda: b.copy_(a), device, 20)[0] * 1e3,
             2 * side**3 / measured(lambda: x @ y, device, 20)[0] * 1e3)
 
 
-def attempt(report, name, job):
-    """job()'s result. If it raises, that is shown and noted as a failure, and the result is {"failed": why}."""
-    try:
-        if time.monotonic() > report["deadline"]:
-            raise TimeoutError("no time left to begin")
-        return job()
-    except Exception as error:
-        print(f"{name}: {traceback.format_exc()}", file=sys.stderr)
-        report["failures"].append(name)
-        failed = {"failed": f"{type(error).__name__}: {error}"[:120].replace("\n", " ").replace("|", "/")}
-    gc.collect()  # what the traceback held
-    return failed
+def profiled(run):
+    """{name of a GPU operation: (ms, calls)} of run(), which must be warm."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    totals = {}
+    for event in seen.key_averages():
+        spent = event.self_device_time_total / 1e3
+        if spent:
+            name = event.key[:100]
+            ms, calls = totals.get(name, (0.0, 0))
+            totals[name] = ms + spent, calls + event.count
+    return totals
 
 
-def run_table(report, title, jobs):
-    """Run {first cell of a row: function that returns {column: cell}}; print the table, add it to the report and its file.
-
-    A cell "right" that is False is a failure.
-    """
-    rows = report["tables"][title] = []
-    for name, job in tqdm(jobs.items(), desc=title, unit="row", leave=False):
-        row = attempt(report, f"{title}: {name}", job)
-        if row.get("right") is False:
-            report["failures"].append(f"{title}: {name}: the error is too large")
-        rows.append({title: name, **row})
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print("\n| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(cell(row.get(column)) for column in columns) + " |", flush=True)
-    save(report)
+class Skipped(Exception):
+    """A row cannot be had here; the message says why."""
 
 
-def save(report):
-    """Write the report to its file, under a temporary name that is then renamed."""
-    if report["out"] is not None:
-        write_json(report["out"], {key: value for key, value in report.items() if key not in ("deadline", "out")})
+class Rows:
+    """The rows of one part, appended to DIR/rows.jsonl; tracebacks go to DIR/<part>.log."""
+
+    def __init__(self, folder, part):
+        self.folder = Path(folder)
+        self.part = part
+
+    def add(self, table, name, **cells):
+        """Append one row, as a single write, which is whole even if other processes write too."""
+        row = {"part": self.part, "table": table, "row": name, **cells}
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        path = self.folder / "rows.jsonl"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def note(self, text):
+        with open(self.folder / f"{self.part}.log", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def run(self, table, name, job):
+        """Append the cells that job() gives, or why it has none; either way the next can run."""
+        started = time.perf_counter()
+        try:
+            cells = job()
+        except Skipped as why:
+            cells = {"skipped": str(why)}
+        except Exception as error:
+            self.note(f"{table}: {name}\n{traceback.format_exc()}")
+            last = traceback.format_exception_only(error)[-1].strip().splitlines()
+            cells = {"failed": (last[0] if last else type(error).__name__)[:300]}
+        self.add(table, name, **cells, seconds=round(time.perf_counter() - started, 2))
+        free()
+
+
+def free():
+    """Give back what a failed or finished row held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def markdown(folder):
+    """All rows of a folder as tables, in the order in which their first rows came."""
+    tables = {}
+    path = Path(folder) / "rows.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        tables.setdefault((row.pop("part"), row.pop("table")), []).append(row)
+    text = []
+    for (part, table), rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        # The name comes first and the seconds last; the sort keeps the order of the others.
+        columns.sort(key=lambda column: (column != "row", column == "seconds"))
+        text.append(f"\n### {part}: {table}\n")
+        text.append(line_of(columns))
+        text.append("|" + " --- |" * len(columns))
+        text += [line_of(cell(row.get(column)) for column in columns) for row in rows]
+    return "\n".join(text) + "\n"
+
+
+def line_of(cells):
+    return "| " + " | ".join(text.replace("|", "∣") for text in cells) + " |"
 
 
 def cell(value):
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return "" if value is None else str(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value).replace("\n", " ")
