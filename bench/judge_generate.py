@@ -1,7 +1,7 @@
 """A group of answers to one picture and question: `QwenVL.generate` against transformers' `generate`.
 
-    python bench/judge_generate.py  # about a minute on 2 idle cores, 3 GB
-    python bench/judge_generate.py --width 64 --layers 2 --vocabulary 1000 --new-tokens 8 --group 2 --image 112  # seconds
+    python -m bench.judge_generate  # about a minute on 2 idle cores, 3 GB
+    python -m bench.judge_generate --width 64 --layers 2 --vocabulary 1000 --new-tokens 8 --group 2 --image 112  # seconds
 
 Both read the same folder, a random Qwen2.5-VL that transformers writes (by default 192 million parameters: width 512, 8
 layers, 8 heads, 2 key-value heads, and a vision tower of 8 blocks), and answer without a stop token, sampling at
@@ -22,12 +22,10 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from parts.files import write_json
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/judge_generate.py` finds qwen_vl
 import qwen_vl
 from bench import timing
 from parts import chat, weights
+from parts.files import write_json
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 

@@ -1,7 +1,7 @@
 """The MMDiT's forward pass against diffusers, and against the matrix products that it cannot do without.
 
-    python bench/mmdit_forward.py  # two minutes on 2 idle cores, 9 GB
-    python bench/mmdit_forward.py --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # a second
+    python -m bench.mmdit_forward  # two minutes on 2 idle cores, 9 GB
+    python -m bench.mmdit_forward --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # a second
 
 Random weights of SD3.5-Medium's width in `--blocks` blocks, the last one included, float32, on the CPU. Both get the same
 weights, through diffusers' layout, and their outputs are compared; then they take turns in one process with the products
@@ -13,13 +13,11 @@ reaches with all it does, attention included: its FLOP are counted with the line
 import copy
 import statistics
 import sys
-from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_forward.py` finds mmdit
 import mmdit
 from bench import timing
 from parts import layouts, ops

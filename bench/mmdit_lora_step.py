@@ -1,7 +1,7 @@
 """Forward and backward pass of a LoRA of the MMDiT against diffusers with peft: seconds, and memory beyond the weights.
 
-    python bench/mmdit_lora_step.py  # three minutes on 2 idle cores, 8 GB
-    python bench/mmdit_lora_step.py --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # some seconds
+    python -m bench.mmdit_lora_step  # three minutes on 2 idle cores, 8 GB
+    python -m bench.mmdit_lora_step --blocks 2 --heads 2 --latent 8 --text 5 --context 32  # some seconds
 
 Model and weights are those of bench/mmdit_forward.py, the adapter is train_gen.py's, of all attention projections; peft
 reads it from the file that we write. The loss is the mean square of the velocity. Losses and gradients are compared first;
@@ -13,13 +13,11 @@ in the same run, by the FLOP of both passes. float32, on the CPU, which must be 
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 import diffusers
 import peft
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/mmdit_lora_step.py` finds weights
 from bench import memory, mmdit_forward, timing
 from parts import lora
 

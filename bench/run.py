@@ -1,8 +1,8 @@
 """All side-by-side programs of this folder: one table, how it grows, and a profile of ours where a requirement is missed.
 
-    python bench/run.py                                             # 50 minutes on 2 idle cores, 12 GB
-    python bench/run.py --only sampling,judge_generate --no-growth  # two minutes
-    python bench/run.py --quick                                     # a minute: whether all run; these times mean nothing
+    python -m bench.run                                             # 50 minutes on 2 idle cores, 12 GB
+    python -m bench.run --only sampling,judge_generate --no-growth  # two minutes
+    python -m bench.run --quick                                     # a minute: whether all run; these times mean nothing
 
 Each program runs by itself in a fresh process, one after the other; in it the peer and ours take turns. A row of the table
 appears when its program has ended. The second table has one line for each work that grows. After every program --out is
@@ -28,11 +28,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bench import timing
 from parts.files import write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/run.py` finds weights
-from bench import timing
-
+ROOT = Path(__file__).resolve().parent.parent
 STANDARD = {  # program: flags; a program's own sizes are those of which something is asked
     "mmdit_forward": "", "mmdit_lora_step": "", "sampling": "", "judge_generate": "", "token_log_probs": "--repeats 2",
     "flow_grpo_step": ""}
@@ -67,8 +66,11 @@ PEERS = ("diffusers", "transformers", "peft", "trl", "liger-kernel")
 def call(program, flags):
     """Run a program. (command as one types it, exit status, standard output, last lines of standard error, seconds)."""
     tail, started = b"", time.perf_counter()
-    command = [sys.executable, str(Path(__file__).resolve().parent / f"{program}.py"), *flags]
-    with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE) as process:
+    here = Path(__file__).resolve().parent
+    command = [sys.executable, str(here / f"{program}.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile() as out, subprocess.Popen(
+            command, stdout=out, stderr=subprocess.PIPE, env=environment) as process:
         try:
             while chunk := process.stderr.read1():  # passed on as it comes: progress
                 sys.stderr.buffer.write(chunk)
@@ -80,7 +82,7 @@ def call(program, flags):
         out.seek(0)
         output = out.read().decode()
     lines = [line for line in re.split(r"[\r\n]+", tail.decode(errors="replace")) if line.strip()]
-    return shlex.join(["python", f"bench/{program}.py", *flags]), status, output, lines[-8:], time.perf_counter() - started
+    return shlex.join(["python", "-m", f"bench.{program}", *flags]), status, output, lines[-8:], time.perf_counter() - started
 
 
 def measure(program, flags, threads):

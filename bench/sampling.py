@@ -1,7 +1,7 @@
 """Whole pictures of the miniature against diffusers, from its own folder: texts, steps with guidance, autoencoder.
 
-    python bench/sampling.py  # half a minute on 2 idle cores
-    python bench/sampling.py --steps 2 --pictures 2 --size 64 --repeats 1  # some seconds
+    python -m bench.sampling  # half a minute on 2 idle cores
+    python -m bench.sampling --steps 2 --pictures 2 --size 64 --repeats 1  # some seconds
 
 Both draw from the same noise, with `diffusers.StableDiffusion3Pipeline` on tiny/weights for the peer; their pictures may
 differ by 2 of 255 levels. Then they take turns in one process. The share is of the rate of one large matrix product,
@@ -9,17 +9,14 @@ measured in the same run, by the FLOP of all parts. float32, on the CPU, which m
 """
 
 import sys
-from pathlib import Path
 
 import diffusers
 import torch
 
-from parts.pipeline import TINY, load_generator
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/sampling.py` finds sample
 import data
 import sample
 from bench import timing
+from parts.pipeline import TINY, load_generator
 
 
 def make_paths(args):

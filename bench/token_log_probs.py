@@ -1,8 +1,8 @@
 """`grpo.token_log_probs` and the GRPO loss on it against torch, TRL and Liger: time of forward and backward, peak memory.
 
-    python bench/token_log_probs.py  # about a quarter of an hour on 2 idle cores, 12 GB
-    python bench/token_log_probs.py --rows 512 --no-compile  # about two minutes
-    python bench/token_log_probs.py --rows 64 --width 32 --vocabulary 1000 --no-compile  # a minute, most of it imports
+    python -m bench.token_log_probs  # about a quarter of an hour on 2 idle cores, 12 GB
+    python -m bench.token_log_probs --rows 512 --no-compile  # about two minutes
+    python -m bench.token_log_probs --rows 64 --width 32 --vocabulary 1000 --no-compile  # a minute, most of it imports
 
 Random hidden states and a random head, frozen or trained, float32, on the CPU. TRL and the plain way give log-probabilities,
 as ours does; Liger's kernel gives the loss alone, so there ours is `grpo.grpo_loss` on top. Results and gradients of all are
@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from tqdm import tqdm
 from trl.trainer import utils as trl_utils
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python bench/token_log_probs.py` finds grpo
 import grpo
 from bench import memory, timing
 
