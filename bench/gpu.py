@@ -54,20 +54,23 @@ TOP = 15  # operations in a profile
 PROGRAM = 70  # seconds that a training program may take on a GPU
 
 
+# Four blocks at full width, for the comparison with a copy in float32.
+SHALLOW_JUDGE = replace(qwen_vl.QWEN25_VL_7B, layers=4, vision_layers=4, full_blocks=(3,))
+# What FSDP2 shards, all of it trained in float32.
+SHARDED_JUDGE = replace(
+    qwen_vl.QWEN25_VL_7B, width=1024, layers=4, heads=8, kv_heads=2, mlp=2816, vocab=32_000,
+    image_token=31_990, vision_width=640, vision_heads=8, vision_mlp=1708, vision_layers=4,
+    full_blocks=(3,))
+
+
 @dataclass(frozen=True)
 class Sizes:
     device: str = "cuda"
     generator: mmdit.MMDiTConfig = mmdit.SD35_MEDIUM
     autoencoder: vae.VAEConfig = vae.SD3_VAE
     judge: qwen_vl.QwenVLConfig = qwen_vl.QWEN25_VL_7B
-    # Four blocks at full width, for the comparison with a copy in float32.
-    shallow: qwen_vl.QwenVLConfig = replace(
-        qwen_vl.QWEN25_VL_7B, layers=4, vision_layers=4, full_blocks=(3,))
-    # What FSDP2 shards, all of it trained in float32.
-    sharded: qwen_vl.QwenVLConfig = replace(
-        qwen_vl.QWEN25_VL_7B, width=1024, layers=4, heads=8, kv_heads=2, mlp=2816, vocab=32_000,
-        image_token=31_990, vision_width=640, vision_heads=8, vision_mlp=1708, vision_layers=4,
-        full_blocks=(3,))
+    shallow: qwen_vl.QwenVLConfig = SHALLOW_JUDGE
+    sharded: qwen_vl.QwenVLConfig = SHARDED_JUDGE
     timed: tuple = (8, 1024, 64, 4096)  # pictures, tokens, side of latents, rows of logits
     checked: tuple = (2, 1021, 63, 4093)  # the same where errors are measured: they fill no tile
     copied: int = 2**30  # bytes of the copy whose speed others are shares of
@@ -127,10 +130,10 @@ def cudnn(allowed):
 
 @contextlib.contextmanager
 def on_the_kernels(s):
-    """Within it the Triton kernels run, on a CPU by the interpreter."""
+    """Within it the forms for CUDA run also on a CPU, where Triton interprets its kernels."""
     with contextlib.ExitStack() as stack:
         for name, form in FORMS.items():
-            if not on_cuda(s) and (form.cuda or "").startswith("triton_"):
+            if form.cuda is not None and not on_cuda(s):
                 module, _, operation = name.rpartition(".")
                 plain = getattr(importlib.import_module(module), operation)
                 fused = getattr(importlib.import_module(f"kernels.{form.cuda}"), operation)
@@ -149,7 +152,7 @@ def rates(s):
     return peak_rates(s.device, s.copied, s.product)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -273,12 +276,12 @@ def kernel_times(case, s, cold, compiled=False):
             "share of copy": rate / rates(s)[0], "host's ms to queue it": host}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention with a mask
 
 
 def masked_attention(s, with_cudnn):
-    """Forward and backward of a group's answers over their prompt, as training of the judge has it."""
+    """Forward and backward of a group's answers over their prompt, as in training of the judge."""
     needs_cuda(s)
     H, E = s.heads
     keys = s.keys
@@ -305,7 +308,7 @@ def masked_attention(s, with_cudnn):
             "greatest relative error": max(gaps)}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random models
 
 
@@ -350,7 +353,7 @@ def model_errors(model, run):
             "right": ours <= 2 * plain + torch.finfo(MODEL).eps}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The generator
 
 
@@ -390,6 +393,7 @@ def generator_policy(rows, s):
 
 
 def drawn_and_evaluated(model, s, batch, checkpointing, fused=True, with_cudnn=False):
+    """The ratio is exactly 1 if drawing and evaluation compute alike."""
     inputs = generator_inputs(s, 2 * batch, s.device)
     noise, texts = inputs[0][:batch].float(), inputs[2:]
     seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
@@ -557,7 +561,7 @@ def profile_rows(rows, s, table, run, less=None, by=1):
         rows.add(table, name, ms=ms, calls=calls, share=ms / whole)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The judge
 
 
@@ -728,7 +732,7 @@ def profile_decode(rows, s, model, prompt, name):
                  lambda: answers_of(model, prompt, s, True, 8), 16)
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The programs, and FSDP2
 
 
@@ -843,7 +847,7 @@ def sharded_step(s):
             "mean": float(off.mean())}
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Peers
 
 
@@ -1067,7 +1071,7 @@ def compiled_rows(rows, s, table, repeats):
     rows.run(table, "ours, plain forms", lambda: cells("ours", ours))
 
 
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The call
 
 
@@ -1102,6 +1106,7 @@ def parse_args(argv=None):
     parser.add_argument("--report", type=Path, metavar="DIR", help="only print the tables of DIR")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # the part that this process is
     args = parser.parse_args(argv)
+    args.out = args.out and args.out.resolve()
     args.parts = args.parts.split(",")
     args.minutes = args.minutes or (4.5 if args.device == "cuda" else 20)
     if not set(args.parts) <= set(PARTS):
