@@ -11,9 +11,8 @@ for its form and for being right, and compares it with the rest of its group. Wi
 weights are trained, on several GPUs sharded by FSDP2. A run started again with the same command
 goes on after its last checkpoint.
 
-The order of this file: settings, rollout, update, evaluation, models, the loop (`train`). Shapes:
-P questions of this process in a step, p of them in one pass, G answers to each, C tokens of the
-longest.
+The order of this file: settings, rollout, update, evaluation, models, the loop (`train`). Shapes: P
+questions of this process in a step, p of them in one pass, G answers to each, of at most C tokens.
 """
 
 import json
@@ -24,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -65,7 +63,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_every": (100, 50, integer(1, 10**9), "steps between checkpoints"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
-MAY_CHANGE = ("eval_every", "eval_rows", "save_every", "micro", "cuda_graphs")
+MAY_CHANGE = {"eval_every", "eval_rows", "save_every", "micro", "cuda_graphs"}
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction",
           "zero_spread", "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy",
           "tokens_per_second")
@@ -94,15 +92,12 @@ class Rollout:
 
 
 def questions_of(step, rows, args):
-    """The questions of a step; every epoch is its own permutation of all pictures and tasks.
-
-    The seed of a question's answers depends on the step and the question's index in it, not on the
-    process that asks it.
-    """
+    """The questions of a step; every epoch is its own permutation of all pictures and tasks."""
     questions = []
     indices = training.batch_indices(step, args.batch, len(rows) * len(args.tasks), args.seed)
     for i, index in enumerate(indices):
         row, task = divmod(index, len(args.tasks))
+        # Of the step and the index in it, so that it does not matter which process asks.
         seed = (args.seed * 1_000_003 + step) * 4096 + i
         questions.append(Question(seed, args.tasks[task], rows[row]))
     return questions
@@ -135,9 +130,9 @@ def roll_out(model, questions, args, processes):
     totals = []
     for question, group in zip(questions, groups, strict=True):
         for answer in group:
-            rewards = rewards_of(answer.text, question, args)
-            totals.append(sum(rewards.values()))
-            for part, reward in rewards.items():
+            parts = rewards_of(answer.text, question, args)
+            totals.append(sum(parts.values()))
+            for part, reward in parts.items():
                 sums[f"reward_{part}"] += reward
                 sums[f"asked_{part}"] += 1
             sums["cut"] += not answer.finished
@@ -168,7 +163,7 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
     """args.updates steps of the optimizer, each by the gradients of all micro-batches.
 
     reference: see `load_reference`. advantages [P,G]. limit: of `check_on_policy`. Returns
-    ({metric: sum over this process's tokens}, {metric: greatest value}, the gradient's norm).
+    ({metric: sum over this process's tokens}, {metric: values whose greatest counts}, norm).
     """
     trained = optimizer.param_groups[0]["params"]
     P = len(rollout.prompts)
@@ -178,9 +173,8 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
         with torch.no_grad(), lora.lora_disabled(reference):
             references = [log_probs_of(reference, rollout, part, args) for part in parts]
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
+    greatest = {"ratio_max_deviation": [], "sampling_mismatch": []}
     olds = []
-    mismatches = []
-    deviations = []
     for turn in range(args.updates):
         optimizer.zero_grad(set_to_none=True)
         for i, part in enumerate(parts):
@@ -191,7 +185,8 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
             if turn == 0:
                 olds.append(new.detach())
                 sampled = rollout.log_probs[part].flatten(0, 1)
-                mismatches.append(grpo.check_on_policy(sampled, olds[i], mask, limit))
+                mismatch = grpo.check_on_policy(sampled, olds[i], mask, limit)
+                greatest["sampling_mismatch"].append(mismatch)
             # 2. loss; gradients are averaged over processes, so each divides by its own answers
             loss, metrics = grpo.grpo_loss(
                 new, olds[i], references[i], advantages[part].flatten(), mask, args.clip, args.beta,
@@ -202,14 +197,13 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
             for name in ("ratio", "clip_fraction", "kl"):
                 sums[name] += float(metrics.get(name, 0.0)) * int(mask.sum()) / args.updates
             if turn == 0:
-                deviations.append(float(metrics["ratio_max_deviation"]))
+                greatest["ratio_max_deviation"].append(float(metrics["ratio_max_deviation"]))
         # 4. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
         if args.lora:
             processes.average_gradients(trained)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        norm = sharding.clip_grad_norm(trained, args.max_grad_norm)
         optimizer.step()
-    greatest = {"ratio_max_deviation": max(deviations), "sampling_mismatch": max(mismatches)}
-    return sums, greatest, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return sums, greatest, norm
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,8 +223,7 @@ def evaluate(model, rows, args, processes, batch=64):
             asked = padded[start:start + batch]
             questions = [feedback.ask(task, open_picture(row.image)) for row in asked]
             with sharding.weights_gathered(model):
-                groups = model.generate(
-                    questions, max_new_tokens=args.max_new_tokens, temperature=0)
+                groups = model.generate(questions, 1, args.max_new_tokens, temperature=0)
             for row, (answer,) in zip(mine[start:start + batch], groups):
                 said = feedback.read_answer(answer.text, task, strict=True)
                 sums["format"] += grpo.format_reward(answer.text)
@@ -255,7 +248,6 @@ def show_figures(args, processes):
         figures = {name.removeprefix("eval_"): figure for name, figure in figures.items()}
         print(cli.markdown([figures, [f"{figure:.3f}" for figure in figures.values()]]))
         print(json.dumps({"model": args.model, "pictures": len(rows), **figures}))
-    return 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,16 +316,14 @@ def train(args, processes):
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
     not_settings = ("out", "evaluate", "device")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
-    fixed = [name for name in settings if name not in MAY_CHANGE]
-    run = training.Run(args.out, settings, processes, fixed)
+    run = training.Run(args.out, settings, processes, sorted(settings.keys() - MAY_CHANGE))
     state = run.load()
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    start = 0
+    start = state["step"] if state else 0
     if state:
-        start = state["step"]
         training.restore_state(state, trained, optimizer)
         run.read_log(start)
     # Sampling and training round differently: on a GPU, in bfloat16, by much.
@@ -405,7 +395,7 @@ def summary(rollout, sums, greatest, norm, processes):
         "zero_spread": "groups", "ratio": "tokens", "clip_fraction": "tokens", "kl": "tokens"}
     means = {name: total[name] / total[count] if total[count] else None
              for name, count in counts.items()}
-    greatest = {name: max(processes.gather([value])) for name, value in greatest.items()}
+    greatest = {name: max(processes.gather(values)) for name, values in greatest.items()}
     return {"loss": total["loss"], **means, "parses": means["reward_format"], **greatest,
             "length": total["tokens"] / total["answers"], "grad_norm": norm,
             "tokens": total["tokens"]}

@@ -58,3 +58,9 @@ def whole(model, make):
         copy = make()
     copy.load_state_dict(weights, assign=True)
     return copy
+
+
+def clip_grad_norm(parameters, limit):
+    """Scale gradients, sharded or not, down to a norm; returns the norm they had, a number."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
