@@ -70,7 +70,7 @@ def write_answers(missing, captioner, prompts, args, processes):
 def read_answers(folder):
     """{(id, "neutral" or "emotional"): answer} of the files of all processes, however many."""
     answers = {}
-    for path in sorted(folder.glob("captions-*.jsonl")):
+    for path in sorted(folder.glob("captions-*.jsonl")):  # sorted: alike on every machine
         for record in read_records(path):
             answers[record["id"], record["kind"]] = record["text"]
     return answers
@@ -84,7 +84,7 @@ def read_caption(text):
     """
     text = re.sub(r"</?\w+>|```\w*|\*\*", " ", text.rsplit("</think>", 1)[-1])
     lines = [line.strip(" \t-*#>•") for line in text.splitlines()]
-    said = " ".join(line for line in lines if not line.endswith(":"))
+    said = " ".join(line for line in lines if not line.endswith(":"))  # "Here it is:"
     caption = unquoted(" ".join(said.split()))
     name = r"^([a-z]+ ){0,3}(caption|description|prompt|sentence) ?:"
     caption = unquoted(re.sub(name, "", caption, flags=re.IGNORECASE))

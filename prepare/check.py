@@ -32,7 +32,7 @@ def check_lexicon(path):
     wrong = []
     for label, values in LEXICON.items():
         for column, value in zip(LEXICON_COLUMNS, values):
-            said = found.get(label, {}).get(column) or "missing"
+            said = found.get(label, {}).get(column) or "missing"  # the word, or its column
             number = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else math.nan
             if not abs(number - value) <= 0.005 + 1e-9:  # NaN is a difference, too
                 wrong.append(f"{label} {column} is {said}, here {value:.2f}")
@@ -49,8 +49,8 @@ def look_at(path):
             width, height = image.size
     except Exception as error:  # Pillow raises many kinds for a damaged file
         return None, f"cannot be read ({type(error).__name__})"
-    if max(width, height) > 200 * min(width, height):
-        return None, f"is {width}×{height} pixels, longer than Qwen2.5-VL takes"
+    if max(width, height) > 200 * min(width, height):  # Qwen2.5-VL refuses it
+        return None, f"is {width}×{height} pixels, more than 200 times as long as wide"
     return hashlib.sha256(content).hexdigest(), None
 
 
@@ -59,7 +59,7 @@ def problems_of(raw, split):
     if not raw:
         return ["no JSON object; mend or remove the line"]
     missing = [key for key in ("id", "image", "label", "v", "a", "neutral") if key not in raw]
-    if missing:
+    if missing:  # what follows reads these keys
         return [f"no {', '.join(map(repr, missing))}; add it or remove the line"]
     found = []
     try:
@@ -74,7 +74,7 @@ def problems_of(raw, split):
             found.append(f"{key!r} is {text!r}, expected a caption; mend it or remove the line")
     if split == "test" and "emotional" in raw:
         found.append("a test row with an emotional caption (§4.1); remove the caption")
-    if Path(str(raw["id"])).name != str(raw["id"]):
+    if Path(str(raw["id"])).name != str(raw["id"]):  # pictures of a case are named after it
         found.append(f"the id {raw['id']!r} cannot name a file; give it another")
     return found
 
@@ -94,6 +94,7 @@ def read_rows(folder):
     """
     rows = []
     for path in (folder / "train.jsonl", folder / "test.jsonl"):
+        # an empty file counts as one bad line, an absent one as none
         lines = path.read_bytes().splitlines() or [b""] if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -108,7 +109,7 @@ def read_rows(folder):
 
 def check_rows(folder, rows):
     """Every problem of rows from `read_rows`, a line each: where, what is wrong, what to do."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
         looks = pool.map(partial(look_at_row, folder), [raw for *_, raw in rows])
         looks = list(tqdm(looks, "pictures", len(rows)))
     problems = []

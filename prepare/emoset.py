@@ -3,8 +3,8 @@
     python -m prepare.emoset --emoset EMOSET --out DATASET                          # 14,563 + 1,000
     torchrun --nproc-per-node 8 -m prepare.emoset --emoset EMOSET --out DATASET     # on eight GPUs
 
-The seed orders the pictures: the first usable ones are for training, the next for the test. A
-stopped run goes on where it was (build.py says how), with any number of processes.
+The seed orders the pictures, which EmoSet sorts by class: the first usable ones are for training,
+the next for the test. A stopped run goes on where it was (build.py), with any number of processes.
 """
 
 import json
@@ -48,7 +48,7 @@ def look_at_emoset(folder, candidate):
     try:
         path = folder / candidate["annotation"]
         said = json.loads(path.read_text(encoding="utf-8"))["emotion"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # missing, no JSON, or another form
         return None, f"has no readable annotation {candidate['annotation']}"
     if not label == said == Path(candidate["source"]).parent.name or said not in data.EMOTIONS:
         return None, f"is of class {label!r} in the list and {said!r} in its annotation"
@@ -66,7 +66,7 @@ def choose_rows(args):
     choice = build.choose(args.emoset, candidates, wanted, look_at_emoset, least=2)
     count = len(choice.rows)
     train = args.train
-    if count < wanted:
+    if count < wanted:  # a part of EmoSet, for a trial
         train = min(count - 1, max(1, round(count * args.train / wanted)))
         cli.say(f"{count:,} usable pictures of {wanted:,} asked for: {train:,} for training, "
                 f"{count - train:,} for the test")

@@ -29,7 +29,7 @@ def mean_of(values):
         values = np.ravel(np.asarray(values, dtype=float))
     except (TypeError, ValueError):
         return math.nan
-    values = values[np.isfinite(values)]
+    values = values[np.isfinite(values)]  # an annotator may have left a scale out
     return float(values.mean()) if len(values) else math.nan
 
 
@@ -57,9 +57,9 @@ def persons_of_mat(path, split):
     cli.say(f"reading {path}")  # tens of seconds, of which the library tells nothing
     persons = []
     try:
-        from scipy.io import loadmat
+        from scipy.io import loadmat  # needed for this file only
         content = loadmat(path, squeeze_me=True, struct_as_record=False)
-        for image in np.atleast_1d(content[split]):
+        for image in np.atleast_1d(content[split]):  # squeezing makes one image a scalar
             source = f"{image.folder}/{image.filename}"
             persons += [(source, *va_of(person)) for person in np.atleast_1d(image.person)]
     except Exception as error:  # scipy raises many kinds for a damaged file
@@ -74,7 +74,7 @@ def va_of(person):
         marks = np.atleast_1d(getattr(person, field, []))
         v = mean_of([mean_of(getattr(mark, "valence", None)) for mark in marks])
         a = mean_of([mean_of(getattr(mark, "arousal", None)) for mark in marks])
-        if math.isfinite(v + a):
+        if math.isfinite(v + a):  # both scales of one kind, never one of each
             break
     return v, a
 
@@ -85,11 +85,11 @@ def read_emotic(path, split):
     rated = {}
     for source, v, a in persons_of_mat(path, split) if is_mat else persons_of_csv(path):
         values = rated.setdefault(source, [])
-        if 1 <= v <= 10 and 1 <= a <= 10:
+        if 1 <= v <= 10 and 1 <= a <= 10:  # not NaN
             values.append((v, a))
     pictures = []
     for source, values in rated.items():
-        name = re.sub(r"[^\w-]+", "_", str(Path(source).with_suffix("")))
+        name = re.sub(r"[^\w-]+", "_", str(Path(source).with_suffix("")))  # it names files
         pictures.append({"id": name, "source": source, "split": "test"})
         if values:
             v, a = (round(1 + (sum(x) / len(x) - 1) * 8 / 9, 4) for x in zip(*values))
@@ -116,8 +116,7 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__)
     parser.set_defaults(what="emotic")  # in selection.json, so that older runs go on
     add = parser.add_argument
-    add("--annotations", type=Path, required=True,
-        help="EMOTIC's Annotations.mat, or a CSV of one split")
+    add("--annotations", type=Path, required=True, help="Annotations.mat, or a CSV of one split")
     add("--images", type=Path, required=True, help="folder with EMOTIC's mscoco/, framesdb/, …")
     add("--split", default="test", help="of a MAT file (default: %(default)s)")
     build.add_flags(parser)

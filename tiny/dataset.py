@@ -21,7 +21,7 @@ from tiny import scenes
 
 def tiny_row(out, split, labels, seed):
     """Draw one scene, V and A uniform on 1..9, into the folder `out`; its row as a dict."""
-    rng = np.random.default_rng([seed, 30])
+    rng = np.random.default_rng([seed, 30])  # other scenes than in pretraining
     scene = scenes.random_scene(rng)
     v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
     row = {
@@ -51,6 +51,7 @@ def write_tiny(out, train, test, labels="true", seed=0):
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
         draw = partial(tiny_row, out, split, labels)
+        # processes, because drawing holds the interpreter lock
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             rows = pool.map(draw, range(start, start + count), chunksize=16)
             rows = list(tqdm(rows, split, count))
@@ -63,10 +64,12 @@ def main(argv=None):
     add("--out", type=Path, required=True, help="folder of the dataset")
     add("--train", type=cli.integer(1, 10**6), default=4000,
         help="training pictures (default: %(default)s)")
-    add("--test", type=cli.integer(1, 10**6), default=500, help="test pictures (default: %(default)s)")
+    add("--test", type=cli.integer(1, 10**6), default=500,
+        help="test pictures (default: %(default)s)")
     add("--labels", choices=("true", "drawn"), default="true",
         help="V and A of training rows: the scene's own, or drawn from its class as in the paper")
-    add("--seed", type=cli.integer(0, 2**31), default=0, help="of the scenes (default: %(default)s)")
+    add("--seed", type=cli.integer(0, 2**31), default=0,
+        help="of the scenes (default: %(default)s)")
     args = parser.parse_args(argv)
 
     def write():

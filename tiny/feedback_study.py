@@ -104,7 +104,7 @@ def run_case(case, seed, tools):
 
     # 3. the best picture after each round
     def best(of):
-        r, i = feedback.best_of(of)
+        r, i = feedback.best_of(of)  # chosen by the judge, never by the meter
         return figures(of[r].pictures[i], case, tools.scorer, tools.n * len(of))
 
     one = figures(rounds[0].pictures[0], case, tools.scorer, 1)
@@ -135,7 +135,7 @@ def run_cases(args):
     )
     path = file_of(args, args.only, args.seeds[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = len(whole_records(path))
+    done = len(whole_records(path))  # without the line that a kill cut short
     cases = held_out_cases(args.cases, seed=5)
     name = f"{args.only} {args.seeds[0]}"
     for i in tqdm(range(done, args.cases), name, args.cases, initial=done):
@@ -160,6 +160,7 @@ def over_seeds(values):
     """
     means = []
     for own in values:
+        # a seed without any readable answer stays NaN
         means.append(np.mean([value for value in own if not math.isnan(value)] or math.nan))
     spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
     return f"{np.mean(means):.2f}{spread}"
@@ -190,6 +191,7 @@ def tables(results):
     """
     rows = [("method", *COLUMNS.values())]
     for name, records in results.items():
+        # every record has the same methods, and a method the same figures
         for method, known in methods_of(name, records[0][0]).items():
             cells = [method]
             for key in COLUMNS:
@@ -249,7 +251,7 @@ def study(args):
     for seed in args.seeds:
         for name in GENERATORS:
             path = file_of(args, name, seed)
-            if len(read_records(path)) < args.cases:
+            if len(read_records(path)) < args.cases:  # else it was finished before
                 command = [sys.executable, "-m", "tiny.feedback_study", "--only", name,
                            "--seeds", seed, *flags]
                 runs.append((path.parent, [command]))

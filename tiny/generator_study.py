@@ -74,11 +74,12 @@ def study(args, extra):
         write_tiny(DATASET, 4000, 500)
 
     # 2. the runs
-    runs = []
+    runs = []  # seed by seed, so that a study that is stopped has whole rows
     for seed in SEEDS:
         for folder, flags in ROWS.values():
             runs.append(run_of(folder, flags, seed, args.cases, extra))
     run_missing(runs, args.jobs, "generators")
+    # the adapter that sample.py draws with
     shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True)
 
     # 3. the table

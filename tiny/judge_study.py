@@ -54,6 +54,7 @@ def run_all(runs, jobs, what):
     UserError if one fails.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    # PYTHONPATH, so that `-m evaluation` is found from any folder
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
 
     def run(folder, commands):
@@ -128,10 +129,11 @@ def study(args, extra):
 
     # 2. the runs
     run_missing([run_of(*run, extra) for run in runs], args.jobs, "judges")
+    # the judge that sample.py and train_gen.py ask
     shutil.copytree(STUDY / "step_seed0" / "judge", SHIPPED, dirs_exist_ok=True)
 
     # 3. the table
-    pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]
+    pairs = [evaluations(f"step_seed{seed}") for seed in SEEDS]  # all have the same first one
     rows = [("judge", *(column for column, _, _ in FIGURES.values())),
             table_row("before GRPO", [first for first, _ in pairs[:1]]),
             table_row(f"after GRPO, {len(SEEDS)} seeds", [last for _, last in pairs])]

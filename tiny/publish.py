@@ -78,7 +78,8 @@ def save_tokenizers(folder, vocab, merges, max_length):
 def save_pipeline(folder):
     """Write model_index.json and the scheduler's configuration: they make a folder a pipeline."""
     write_json(Path(folder) / "scheduler" / "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0})
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
+        "shift": 3.0})
     text_tower = ["transformers", "CLIPTextModelWithProjection"]
     tokenizer = ["transformers", "CLIPTokenizer"]
     write_json(Path(folder) / "model_index.json", {
