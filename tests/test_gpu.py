@@ -1,65 +1,82 @@
-"""bench/gpu.py and bench/measure.py on a CPU: all parts at a tiny size, rows that fail, kernels that are wrong."""
+"""bench/gpu.py and bench/measure.py on a CPU: parts at a tiny size, rows that fail, kernels that are wrong."""
 
 import json
-import math
 import os
 import subprocess
 import sys
-import time
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from bench import gpu, measure
+from parts import ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_gpu_runs_every_part_at_a_tiny_size_and_writes_its_tables(tmp_path):
+def rows_in(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_parts_run_at_a_tiny_size_and_write_their_tables(tmp_path):
     pytest.importorskip("triton")
-    out = tmp_path / "gpu.json"
-    command = [sys.executable, gpu.__file__, "--device", "cpu", "--small", "--out", out]  # its Triton must interpret
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    parts = "errors-float32,judge-policy,generator,judge"
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--parts", parts, "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tiny sizes" in done.stdout.splitlines()[0]
-    report = json.loads(out.read_text())
-    errors, times, compiled, *models = report["tables"].values()
-    operations = {"modulate", "gate_residual", "rms_norm", "split_qkv", "joint_qkv", "split_rotate", "swiglu",
-                  "sde_log_prob and kl", "sde_draw", "scan_tile"}
-    for rows in (errors, times, compiled):
-        assert {next(iter(row.values())).split(",")[0] for row in rows} == operations
-    assert all(row["right"] and 0 < row["kernel's error"] < 0.01 for row in errors)
-    assert len(compiled) == len(operations) and all(row["compiled, ms"] > 0 for row in compiled)
-    assert all(row["ms"] > 0 and row["plain, ms"] > 0 for row in times) and report["failures"] == []
-    titles = ["MMDiT against", "MMDiT, adapter", "MMDiT, forward", "Qwen2.5-VL against", "Qwen2.5-VL, adapter",
-              "Qwen2.5-VL, generation", "pictures of 64 px"]
-    assert all(title.startswith(start) for title, start in zip(list(report["tables"])[3:], titles, strict=True))
-    assert [len(rows) for rows in models] == [2, 3, 3, 2, 2, 2, 4]
-    assert all(row["right"] and row["plain, error"] > 0 for rows in (models[0], models[3]) for row in rows)
-    assert all(row["pictures/s"] > 0 for row in models[-1])
+    rows = rows_in(tmp_path)
+    assert not [row for row in rows if "failed" in row or row.get("right") is False]
+    errors = [row["row"].split(",")[0] for row in rows if row["table"] == "kernel against float64"]
+    assert sorted(errors) == sorted(["modulate", "gate_residual", "rms_norm", "split_qkv", "joint_qkv", "split_rotate", "swiglu",
+                                     "sde_log_prob and kl", "sde_draw", "scan_tile"])
+    compared = [row for row in rows if "fused, error" in row]
+    assert len(compared) == 5 and all(row["right"] and row["plain, error"] > 0 for row in compared)
+    sampled = [row for row in rows if row["table"].startswith("sampled against trained")]
+    assert len(sampled) == 6 and all(row["mean |Δ log p|"] < 0.05 for row in sampled if "mean |Δ log p|" in row)
+    timed = [row for row in rows if "host's ms" in row]
+    assert len(timed) == 10 and all(row["ms"] > 0 for row in timed)
+    skipped = [row for row in rows if "skipped" in row]
+    assert skipped and all(row["skipped"] == "needs CUDA" for row in skipped)
+    assert {row["part"] for row in rows} == {"call", *parts.split(",")}
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").strip() in done.stdout
 
 
-def test_a_row_that_fails_is_told_and_the_others_run(tmp_path, capsys):
-    report = {"tables": {}, "failures": [], "deadline": math.inf, "out": tmp_path / "out.json"}
-
+def test_a_row_that_fails_is_told_and_the_others_run(tmp_path):
     def fails():
         raise torch.OutOfMemoryError("out of | memory\nmore")
 
-    measure.run_table(report, "work", {"a": lambda: {"ms": 1234.5, "right": True}, "b": fails,
-                                       "c": lambda: {"ms": 0.12345, "right": False}})
-    printed = capsys.readouterr()
-    assert printed.out.strip().splitlines() == [
-        "| work | ms | right | failed |", "| --- | --- | --- | --- |", "| a | 1,234 | yes |  |",
-        "| b |  |  | OutOfMemoryError: out of / memory more |", "| c | 0.123 | NO |  |"]
-    assert "Traceback" in printed.err
-    assert report["failures"] == ["work: b", "work: c: the error is too large"]
-    assert json.loads((tmp_path / "out.json").read_text()) == {"tables": report["tables"], "failures": report["failures"]}
-    report["deadline"] = time.monotonic() - 1
-    assert "no time left" in measure.attempt(report, "late", lambda: {})["failed"]
+    def cannot():
+        raise measure.Skipped("needs wings")
+
+    rows = measure.Rows(tmp_path, "part")
+    rows.run("table", "fails", fails)
+    rows.run("table", "skipped", cannot)
+    rows.run("table", "good", lambda: {"ms": 1234.5, "right": False})
+    failed, skipped, good = rows_in(tmp_path)
+    assert failed["failed"].endswith("out of | memory") and skipped["skipped"] == "needs wings" and good["ms"] == 1234.5
+    assert "OutOfMemoryError" in (tmp_path / "part.log").read_text(encoding="utf-8")
+    text = measure.markdown(tmp_path)
+    assert "### part: table" in text and "| good |  |  | 1,234 | NO |" in text and "out of ∣ memory" in text
+
+
+def test_a_part_that_hangs_is_stopped_at_its_limit_and_costs_only_itself(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu.PARTS, "judge", (None, 1.0))
+    real = subprocess.Popen
+    monkeypatch.setattr(gpu.subprocess, "Popen",
+                        lambda command, **kwargs: real([sys.executable, "-c", "import time; time.sleep(60)"], **kwargs))
+    args = SimpleNamespace(out=tmp_path, device="cuda", small=False)
+    part = gpu.Part("judge", args, deadline=float("inf"))
+    assert not part.wait()
+    assert rows_in(tmp_path)[0]["failed"] == "stopped at its time limit"
+    assert part.process.returncode < 0
 
 
 def test_a_kernel_with_a_wrong_gradient_is_found(monkeypatch):
     kernel_table = pytest.importorskip("bench.kernel_table")
-    monkeypatch.setattr(gpu.kernels, "FUSED", False)
+    monkeypatch.setattr(ops, "FUSED", False)
     cases = kernel_table.make_cases(torch.float32, 1, 2, 4, 2, lambda *shape, dtype: torch.randn(shape).to(dtype))
     case = next(case for case in cases if case.name == "swiglu")
     case.fused = case.plain
@@ -68,10 +85,12 @@ def test_a_kernel_with_a_wrong_gradient_is_found(monkeypatch):
     assert not gpu.kernel_errors(case)["right"]
 
 
-def test_gpu_refuses_parts_it_does_not_know(capsys):
+@pytest.mark.parametrize("argv, message", [
+    (["--out", "x", "--parts", "kernels,vae"], "the parts are generator-policy"), ([], "--out DIR")])
+def test_gpu_refuses_what_it_cannot_do(argv, message, capsys):
     with pytest.raises(SystemExit):
-        gpu.main(["--only", "kernels,vae"])
-    assert "the parts are kernels, mmdit, qwen, sampling" in capsys.readouterr().err
+        gpu.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_the_time_of_a_gpu_is_taken_between_events_after_the_caches_are_emptied():
