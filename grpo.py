@@ -74,6 +74,7 @@ def group_advantages(rewards, eps=1e-4):
     mean = r.mean(dim=1, keepdim=True)  # [P,1]
     degrees = max(1, r.shape[1] - 1)
     std = ((r - mean).square().sum(dim=1, keepdim=True) / degrees).sqrt()
+    # Rewards that differ by rounding only must not be blown up to advantages of about ±1.
     spread = r.amax(dim=1, keepdim=True) - r.amin(dim=1, keepdim=True)
     differs = spread > 1e-6 * mean.abs().clamp(min=1)
     return torch.where(differs, (r - mean) / (std + eps), 0.0).to(dtype)
@@ -104,7 +105,7 @@ def check_on_policy(sampled, computed, mask, limit):
     """
     deviation = torch.where(mask, (computed - sampled).exp() - 1, 0.0).abs()
     worst = float(deviation.max())
-    if not worst <= limit:
+    if not worst <= limit:  # true for NaN, too
         first = int((deviation > limit).any(dim=0).int().argmax())
         raise UserError(f"before the first update, the ratio of training to sampling is off by "
                         f"{worst:.2g} (allowed: {limit:.0e}), from token {first} of an answer on; "
@@ -188,6 +189,7 @@ def loss_metrics(ratio, kl, advantages, mask, clip):
     ratio, kl, mask [B,L], advantages [B,1]; ratio is 1 and kl 0 outside the mask.
     """
     tokens = mask.sum().clamp(min=1)
+    # The clip takes a gradient away only where it would push the ratio further out.
     beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
     clipped = beyond & (advantages != 0) & mask
     worst = (ratio - 1).abs().max() if ratio.numel() else ratio.new_zeros(())

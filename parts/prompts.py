@@ -33,6 +33,7 @@ def load_prompts(path, prompts, values):
             raise ValueError(f"unknown prompt {min(unknown)!r}")
         for name, text in own.items():
             fill(text, **dict.fromkeys(values.get(name, ()), ""))
+    # No file, no JSON, no object, a text that is none, or a $name without a value.
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "
                         f"{', '.join(prompts)}, and in each text only the $values of the prompt "
@@ -43,6 +44,7 @@ def load_prompts(path, prompts, values):
 def content_words(text):
     """The words of a text, in lower case, but for articles, prepositions and the like. In scripts
     without spaces every character is a word."""
+    # Kana and Chinese characters one by one, letters of other scripts in runs.
     words = re.findall(r"[぀-ヿ㐀-鿿]|[^\W\d_぀-ヿ㐀-鿿]+", text.lower())
     return [word for word in words if word not in SMALL_WORDS]
 
