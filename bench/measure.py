@@ -32,6 +32,7 @@ def measured(run, device, repeats, cold=None, warm_up=2):
     for _ in range(warm_up + repeats):
         if on_gpu:
             torch.cuda.synchronize()
+            # Four writes last longer than the host needs to queue a kernel's launch.
             for _ in range(0 if cold is None else 4):
                 cold.zero_()
             begin.record()
@@ -41,7 +42,7 @@ def measured(run, device, repeats, cold=None, warm_up=2):
         if on_gpu:
             end.record()
             end.synchronize()
-        ms.append(begin.elapsed_time(end) if on_gpu else host[-1])
+        ms.append(begin.elapsed_time(end) if on_gpu else host[-1])  # of the GPU's own clock
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
     return statistics.median(ms[warm_up:]), statistics.median(host[warm_up:]), peak
 
@@ -67,9 +68,9 @@ def profiled(run):
         torch.cuda.synchronize()
     totals = {}
     for event in seen.key_averages():
-        spent = event.self_device_time_total / 1e3
+        spent = event.self_device_time_total / 1e3  # from microseconds
         if spent:
-            name = event.key[:100]
+                name = event.key[:100]  # those of templates are very long
             ms, calls = totals.get(name, (0.0, 0))
             totals[name] = ms + spent, calls + event.count
     return totals
@@ -91,6 +92,7 @@ class Rows:
         row = {"part": self.part, "table": table, "row": name, **cells}
         line = json.dumps(row, ensure_ascii=False) + "\n"
         path = self.folder / "rows.jsonl"
+        # O_APPEND places each write at the end as it is then, whoever wrote before.
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(handle, line.encode())
@@ -113,7 +115,7 @@ class Rows:
             last = traceback.format_exception_only(error)[-1].strip().splitlines()
             cells = {"failed": (last[0] if last else type(error).__name__)[:300]}
         self.add(table, name, **cells, seconds=round(time.perf_counter() - started, 2))
-        free()
+        free()  # so that the next row's peak of memory is its own
 
 
 def free():

@@ -72,11 +72,10 @@ def scan_vocabulary(hidden, weight, targets, temperature, with_slope):
     """
     N = len(hidden)
     buffer = tile_buffer(hidden, weight)
-    peak = buffer.new_full((N,), -math.inf)
-    total = buffer.new_zeros(N)
-    picked = buffer.new_zeros(N)
-    # Σ_v exp(logit_v − peak)·W_v
-    pull = buffer.new_zeros(hidden.shape) if with_slope else None
+    peak = buffer.new_full((N,), -math.inf)  # the greatest logit so far
+    total = buffer.new_zeros(N)  # Σ_v exp(logit_v − peak)
+    picked = buffer.new_zeros(N)  # the target's logit
+    pull = buffer.new_zeros(hidden.shape) if with_slope else None  # Σ_v exp(logit_v − peak)·W_v
     for columns in slices(len(weight), CHUNK):
         for rows in slices(N, ROWS):
             z = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
@@ -92,17 +91,14 @@ def scan_vocabulary(hidden, weight, targets, temperature, with_slope):
 
 
 def head_gradient(hidden, weight, targets, lse, grad, temperature):
-    """dLoss/dW [V,D] for dLoss/dlog p = grad [N]: Σ_i grad_i/T·(onehot_i − p_i)·hidden_iᵀ.
-
-    Summed in float32 or wider.
-    """
+    """dLoss/dW [V,D] = Σ_i grad_i/T·(onehot_i − p_i)·hidden_iᵀ for dLoss/dlog p = grad [N]."""
     gradient = torch.empty_like(weight)
     buffer = tile_buffer(hidden, weight)
     scaled = (hidden * (-grad / temperature)[:, None]).to(hidden.dtype)  # [N,D]
     for columns in slices(len(weight), CHUNK):
-        part = buffer.new_zeros(weight[columns].shape)
+        part = buffer.new_zeros(weight[columns].shape)  # summed in float32 or wider
         for rows in slices(len(hidden), ROWS):
-            p = logits_tile(buffer, hidden[rows], weight[columns])
+            p = logits_tile(buffer, hidden[rows], weight[columns])  # [rows, columns]
             if temperature != 1:
                 p.div_(temperature)
             p.sub_(lse[rows, None]).exp_()
@@ -128,9 +124,9 @@ def tile_buffer(hidden, weight):
 
 
 def logits_tile(buffer, hidden, weight):
-    """hidden·Wᵀ for some rows of each, in the buffer or, for narrower types, a tensor of its own."""
+    """hidden·Wᵀ for some rows of each, in the buffer, or on their own if types are narrower."""
     if hidden.dtype != buffer.dtype:
-        # Those of sampling: what rounds otherwise there would make the ratio differ from 1.
+        # The product of sampling: one that rounds otherwise would take the ratio away from 1.
         return ops.logits(hidden, weight)
     z = buffer[:len(hidden) * len(weight)].view(len(hidden), len(weight))
     return torch.mm(hidden, weight.t(), out=z)
@@ -166,7 +162,6 @@ def scan_tile(z, targets, start, peak, total, picked, scale=1.0):
 
 
 def index_in_tile(targets, start, width):
-    """Column [N,1] of each of targets [N] within a tile of the vocabulary, and whether it lies
-    there; where not, the column is any."""
+    """Column [N,1] of each target within a tile, and whether it lies there; if not, it is any."""
     index = (targets - start)[:, None]
     return index.clamp(0, width - 1), (index >= 0) & (index < width)

@@ -1,7 +1,7 @@
 """A packed projection split into heads, with qk-norm or rotation on the way, as Triton kernels.
 
-A packed projection is a list of heads, the queries' first, then the keys', then the values'. Tiles
-are of some heads. See triton_launch.py for what all kernels have in common, and for the letters.
+A packed projection is a list of heads, the queries' first, then the keys', then the values'. See
+triton_launch.py for what all kernels have in common, and for the letters.
 """
 
 import torch
@@ -41,11 +41,10 @@ def head_norm_kernel(qkv, q_weight, k_weight, out, out_step, N, L, eps, H: tl.co
                      ROWS: tl.constexpr):
     """The first PARTS·H heads of qkv [N,3,H,E], weights [E] -> out [B,L,PARTS,H,E].
 
-    out has a step of its own from picture to picture. Queries and keys are normalised, values
-    (PARTS 3) copied. A program computes ROWS heads.
+    out_step is that from picture to picture. Queries and keys are normalised, values copied.
     """
-    token, head = heads_of_tile(PARTS * H, ROWS)
-    channel = tl.arange(0, BLOCK)[None, :]
+    token, head = heads_of_tile(PARTS * H, ROWS)  # each [ROWS,1]
+    channel = tl.arange(0, BLOCK)[None, :]  # [1,BLOCK], of which E exist
     inside = (token < N) & (channel < E)
     x = load(qkv + token * (3 * H * E) + head * E + channel, inside)
     normed = rounded(x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / E + eps), qkv)
@@ -64,11 +63,10 @@ def head_norm_backward_kernel(qkv, q_weight, k_weight, dq, dk, dv, dqkv, partial
                               SUMS: tl.constexpr):
     """dq, dk, dv [B,H,L,E] at their steps, with qkv's queries and keys -> dqkv [N,3,H,E].
 
-    With SUMS also the parts of the weights' gradients in partial [blocks,2,E]. A program computes
-    ROWS heads.
+    With SUMS also the parts of the weights' gradients in partial [blocks,2,E].
     """
-    token, head = heads_of_tile(3 * H, ROWS)
-    channel = tl.arange(0, BLOCK)[None, :]
+    token, head = heads_of_tile(3 * H, ROWS)  # each [ROWS,1]
+    channel = tl.arange(0, BLOCK)[None, :]  # [1,BLOCK], of which E exist
     inside = (token < N) & (channel < E)
     b = token // L
     t = token % L
@@ -95,10 +93,7 @@ def head_norm_backward_kernel(qkv, q_weight, k_weight, dq, dk, dv, dqkv, partial
 
 
 def norm_heads(qkv, q_weight, k_weight, out, eps):
-    """Write the normalised heads of qkv [B,L,3D] into out [B,L,2 or 3,H,E]; 3: the values too.
-
-    out may be some tokens of a longer tensor.
-    """
+    """Write the normalised heads of qkv [B,L,3D] into out [B,L,2 or 3,H,E]; 3: the values too."""
     B, L, parts, H, E = out.shape
     block, rows, programs = head_tile(E, B * L * parts * H)
     launch(head_norm_kernel, (programs,), qkv[..., :parts * H * E], q_weight, k_weight, out,
@@ -125,9 +120,7 @@ def norm_heads_backward(qkv, q_weight, k_weight, grads, eps, sums):
 class SplitQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, q_weight, k_weight, num_heads, eps):
-        qkv = qkv.contiguous()
-        q_weight = q_weight.contiguous()
-        k_weight = k_weight.contiguous()
+        qkv, q_weight, k_weight = (t.contiguous() for t in (qkv, q_weight, k_weight))
         B, L, width = qkv.shape
         E = width // (3 * num_heads)
         ctx.save_for_backward(qkv, q_weight, k_weight)
@@ -206,12 +199,9 @@ def joint_qkv(context, x, num_heads, context_norms, x_norms, eps=1e-6):
 @triton.jit
 def rotate_kernel(qkv, cos, sin, out, cos_step, sin_step, N, HEADS: tl.constexpr,
                   PACKED: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The first HEADS of PACKED heads of qkv [N,PACKED,E], turned -> out [N,HEADS,E].
-
-    cos, sin [N,E/2] at their steps. A program computes ROWS heads.
-    """
-    token, head = heads_of_tile(HEADS, ROWS)
-    channel = tl.arange(0, BLOCK // 2)[None, :]
+    """The first HEADS of PACKED heads of qkv [N,PACKED,E], turned -> out [N,HEADS,E]."""
+    token, head = heads_of_tile(HEADS, ROWS)  # each [ROWS,1]
+    channel = tl.arange(0, BLOCK // 2)[None, :]  # of the first half of a head
     HALF: tl.constexpr = E // 2
     inside = (token < N) & (channel < HALF)
     start = qkv + (token * PACKED + head) * E + channel
@@ -228,21 +218,16 @@ def rotate_kernel(qkv, cos, sin, out, cos_step, sin_step, N, HEADS: tl.constexpr
 @triton.jit
 def load_one_of(q, k, v, is_q, is_k, is_v):
     """Values of a head that lies in one of three tensors; masked loads of the others give 0."""
-    x = load(q, is_q)
-    x += load(k, is_k)
-    return x + load(v, is_v)
+    return load(q, is_q) + load(k, is_k) + load(v, is_v)
 
 
 @triton.jit
 def rotate_backward_kernel(dq, dk, dv, cos, sin, dqkv, q_n, q_h, k_n, k_h, v_n, v_h, cos_step,
                            sin_step, N, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
                            BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """dq [N,H,E], dk, dv [N,K,E] at their steps -> dqkv [N,H+2K,E].
-
-    Queries and keys are turned back, values copied. A program computes ROWS heads.
-    """
-    token, head = heads_of_tile(H + 2 * K, ROWS)
-    channel = tl.arange(0, BLOCK // 2)[None, :]
+    """dq [N,H,E], dk, dv [N,K,E] at their steps -> dqkv [N,H+2K,E], values just copied."""
+    token, head = heads_of_tile(H + 2 * K, ROWS)  # each [ROWS,1]
+    channel = tl.arange(0, BLOCK // 2)[None, :]  # of the first half of a head
     HALF: tl.constexpr = E // 2
     inside = (token < N) & (channel < HALF)
     is_q = inside & (head < H)

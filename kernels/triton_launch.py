@@ -8,7 +8,8 @@ gradient. Memory and not arithmetic limits them, so a kernel reads and writes ev
   rounds it, if that is cheap, else only once, at the end. Gradients are rounded once.
 - The backward pass computes a row's statistics again from the row, which it reads anyway, so
   nothing but inputs is kept for it.
-- A sum over rows has two stages: a program sums its rows into a buffer, torch sums the buffer.
+- A sum over rows has two stages: a program sums its rows into a buffer `partial`, and torch sums
+  the buffer. ROWS is the number of rows, tokens or heads that one program computes.
 - Sums whose gradient nobody asks for, as those of a frozen norm, are not formed.
 
 Letters: B batch, L tokens, N rows (all leading dimensions as one), H heads, K key-value heads,
@@ -24,9 +25,6 @@ import triton.language as tl
 
 # A row is held in registers: 16 values for each of at most 512 threads.
 WIDEST = 8192
-# Rows that a program sums before it writes to the buffer of partial sums. The buffer is float32 and
-# has an eighth of the bytes of the rows in bfloat16, so it adds little to what is moved anyway.
-ROWS = 16
 
 
 def launch(kernel, grid, *args, num_warps=4, **constants):
@@ -59,8 +57,7 @@ def promoted(*tensors):
 
 
 def check(name, x, shape):
-    # A kernel does not know where a tensor ends: it would read past it.
-    if x.shape != torch.Size(shape):
+    if x.shape != torch.Size(shape):  # a kernel would read past the tensor's end
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(x.shape)}")
 
 

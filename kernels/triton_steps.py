@@ -38,10 +38,7 @@ def swiglu_kernel(gate_up, y, M: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(gate_up, dy, dgate_up, M: tl.constexpr, BLOCK: tl.constexpr):
-    """gate_up [N,2M], dy [N,M] -> dgate_up [N,2M].
-
-    A program computes BLOCK columns of a row.
-    """
+    """gate_up [N,2M], dy [N,M] -> dgate_up [N,2M]."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < M
@@ -141,9 +138,7 @@ class SDEStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, velocity, latents, given, ref_velocity, numbers, draw):
         """numbers: (a, b, std, σ_t) as floats. given: the noise if `draw`, else the step."""
-        velocity = velocity.contiguous()
-        latents = latents.contiguous()
-        given = given.contiguous()
+        velocity, latents, given = (t.contiguous() for t in (velocity, latents, given))
         a, b, std, sigma_t = numbers
         B = len(latents)
         n = latents.shape[1:].numel()
@@ -155,7 +150,7 @@ class SDEStep(torch.autograd.Function):
         partial = torch.empty(2, B, blocks, device=velocity.device)
         launch(sde_kernel, (blocks, B), velocity, latents, given, ref, drawn, partial, a, b, std,
                float(draw), float(compare), n, BLOCK=LATENTS)
-        squares, gaps = partial.sum(2) / n
+        squares, gaps = partial.sum(2) / n  # each [B]
         ctx.save_for_backward(velocity, latents, drawn if draw else given, ref)
         ctx.numbers = numbers
         ctx.compare = compare
@@ -201,9 +196,7 @@ def sde_draw(velocity, latents, noise, a, b, std):
 @triton.jit
 def scan_kernel(z, exps, targets, peak, total, picked, keep, scale, start, row_step,
                 V: tl.constexpr, BLOCK: tl.constexpr):
-    """Logits z [N,V] -> exps [N,V], which may be z; peak, total, picked [N] are updated, keep [N]
-    is written. A program computes a row.
-    """
+    """Logits z [N,V] -> exps [N,V], which may be z; peak, total, picked, keep [N]. A row each."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < V
