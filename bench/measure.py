@@ -70,7 +70,7 @@ def profiled(run):
     for event in seen.key_averages():
         spent = event.self_device_time_total / 1e3  # from microseconds
         if spent:
-                name = event.key[:100]  # those of templates are very long
+            name = event.key[:100]  # those of templates are very long
             ms, calls = totals.get(name, (0.0, 0))
             totals[name] = ms + spent, calls + event.count
     return totals
