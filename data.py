@@ -147,9 +147,9 @@ def emotion_words(v: float, a: float, rng: np.random.Generator | None = None) ->
     return ", ".join(group[int(rng.integers(len(group)))] for group in groups)
 
 
-def with_words(prompt: str, v: float, a: float, rng: np.random.Generator | None = None) -> str:
+def with_words(prompt: str, v: float, a: float) -> str:
     """The prompt followed by the graded words of (v, a)."""
-    return f"{prompt}, {emotion_words(v, a, rng)}"
+    return f"{prompt}, {emotion_words(v, a)}"
 
 
 def with_numbers(prompt: str, v: float, a: float) -> str:
