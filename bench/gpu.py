@@ -710,16 +710,18 @@ def judge_speed(rows, s):
     add_adapter(model)
     table = f"generation, {work}"
     rows.run(table, "adapter, graph", lambda: generate(True, True))
-    profile_decode(rows, s, model, prompt, "adapter")
     training = f"LoRA step, rank {RANK}, {work}"
     rows.run(training, "fused, checkpointing", lambda: step(True, True))
     rows.run(training, "plain, checkpointing", lambda: step(False, True))
     rows.run(training, "fused", lambda: step(True, False))
     lora.merge_lora(model)
     rows.run(table, "merged, graph", lambda: generate(True, True))
-    profile_decode(rows, s, model, prompt, "merged")
     rows.run(table, "merged", lambda: generate(True))
     rows.run(table, "merged, plain forms", lambda: generate(False))
+    # Last, because a profiler that fails while a graph is recorded would take the rest with it.
+    profile_decode(rows, s, model, prompt, "merged")
+    add_adapter(model)
+    profile_decode(rows, s, model, prompt, "adapter")
 
 
 def profile_decode(rows, s, model, prompt, name):
