@@ -91,7 +91,6 @@ def sde_kernel(velocity, latents, given, ref_velocity, drawn, partial, a, b, std
 
     given: the noise if draw is 1.0, which makes the step `drawn`, or the step if draw is 0.0.
     ref_velocity is read if compare is 1.0. partial: the parts of Σz² and Σ(mean − ref_mean)².
-   
     """
     # draw and compare are numbers and not constants: the same machine code draws a step and
     # evaluates it, in the same order, so the log-probabilities of the two are equal in every bit.
