@@ -60,6 +60,7 @@ class Processes:
             raise UserError(f"{len(items)} items cannot be shared by {self.world} processes; "
                             f"choose a multiple")
         each = len(items) // self.world
+        # contiguous, so that `gather` puts the parts back in the order of the whole
         return items[self.rank * each:(self.rank + 1) * each]
 
     def total(self, values):
@@ -67,6 +68,7 @@ class Processes:
         if self.world == 1:
             return dict(values)
         numbers = [float(value) for value in values.values()]
+        # in float64 sums of counts stay exact
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
@@ -83,7 +85,7 @@ class Processes:
         """Give every process the mean over processes of each gradient."""
         if self.world > 1:
             for parameter in parameters:
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(parameter.grad)  # the sum
                 parameter.grad /= self.world
 
     def wait(self):
@@ -94,6 +96,7 @@ class Processes:
 def start_processes(device=None):
     """The Processes that `torchrun` started, or one. device: cpu or cuda; None: a GPU if any."""
     device = cli.device_of(device)
+    # torchrun tells a process its number and its GPU by environment variables
     if "RANK" not in os.environ:
         return Processes(0, 1, torch.device(device))
     if device == "cuda":
@@ -125,6 +128,7 @@ def batch_indices(step, batch, count, seed):
     """Which of `count` items make the batch of step `step`; every epoch has its own permutation."""
     indices = []
     for number in range(batch):
+        # counted over the whole run, whose epochs follow one another without a gap
         epoch, index = divmod(step * batch + number, count)
         if number == 0 or index == 0:
             generator = torch.Generator().manual_seed(seed * 1000 + epoch)
@@ -155,6 +159,7 @@ def peak_memory(device):
     """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss is in KiB, but on macOS in bytes
     bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**30
 
@@ -271,12 +276,13 @@ class Run:
             signal.signal(number, handler)
 
     def ask_to_stop(self, number, frame):
-        if self.signal == signal.SIGINT == number:
+        if self.signal == signal.SIGINT == number:  # the second Ctrl-C
             raise KeyboardInterrupt
         self.signal = number
 
     def stopped(self):
         """Whether any process was asked to stop; the same answer on all."""
+        # a signal may reach one process only, and all must leave the loop after the same step
         return self.processes.total({"stop": self.signal is not None})["stop"] > 0
 
     def stop_code(self, step):
@@ -349,11 +355,13 @@ class Run:
 
         The folder gets its final name, and so counts, when every process has written its file.
         """
+        # eight digits, so that the order of names is that of steps
         final = self.folder / f"checkpoint-{step:08d}"
         temporary = final.with_suffix(".tmp")
         temporary.mkdir(exist_ok=True)
         with open(self.file_in(temporary), "wb") as file:
             torch.save({"step": step, **state}, file)
+            # on the disk before the folder is renamed, also if the machine stops in between
             file.flush()
             os.fsync(file.fileno())
         self.processes.wait()
@@ -370,6 +378,7 @@ class Run:
 
         Raises UserError if it was written by another number of processes, or is damaged.
         """
+        # what a killed run left half written
         if self.processes.first:
             for half in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(half)
@@ -384,6 +393,7 @@ class Run:
             raise UserError(f"{folder} was written by {worlds[0]} processes and this run has "
                             f"{self.processes.world}; start as many, or choose another --out")
         try:
+            # weights_only: a checkpoint from elsewhere cannot run code
             return torch.load(path, map_location=self.processes.device, weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
             raise UserError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on "

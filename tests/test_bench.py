@@ -207,7 +207,7 @@ def test_run_prints_one_table_and_writes_what_it_holds(tmp_path, capfd):
     assert [row.split(",")[0] for row in rows] == ["MMDiT forward", "MMDiT forward"]
     record = json.loads(out.read_text())
     assert [row["work"] for work in record["works"] for row in work["rows"]] == rows
-    assert record["works"][0]["command"].startswith("python bench/mmdit_forward.py --blocks 2 ")
+    assert record["works"][0]["command"].startswith("python -m bench.mmdit_forward --blocks 2 ")
     assert min(work["seconds"] for work in record["works"]) > 0 and record["versions"]["torch"] == torch.__version__
     assert [path.name for path in out.parent.iterdir()] == ["bench.json"]
 
