@@ -237,8 +237,8 @@ def test_a_program_that_fails_is_reported_and_the_others_go_on(fakes, tmp_path, 
     assert run.main(["--no-growth", "--out", str(tmp_path / "bench.json")]) == 1
     out, err = capfd.readouterr()
     assert "| work of size 2 | peer 1.0 | 2 | 0.5 | 4.00 | 0.5 of all | 0.25 | ratio ≥ 5, memory ≤ 0.9: missed |" in out
-    assert "fails.py --threads" in out and "exit status 3\nno such luck" in out and "no such luck" in err
-    assert "talks.py --threads" in out and "not rows as JSON" in out and "hello" in out
+    assert "fails --threads" in out and "exit status 3\nno such luck" in out and "no such luck" in err
+    assert "talks --threads" in out and "not rows as JSON" in out and "hello" in out
     failed = [work["failed"] for work in json.loads((tmp_path / "bench.json").read_text())["works"]]
     assert failed[0] == "exit status 3\nno such luck" and failed[1] and not failed[2]
 
