@@ -279,7 +279,8 @@ def test_inputs_of_any_layout_and_tensors_that_need_no_gradient():
     x, branch = tensor(5, 2, 6).transpose(0, 1), tensor(2, 6, 5).transpose(1, 2)  # [2,5,6]
     shift, scale, weight = tensor(6, 2).t(), tensor(1, 6).expand(2, 6), tensor(6)
     hold_together(fused.modulate, mmdit.modulate.plain, (x, shift, scale))
-    hold_together(lambda t: fused.modulate(t, shift, scale), lambda t: mmdit.modulate.plain(t, shift.to(t), scale.to(t)), (x,))
+    hold_together(lambda t: fused.modulate(t, shift, scale),
+                  lambda t: mmdit.modulate.plain(t, shift.to(t), scale.to(t)), (x,))
     hold_together(lambda t: fused.modulate(x, t, scale), lambda t: mmdit.modulate.plain(x.to(t), t, scale.to(t)), (shift,))
     hold_together(fused.gate_residual, mmdit.gate_residual.plain, (x, branch, scale))
     hold_together(lambda t: fused.gate_residual(t, branch, shift),
@@ -433,8 +434,8 @@ def test_a_qwen_vl_with_a_picture_is_the_same_on_the_kernels(monkeypatch):
 
     def run():
         logits = model(*inputs)
-        return logits.detach(), *torch.autograd.grad(logits.square().mean(), [model.model.layers[0].self_attn.qkv_proj.weight,
-                                                                             model.visual.blocks[0].attn.qkv.weight])
+        trained = [model.model.layers[0].self_attn.qkv_proj.weight, model.visual.blocks[0].attn.qkv.weight]
+        return logits.detach(), *torch.autograd.grad(logits.square().mean(), trained)
 
     for plain, ours in zip(*on_the_kernels(monkeypatch, run), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
