@@ -78,8 +78,8 @@ def step_numbers(sigma, sigma_next, noise_level):
     dt = sigma_next − σ and σ_t = noise_level·√(σ/(1 − σ)).
     """
     if not 0 < noise_level < math.inf:
-        raise ValueError(f"noise_level must be above 0, got {noise_level}: without noise a step has "
-                         f"no log-probability; sample_ode draws without noise")
+        raise ValueError(f"noise_level must be above 0, got {noise_level}: without noise a step "
+                         f"has no log-probability; sample_ode draws without noise")
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"a step goes down within 0..1, got sigma {sigma} to {sigma_next}")
     dt = sigma_next - sigma

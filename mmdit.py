@@ -249,8 +249,8 @@ class MMDiT(nn.Module):
         B, C, h, w = latents.shape
         p = self.config.patch
         if h % p or w % p or max(h, w) > self.config.positions * p:
-            raise ValueError(f"latents are {h}×{w}; both sides must be multiples of {p} and at most "
-                             f"{self.config.positions * p}")
+            raise ValueError(f"latents are {h}×{w}; both sides must be multiples of {p} and at "
+                             f"most {self.config.positions * p}")
         rows, cols = h // p, w // p
         x = self.x_embedder(latents) + self.positions(rows, cols)  # [B,N,D]
         cond = self.t_embedder(sinusoids(timestep).to(x.dtype)) + self.y_embedder(pooled)  # [B,D]

@@ -1183,7 +1183,7 @@ def device_row(args):
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if cuda else None
     cudnn = torch.backends.cudnn.version() if cuda else None
     Rows(args.out, "call").add("device", name, torch=torch.__version__, capability=capability,
-                               cuDNN=cudnn, small=args.small or not cuda)
+                               cuDNN=cudnn, sizes="small" if args.small or not cuda else "full")
 
 
 def main(argv=None):

@@ -168,8 +168,9 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
     try:
         return work() or 0
     except torch.OutOfMemoryError as error:
-        say(f"error: the GPU has too little memory ({str(error).splitlines()[0][:100]}); try smaller "
-            f"pictures or batches (--size, --micro), --checkpointing, or --device cpu")
+        reason = str(error).splitlines()[0][:100]
+        say(f"error: the GPU has too little memory ({reason}); try smaller pictures or batches "
+            f"(--size, --micro), --checkpointing, or --device cpu")
         return 2
     except (UserError, OSError) as error:
         say(f"error: {error}")

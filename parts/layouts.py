@@ -212,7 +212,7 @@ QWEN_LAYERS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.g
 
 
 def qwen_fused(c):
-    """{layer of a QwenVL: the published ones it fuses}; c a QwenVLConfig. See weights.projections."""
+    """{layer of a QwenVL: the published ones it fuses}, as weights.projections takes it."""
     own = c.kv_heads * c.head_dim
     rows = {"q_proj": c.heads * c.head_dim, "k_proj": own, "v_proj": own}
     return {"qkv_proj": rows, "gate_up_proj": ("gate_proj", "up_proj")}

@@ -84,8 +84,8 @@ def find_form(plain, device):
     if module is None:
         return None
     if definition(plain) != form.definition:
-        say(f"{name} was edited: its plain form runs, not the fused one of kernels/, which computes "
-            f"what it was before (see kernels/__init__.py)")
+        say(f"{name} was edited: its plain form runs, not the fused one of kernels/, which "
+            f"computes what it was before (see kernels/__init__.py)")
         return None
     return getattr(importlib.import_module(f"kernels.{module}"), plain.__name__)
 
@@ -194,7 +194,7 @@ def logits(hidden, weight):
 
 @fusable
 def channels_last(x):
-    """x [B,C,H,W] in the memory layout that convolutions are fastest in; its values do not change."""
+    """x [B,C,H,W] in the memory layout that convolutions are fastest in; no value changes."""
     return x
 
 
@@ -220,7 +220,9 @@ def fast_linears(module, copy=True):
 def fast_linear(weight, bias=None):
     """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D], for many calls."""
     make = faster("linears", "fast_linear")
-    return functools.partial(F.linear, weight=weight, bias=bias) if make is None else make(weight, bias)
+    if make is None:
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    return make(weight, bias)
 
 
 def as_graph(function, *inputs):
