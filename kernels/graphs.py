@@ -23,11 +23,13 @@ def record(function, *inputs):
     with torch.cuda.stream(side):
         function(*held)
     torch.cuda.current_stream().wait_stream(side)
+    # Recording runs nothing on the GPU: the results are tensors that each replay fills.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = function(*held)
 
     def replay(*inputs):
+        # A graph reads the addresses it has recorded, so what is new is copied there.
         for mine, x in zip(held, inputs, strict=True):
             mine.copy_(x)
         graph.replay()

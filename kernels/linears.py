@@ -24,13 +24,15 @@ def fast_linear(weight, bias=None, copy=True):
     if not (on_cpu and torch.backends.mkldnn.is_available()):
         return lambda x, gelu=False: plain_linear(x, weight, bias, gelu)
     weight = weight.detach()
-    ready = []
+    ready = []  # the laid out copy, once it is made
 
     def product(x, gelu=False):
+        # The best layout depends on the number of rows, which the first call shows.
         if not ready:
             rows = x.numel() // x.shape[-1]
             reorder = torch.ops.mkldnn._reorder_linear_weight
             ready.append(reorder(weight, rows) if copy else weight)
+        # oneDNN's name for what it applies to a result before it is written.
         after = ("gelu", [], "tanh") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, ready[0], bias, *after)
 

@@ -63,6 +63,8 @@ def narrow_copies(A, B, scale, dtype):
 
     They are kept at A itself and made anew in the same memory, where a CUDA graph reads them.
     """
+    # Every change in place raises a tensor's version, but for those through p.data and those of
+    # AdamW(fused=True), with which this would go on with old copies.
     versions = (dtype, A._version, *(own._version for own in B))
     kept = getattr(A, "narrow_copies", None)
     if kept is not None and kept[0] == versions:

@@ -20,6 +20,7 @@ def attend_shared(q, prompt_k, prompt_v, k, v, hidden=None):
     scores = torch.cat([over_prompt, over_own], dim=-1).mul_(E ** -0.5)  # [P,n,K,G,L+t]
     if hidden is not None:
         scores.masked_fill_(hidden[:, None, None, None], float("-inf"))
+    # The shares of all keys are normalised together, and only then read from two memories.
     to_prompt, to_own = scores.softmax(-1).to(q.dtype).tensor_split([L], dim=-1)
     to_prompt = to_prompt.transpose(1, 2).reshape(P * K, n * G, L)
     out = batched(to_prompt, prompt_v.flatten(0, 1)).view(P, K, n, G, E).transpose(1, 2)

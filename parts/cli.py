@@ -32,6 +32,7 @@ def parser(doc, **options):
     """An ArgumentParser that shows `doc` as it is and answers a mistake by one line and exit 2."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    # argparse's own answer prints the usage of all flags, which hides the one line that matters.
     made.error = stop_parsing
     return made
 
@@ -47,7 +48,7 @@ def number(low, high, kind=float):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = math.nan  # which no comparison holds for, so it is refused below
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {what} in {low:,}..{high:,}, got {text}")
@@ -152,7 +153,7 @@ def parse_settings(made, settings, argv=None):
 
 def device_of(wish):
     """The device that --device names; without one a GPU, if there is one. Raises UserError."""
-    if wish is None:
+    if wish is None:  # a person who names no device wants the fastest
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wish.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {wish}: this torch sees no GPU; use --device cpu")
@@ -166,7 +167,7 @@ def device_of(wish):
 def run_program(work, stopped="stopped; the same command goes on where it was"):
     """The exit code of work(): 2 for what the user can mend, 130 for Ctrl-C, each with its line."""
     try:
-        return work() or 0
+        return work() or 0  # a program without an exit code of its own ended well
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0][:100]
         say(f"error: the GPU has too little memory ({reason}); try smaller pictures or batches "

@@ -25,6 +25,7 @@ def write_whole(path, content):
         temporary.write_bytes(content)
     else:
         temporary.write_text(content, encoding="utf-8")
+    # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
     return path
 
@@ -64,7 +65,7 @@ def read_records(path, until=math.inf):
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except ValueError:  # a program that was killed while it wrote leaves half a line
                 break
             if record.get("step", 0) <= until:
                 records.append(record)
@@ -75,6 +76,7 @@ def whole_records(path):
     """As `read_records`, and cut a half-written last line off the file, so that one can append."""
     content = Path(path).read_bytes() if Path(path).exists() else b""
     if content and not content.endswith(b"\n"):
+        # The next line would otherwise be joined to the broken one, and both be lost.
         os.truncate(path, content.rfind(b"\n") + 1)
     return read_records(path)
 
@@ -85,6 +87,7 @@ def whole_records(path):
 
 def to_rgb(image):
     """A PIL image in RGB; white shows through where it is transparent."""
+    # A palette image has no band for it but may name one of its colours as transparent.
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -75,7 +75,7 @@ def fusable(plain):
 
 def find_form(plain, device):
     """The fused form of a plain one on a type of device ("cpu", "cuda"), or None."""
-    if importlib.util.find_spec("kernels") is None:
+    if importlib.util.find_spec("kernels") is None:  # somebody deleted the folder
         return None
     kernels = importlib.import_module("kernels")
     name = f"{plain.__module__}.{plain.__name__}"
@@ -104,6 +104,7 @@ def code_of(function, seen):
     if function in seen:
         return []
     seen.add(function)
+    # Tokens, because a syntax tree prints differently from one version of Python to the next.
     source = textwrap.dedent(inspect.getsource(function))
     words = []
     begins = True  # whether a statement begins here: a string there is a docstring
@@ -120,7 +121,7 @@ def code_of(function, seen):
         value = scope.get(word)
         if isinstance(value, types.ModuleType):  # as in ops.rms_norm
             value = getattr(value, following, None)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float):  # a constant of the module belongs to the definition
             called.append(f"{word}={value}")
         elif inspect.isfunction(value) and value.__module__ in own:
             called += code_of(value, seen)

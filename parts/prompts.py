@@ -18,6 +18,7 @@ def fill(template, /, **values):
     for name, value in values.items():
         if not isinstance(value, str):
             values[name] = "unknown" if value is None else f"{value:.2f}"
+    # Template and not str.format, because prompts show JSON, whose braces format would read.
     return string.Template(template).substitute(values)
 
 
@@ -51,6 +52,7 @@ def content_words(text):
 
 def lost_words(request, prompt):
     """The content words of a request that a prompt has lost; "horses" keeps "horse"."""
+    # An ending may change in a rewrite ("sailing boats"), the thing that is named may not.
     kept = {stem(word) for word in content_words(prompt)}
     return [word for word in dict.fromkeys(content_words(request)) if stem(word) not in kept]
 

@@ -113,7 +113,7 @@ def run_in_processes(work, args):
         try:
             return work(args, processes)
         finally:
-            if processes.world > 1:
+            if dist.is_initialized():  # also with one process, if torchrun started it
                 dist.destroy_process_group()
 
     return cli.run_program(
