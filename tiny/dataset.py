@@ -32,7 +32,7 @@ def tiny_row(out, split, labels, seed):
         "a": round(a, 4),
         "neutral": scenes.neutral_caption(scene),
     }
-    scenes.render(scene, v, a).save(out / row["image"])
+    scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
     # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)

@@ -68,6 +68,7 @@ def figures(picture, case, scorer, count):
     """
     v, a = scenes.measure_va(picture.image)
     judge_v, judge_a = picture.judgement.va
+    # against the request, not the rewritten prompt: did the picture keep what was asked for?
     score = metrics.clip_score(scorer, [picture.image], [case.neutral])
     return {
         "v": abs(v - case.v), "a": abs(a - case.a),
@@ -95,7 +96,7 @@ def run_case(case, seed, tools):
     # 1. textual feedback
     began = time.perf_counter()
     rounds = refine(rounds=ROUNDS, seed=seed)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - began  # drawing, judging and rewriting
 
     # 2. its control: the same seeds, the first prompt
     control = rounds[:1]

@@ -48,7 +48,7 @@ def run_of(folder, flags, seed, cases, extra):
     out = STUDY / f"{folder}_seed{seed}"
     measure = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--seed", seed,
                "--forms", "numbers", "--judge", JUDGE, "--out", out / RESULT.parent]
-    if flags is None:
+    if flags is None:  # the base has nothing to train
         return out, RESULT, [measure]
     train = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--out", out,
              "--judge", JUDGE, "--seed", seed, "--eval-every", 0, *flags, *extra]

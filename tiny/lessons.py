@@ -42,7 +42,7 @@ def thought(scene, v, a):
     gradient.
     """
     seen = scenes.facts(scene, v, a)
-    valence, arousal = mood(v, a)
+    valence, arousal = mood(v, a)  # the first synonyms: seven levels, seven words
     content = f"{seen['subject']} {seen['place']} {seen['time']}"
     looks = f"{seen['weather']}, {seen['light']}"
     return f"{content}: {looks}. It feels {valence} and {arousal}."
@@ -55,7 +55,7 @@ def answer(task, scene, v, a, rng):
         drawn = data.draw_va(emotion, rng)
         result = f'{{"valence": {drawn[0]:.2f}, "arousal": {drawn[1]:.2f}}}'
     else:
-        result = json.dumps({"emotion_class": emotion})
+        result = json.dumps({"emotion_class": emotion})  # this label is exact
     return f"<think>{thought(scene, v, a)}</think><answer>{result}</answer>"
 
 

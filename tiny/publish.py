@@ -14,7 +14,7 @@ from parts.files import write_json, write_whole
 def save_vae(folder, model, dtype=None):
     """Write a VAE: config.json and diffusion_pytorch_model.safetensors of diffusers."""
     c = model.config
-    levels = len(c.channels)
+    levels = len(c.channels)  # diffusers wants the kind of every level's block
     write_json(Path(folder) / "config.json", {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(c.channels),
         "in_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -34,6 +34,7 @@ def save_text_tower(folder, tower, dtype=None):
 
 
 def text_json(c):
+    # our vocabularies end with the start and the end of a text
     return {"model_type": "clip_text_model", **asdict(c), "bos_token_id": c.eos_token_id - 1}
 
 
@@ -57,6 +58,7 @@ def save_processor(folder, processor):
         "tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.max_length,
         "bos_token": "<|startoftext|>", "eos_token": END, "unk_token": END,
         "pad_token": tokenizer.tokenizer.id_to_token(tokenizer.pad)})
+    # "shortest_edge" keeps the shape and crops; two sides change the shape
     both = {"height": image.size, "width": image.size}
     write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor",
@@ -67,7 +69,7 @@ def save_processor(folder, processor):
 def save_tokenizers(folder, vocab, merges, max_length):
     """Write a pipeline's tokenizer/, which pads with the end as CLIP-L's, and tokenizer_2/."""
     for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
-        lines = ["#version: 0.2", *map(" ".join, merges)]
+        lines = ["#version: 0.2", *map(" ".join, merges)]  # readers skip the first line
         write_json(Path(folder) / name / "vocab.json", vocab)
         write_whole(Path(folder) / name / "merges.txt", "\n".join(lines) + "\n")
         write_json(Path(folder) / name / "tokenizer_config.json", {

@@ -64,6 +64,7 @@ def draw_cottage(b: Brush, m, scene):
         b.oval(x, 1.03 + 0.08 * k, 0.06 + 0.03 * k, 0.05 + 0.02 * k, pale, 0.55 - 0.13 * k)
     b.box(-0.5, 0, 0.5, 0.48, wall)
     b.box(0.18, 0, 0.5, 0.48, shade(wall, 0.84))  # the side in shadow
+    # the roof, and its side in shadow
     b.poly([(-0.62, 0.44), (0.62, 0.44), (0.36, 0.88), (-0.36, 0.88)], roof)
     b.poly([(0.12, 0.44), (0.62, 0.44), (0.36, 0.88), (0.12, 0.88)], shade(roof, 0.82))
     b.box(-0.1, 0, 0.12, 0.32, m.lit((122, 78, 54)))  # the door
@@ -83,6 +84,7 @@ def draw_sailboat(b: Brush, m, scene):
     b.poly(front + [(0.03, 0.2)], sail)
     b.poly(shadow + [(0.03, 0.2)], shade(sail, 0.9))
     b.poly(back + [(-0.03, 0.2)], mix(sail, hull, 0.75))
+    # the hull, its bright edge and its side in shadow
     b.poly([(-0.44, 0.13), (0.5, 0.13), (0.34, -0.06), (-0.3, -0.06)], hull)
     b.poly([(-0.44, 0.13), (0.5, 0.13), (0.465, 0.085), (-0.41, 0.085)], shade(hull, 1.55))
     b.poly([(0.0, -0.06), (0.34, -0.06), (0.465, 0.085), (0.1, 0.085)], shade(hull, 0.8))
@@ -93,7 +95,7 @@ def draw_lighthouse(b: Brush, m, scene):
     white = m.lit((250, 246, 240))
     red = m.lit(m.accent)
     beam = 0.2 + 0.45 * fade(m.p, 0.2, 0.9) * (0.5 + 0.5 * m.night)
-    for side in (-1, 1):
+    for side in (-1, 1):  # a beam to either side
         b.poly([(0, 0.86), (side * 1.2, 1.0), (side * 1.2, 0.74)], (255, 240, 170), beam * 0.7)
     rock = [(-0.34, -0.02), (-0.26, 0.1), (-0.05, 0.13), (0.2, 0.12), (0.34, -0.02)]
     b.curve(rock, m.lit((112, 104, 108)))
@@ -143,6 +145,7 @@ def draw_horse(b: Brush, m, scene):
     mane = shade(coat, 0.5)
     stride = 0.02 + 0.11 * m.e
     far = shade(coat, 0.74)
+    # the legs of the far side are darker and drawn first
     legs = ((0.2, stride, far), (-0.24, -stride, far),
             (0.26, -0.6 * stride, coat), (-0.3, 0.7 * stride, coat))
     for x, dx, colour in legs:
@@ -296,7 +299,7 @@ def draw_bridge(b: Brush, m, scene):
     inner = [(x, y - 0.02) for x, y in arch]
     outer = [(x * 1.14, y * 1.16) for x, y in reversed(arch)]
     b.poly(inner + outer, shade(stone, 0.78))
-    b.line([(x, y + 0.02) for x, y in deck], 0.07, shade(stone, 1.25))
+    b.line([(x, y + 0.02) for x, y in deck], 0.07, shade(stone, 1.25))  # the parapet
     for x in (-0.72, 0.72):  # lamps
         y = 0.46
         b.line([(x, 0.34), (x, y + 0.34)], 0.035, m.lit((70, 64, 76)))
