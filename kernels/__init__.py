@@ -3,9 +3,7 @@
 FORMS says for each operation, by the name of its plain form, where its faster forms are and for
 which definition they were written (`parts.ops.definition`, a digest of the plain form's code).
 Change a plain form and it runs as you wrote it; the forms here then stand aside until they compute
-the same and their digest is renewed:
-
-    python -m kernels          # every operation with the digest it has and the one noted here
+the same and their digest is renewed: `python -m kernels` shows the one it has and the one noted.
 """
 
 from dataclasses import dataclass

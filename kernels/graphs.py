@@ -6,8 +6,7 @@ import torch
 def as_graph(function, *inputs):
     """`function` for CUDA tensors like `inputs` as a graph; for other tensors `function` itself.
 
-    What it writes beside its result must lie in tensors that stay where they are. Results are
-    copies, so that the next replay does not change them.
+    See ops.as_graph. Results are copies, so that the next replay does not change them.
     """
     if not inputs[0].is_cuda:
         return function

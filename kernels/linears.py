@@ -16,9 +16,8 @@ from parts import ops
 def fast_linear(weight, bias=None, copy=True):
     """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D].
 
-    The first call makes the copy, as large as W, for its number of rows. Without a copy oneDNN is
-    still faster than torch's own product with a few hundred rows. The function's `gelu=True`
-    applies GELU (tanh form) while the result is in the cache.
+    The first call makes the copy, as large as W. Without a copy oneDNN is still faster than torch's
+    own product of a few hundred rows. gelu=True: GELU (tanh form) while the result is in the cache.
     """
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (on_cpu and torch.backends.mkldnn.is_available()):
@@ -53,8 +52,7 @@ def is_compiled(module):
 def fast_linears(module, copy=True):
     """Within this context every nn.Linear of a module is computed by `fast_linear`.
 
-    Those of a module that FSDP2 shards are left alone, since their weights come and go, and so are
-    those that torch.compile has taken.
+    Left alone is what FSDP2 shards, whose weights come and go, and what torch.compile has taken.
     """
     layers = []
     if not (ops.is_sharded(module) or is_compiled(module)):

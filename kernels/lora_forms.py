@@ -70,9 +70,7 @@ def narrow_copies(A, B, scale, dtype):
     if kept is not None and kept[0] == versions:
         return kept[1:]
     if kept is None or kept[0][0] != dtype:
-        outputs = sum(len(own) for own in B)
-        kept = (None, torch.empty_like(A, dtype=dtype),
-                torch.zeros(outputs, len(A), dtype=dtype, device=A.device))
+        kept = (None, A.to(dtype, copy=True), torch.block_diag(*B).to(dtype))  # [R,I], [O,R]
     _, narrow_A, narrow_B = kept
     narrow_A.copy_(A)
     row = column = 0

@@ -35,6 +35,7 @@ MMDIT_NAMES = (  # (ours, which is Stability's; theirs), applied in this order
     (r"\.context_block\.attn\.ln_([qk])\.", r".attn.norm_added_\1."),
     (r"\.context_block\.attn\.to_([qkv])\.", r".attn.add_\1_proj."),
 )
+# Stability fuses q, k and v of a stream in one layer; diffusers and peft have a layer for each.
 MMDIT_FUSED = {"qkv": ("to_q", "to_k", "to_v")}
 MMDIT_KEYS = {  # ours: the key of a config.json
     "depth": "num_layers", "heads": "num_attention_heads", "head_dim": "attention_head_dim",
@@ -62,6 +63,7 @@ def mmdit_lora_targets(model):
     Both streams' q, k, v and output, and those of the dual attention.
     """
     targets = {}
+    # The order decides which random numbers a new adapter's layers get, so it must not change.
     for i, block in enumerate(model.joint_blocks):
         for at in ("x_block.attn", "context_block.attn", "x_block.attn2"):
             parent, name = at.split(".")
@@ -104,6 +106,7 @@ def mmdit_fields_of_tensors(entries, path):
         width, channels, patch, _ = entries["x_embedder.proj.weight"].shape
         norm = entries.get("joint_blocks.0.x_block.attn.ln_q.weight")
         head_dim = 64 if norm is None else norm.shape[0]
+        # A block has a second attention to itself if the file has tensors of one.
         dual_blocks = {int(parts[1]) for parts in blocks if parts[3] == "attn2"}
         return {
             "depth": 1 + max(int(parts[1]) for parts in blocks),

@@ -146,6 +146,7 @@ def round_sections(run, cell, folder, level):
     out = ""
     last = cell["rounds"][-1]
     before = cell["rounds"][0]["prompt"]
+    # Each prompt is shown against the one before, so that one sees what the judge changed.
     for r, round in enumerate(cell["rounds"]):
         best = None if round["best"] is None else round["images"][round["best"]]["loss"]
         cards = [card(run, round, i, folder) for i in range(len(round["images"]))]
@@ -297,6 +298,7 @@ def alt_text(prompt, image):
 
 def changes(old, new):
     """A prompt as HTML: words that are new stand in <ins>, those that only the old had in <del>."""
+    # Whole words are compared: letters would be found again in words that have nothing in common.
     old, new = (WORD.findall(FORBIDDEN.sub("\ufffd", text)) for text in (old, new))
     match = difflib.SequenceMatcher(
         None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
@@ -396,6 +398,7 @@ def picture(path, alt, side=None):
             image.save(buffer, "JPEG", quality=90)
             content = buffer.getvalue()
         width, height = image.size
+    # Inside the page, so that it can be sent as one file and opened without a network.
     data = base64.b64encode(content).decode()
     return (f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" '
             f'alt="{plain(alt)}">')

@@ -74,6 +74,7 @@ class Generator:
         Classifier-free guidance compares every prompt with the empty one: with guidance > 1 there
         are 2B rows, those of the empty prompt first, as `flow_grpo.guided_velocity` takes them.
         """
+        # The unconditional rows come first, so that a chunk in two gives the two halves back.
         texts = [""] * len(prompts) + list(prompts) if guidance > 1 else list(prompts)
         unique = list(dict.fromkeys(texts))  # pictures of one prompt share its encoding
         context, pooled = self.encoders.encode(unique)
@@ -110,6 +111,7 @@ class PromptCache:
 
     def encode(self, prompts):
         """(context [B,L,D], pooled [B,·]) of B prompts, on the CPU."""
+        # A run of training asks for the same few thousand prompts again and again.
         for prompt in prompts:
             if prompt not in self.known:
                 encoded = self.encoders.encode([prompt])
@@ -223,6 +225,7 @@ def name_of(source):
 
     The miniature is "tiny/weights", wherever this folder lies: files should not tell its path.
     """
+    # A hub id is no path below the miniature's weights and is returned as it is.
     path = Path(source)
     if path.is_relative_to(TINY):
         return f"tiny/weights/{path.relative_to(TINY)}".removesuffix("/.")

@@ -23,6 +23,7 @@ def shard(model, blocks, device, methods):
     if device.type == "cuda":
         policy = fsdp.MixedPrecisionPolicy(
             torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # A unit is gathered as a whole, so the units are what a GPU holds at a time: one block.
     for block in blocks:
         fsdp.fully_shard(block, mp_policy=policy)
     fsdp.fully_shard(model, mp_policy=policy)

@@ -13,6 +13,7 @@ from parts.files import write_json, write_whole
 
 def save_vae(folder, model, dtype=None):
     """Write a VAE: config.json and diffusion_pytorch_model.safetensors of diffusers."""
+    # diffusers refuses a configuration that leaves one of these out, though most never change.
     c = model.config
     levels = len(c.channels)  # diffusers wants the kind of every level's block
     write_json(Path(folder) / "config.json", {
