@@ -1,5 +1,11 @@
 """Every test of a model runs on both forms of the operations."""
 
+import os
+
+# Each of several workers has a core of its own; more threads than cores only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 
 from parts import ops

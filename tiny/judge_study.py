@@ -55,7 +55,8 @@ def run_all(runs, jobs, what):
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # PYTHONPATH, so that `-m evaluation` is found from any folder
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
+    # Threads that share a core wait for each other, so a smaller number that is set is kept.
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": str(HERE.parent)}
 
     def run(folder, commands):
         folder.mkdir(parents=True, exist_ok=True)
