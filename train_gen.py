@@ -138,9 +138,8 @@ def roll_out(models, samples, args, step):
         args.sde_steps, args.guidance, models.generator.shift, args.noise_level, window)
     chunks = []
     scored = []
-    # None, without a GPU, leaves the second thread on the stream it has
     pool = ThreadPoolExecutor(
-        1, initializer=torch.cuda.set_stream, initargs=(models.side_stream,))
+        1, initializer=training.enter_stream, initargs=(models.side_stream,))
     with pool:
         for indices in chunks_of(samples, args.micro):
             own = [samples[i] for i in indices]

@@ -120,6 +120,14 @@ def run_in_processes(work, args):
         work_and_leave, "stopped; the same command goes on after the last checkpoint")
 
 
+def enter_stream(stream):
+    """What a thread of its own calls first, before it uses a GPU; None: it does not use one."""
+    # The current device and stream are settings of a thread; a new one starts with the first GPU.
+    if stream is not None:
+        torch.cuda.set_device(stream.device)
+        torch.cuda.set_stream(stream)
+
+
 # --------------------------------------------------------------------------------------------------
 # Small parts of a training loop
 

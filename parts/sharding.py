@@ -9,12 +9,14 @@
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 
 def shard(model, blocks, device, methods):
-    """Divide a model's weights; every block is a unit, the rest is the root.
+    """Divide a model's weights over all processes; every block is a unit, the rest is the root.
 
     On GPUs the weights stay float32 and compute in bfloat16. methods: names of those that, like
     forward, need the root's weights.
@@ -23,10 +25,12 @@ def shard(model, blocks, device, methods):
     if device.type == "cuda":
         policy = fsdp.MixedPrecisionPolicy(
             torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # Without a mesh FSDP2 takes the GPUs of a machine that has some, also for --device cpu.
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # A unit is gathered as a whole, so the units are what a GPU holds at a time: one block.
     for block in blocks:
-        fsdp.fully_shard(block, mp_policy=policy)
-    fsdp.fully_shard(model, mp_policy=policy)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     for name in methods:
         fsdp.register_fsdp_forward_method(model, name)
 

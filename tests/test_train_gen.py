@@ -121,9 +121,13 @@ def roll_out(models, rows, args, **settings):
 
 def test_judging_beside_drawing_changes_nothing(ready, monkeypatch):
     models, *rest = ready
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    (_, apart), (_, beside) = roll_out(models, *rest), roll_out(replace(models, side_stream="a stream"), *rest)
+    entered = []
+    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
+    monkeypatch.setattr(torch.cuda, "set_stream", entered.append)
+    side = Namespace(device="cuda:3")
+    (_, apart), (_, beside) = roll_out(models, *rest), roll_out(replace(models, side_stream=side), *rest)
     assert all(torch.equal(apart[name], beside[name]) for name in apart)
+    assert entered == ["cuda:3", side]
 
 
 def test_the_pictures_of_a_group_start_from_different_noise(ready):
