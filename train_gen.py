@@ -120,6 +120,7 @@ def samples_of(step, rows, args):
         prompt = rows[i].prompt(form)
         for g in range(args.group):
             seed = ((args.seed * 1_000_003 + step) * 4096 + p) * 1024 + g
+            seed %= 2**64  # what torch takes; a --seed above 4 million goes beyond
             drawn = rows[i].prompt("emotional") if g < args.guided_pictures else prompt
             samples.append(Sample(seed, rows[i], prompt, drawn, drawn != prompt))
     return samples

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import data
 import feedback
 import train_gen
+from parts import pipeline
 from parts.files import read_json, read_records
 from parts.pipeline import to_images
 from parts.run import Processes
@@ -171,6 +172,16 @@ def test_guided_pictures_are_followed_if_better_and_never_fled_from(ready):
     assert [s.guided for s in samples] == [True, False, True, False]
     advantages = train_gen.clamp_guided_advantages(torch.tensor([-1.0, 1.0, 0.5, -0.5]), samples)
     assert advantages.tolist() == [0.0, 1.0, 0.5, -0.5]
+
+
+def test_every_seed_that_is_allowed_can_be_drawn_from(ready):
+    _, rows, args = ready
+    for seed in (0, 7, 4_300_000, 2**31):
+        args = Namespace(**vars(args) | {"seed": seed, "batch": 4096, "group": 2})
+        seeds = [sample.seed for sample in train_gen.samples_of(10**7 - 1, rows, args)]
+        assert len(set(seeds)) == len(seeds) and len(pipeline.seeded(seeds)) == 8192
+        if seed <= 4_300_000:  # as they were before those beyond were allowed
+            assert seeds[-1] == ((seed * 1_000_003 + 10**7 - 1) * 4096 + 4095) * 1024 + 1
 
 
 def test_the_form_of_the_target_is_drawn_for_each_group(ready):

@@ -153,6 +153,14 @@ def test_every_epoch_asks_every_question_once():
     assert {q.task for q in train_judge.questions_of(0, rows, one)} == {"class"}
 
 
+def test_every_seed_that_is_allowed_can_be_sampled_from():
+    args = train_judge.parse_args(["--batch", "4096", "--seed", str(2**31)])
+    rows = [data.Row(str(i), Path(), "awe", 5, 5, "") for i in range(10)]
+    seeds = [q.seed for q in train_judge.questions_of(10**7 - 1, rows, args)]
+    assert len(set(seeds)) == 4096
+    torch.Generator().manual_seed(max(seeds))
+
+
 def test_rewards_follow_the_task_and_the_flags():
     row = data.Row("0", Path(), "awe", 5.0, 5.0, "")
     near = '<think>x</think><answer>{"valence": 5.5, "arousal": 7}</answer>'
