@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from parts import cli
+
 
 def measured(run, device, repeats, cold=None, warm_up=2):
     """Of run(), once warm: (median ms of the device, of the host, greatest GB allocated or None).
@@ -138,14 +140,9 @@ def markdown(folder):
         # The name comes first and the seconds last; the sort keeps the order of the others.
         columns.sort(key=lambda column: (column != "row", column == "seconds"))
         text.append(f"\n### {part}: {table}\n")
-        text.append(line_of(columns))
-        text.append("|" + " --- |" * len(columns))
-        text += [line_of(cell(row.get(column)) for column in columns) for row in rows]
+        lines = [[cell(row.get(column)) for column in columns] for row in rows]
+        text.append(cli.markdown([list(map(cell, columns)), *lines]))
     return "\n".join(text) + "\n"
-
-
-def line_of(cells):
-    return "| " + " | ".join(text.replace("|", "∣") for text in cells) + " |"
 
 
 def cell(value):
@@ -153,4 +150,5 @@ def cell(value):
         return "yes" if value else "NO"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value).replace("\n", " ")
+    # A bar that looks the same, as those of |ratio − 1|, so that the text is readable as it is.
+    return "" if value is None else str(value).replace("\n", " ").replace("|", "∣")

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from bench import timing
+from parts import cli
 from parts.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def profile(program, flags, threads):
 
 def growth_table(series, works):
     """Markdown, a line for each row of a program, with its numbers at all sizes. works: {(program, flags): work}."""
-    lines = ["| work | what grows | sizes | peer, s | ours, s | ratio | share | memory |", "| --- " * 8 + "|"]
+    lines = [("work", "what grows", "sizes", "peer, s", "ours, s", "ratio", "share", "memory")]
     for program, what, sizes in series:
         done = {size: works[program, flags]["rows"] for size, flags in sizes.items() if works[program, flags]["rows"]}
         for rows in zip(*done.values(), strict=True):
@@ -123,8 +124,8 @@ def growth_table(series, works):
                      joined([r.ours for r in rows], "{:.3g}"), joined([r.ratio for r in rows], "{:.2f}"),
                      f"{joined(shares)} {of}" if of else "",
                      joined([r.memory for r in rows], "{:.3g}") if rows[0].memory is not None else ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return cli.markdown(lines)
 
 
 def joined(values, form="{}"):

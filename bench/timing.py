@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
+from parts import cli
+
 FLOP_OF_CPU_OPERATORS = {  # those that torch does not count: of the shapes of what goes in and out
     torch.ops.mkldnn._linear_pointwise: lambda x, *others, out_shape, **more: 2 * x[-1] * math.prod(out_shape),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *others, **more: sdpa_flop_count(q, k, v),
@@ -59,13 +61,13 @@ def share(work, seconds, rate, of):
 
 def table(rows):
     """Markdown."""
-    lines = ["| work | peer | peer, s | ours, s | ratio | share | memory | asked |", "| --- " * 8 + "|"]
+    lines = [("work", "peer", "peer, s", "ours, s", "ratio", "share", "memory", "asked")]
     for r in rows:
-        memory, answer = "" if r.memory is None else f"{r.memory:.3g}", "yes" if reached(r) else "missed"
-        cells = [r.work, r.peer, f"{r.theirs:.3g}", f"{r.ours:.3g}", f"{r.ratio:.2f}", r.share, memory,
-                 r.asked and f"{r.asked}: {answer}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        memory = "" if r.memory is None else f"{r.memory:.3g}"
+        answer = "yes" if reached(r) else "missed"
+        lines.append((r.work, r.peer, f"{r.theirs:.3g}", f"{r.ours:.3g}", f"{r.ratio:.2f}", r.share, memory,
+                      r.asked and f"{r.asked}: {answer}"))
+    return cli.markdown(lines)
 
 
 def reached(r):
@@ -106,10 +108,11 @@ def profile(function, top=12):
         function()
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
-    print(f"| operator, of {len(found)} | calls | its own CPU time, s | of {total / 1e6:.3g} s |\n| --- | --- | --- | --- |")
+    lines = [(f"operator, of {len(found)}", "calls", "its own CPU time, s", f"of {total / 1e6:.3g} s")]
     for event in found[:top]:
         own = event.self_cpu_time_total
-        print(f"| {event.key} | {event.count:,} | {own / 1e6:.3g} | {own / total:.1%} |")
+        lines.append((event.key, f"{event.count:,}", f"{own / 1e6:.3g}", f"{own / total:.1%}"))
+    print(cli.markdown(lines))
     return 0
 
 
