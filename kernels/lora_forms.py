@@ -69,14 +69,8 @@ def narrow_copies(A, B, scale, dtype):
     kept = getattr(A, "narrow_copies", None)
     if kept is not None and kept[0] == versions:
         return kept[1:]
+    diagonal = torch.block_diag(*B) * scale  # [O,R]
     if kept is None or kept[0][0] != dtype:
-        kept = (None, A.to(dtype, copy=True), torch.block_diag(*B).to(dtype))  # [R,I], [O,R]
-    _, narrow_A, narrow_B = kept
-    narrow_A.copy_(A)
-    row = column = 0
-    for own in B:
-        narrow_B[row:row + own.shape[0], column:column + own.shape[1]].copy_(scale * own)
-        row += own.shape[0]
-        column += own.shape[1]
-    A.narrow_copies = (versions, narrow_A, narrow_B)
-    return narrow_A, narrow_B
+        kept = (None, torch.empty_like(A, dtype=dtype), torch.empty_like(diagonal, dtype=dtype))
+    A.narrow_copies = (versions, kept[1].copy_(A), kept[2].copy_(diagonal))
+    return A.narrow_copies[1:]
