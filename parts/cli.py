@@ -187,12 +187,3 @@ def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| --- " * len(rows[0]) + "|")
     return "\n".join(lines)
-
-
-def program_name():
-    """The command that runs, as a person typed it: `python sample.py`, `python -m evaluation`."""
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is None:
-        return f"python {Path(sys.argv[0]).name}"
-    return f"python -m {spec.name.removesuffix('.__main__')}"

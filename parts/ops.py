@@ -75,7 +75,7 @@ def fusable(plain):
 
 def find_form(plain, device):
     """The fused form of a plain one on a type of device ("cpu", "cuda"), or None."""
-    if importlib.util.find_spec("kernels") is None:  # somebody deleted the folder
+    if not has_kernels():
         return None
     kernels = importlib.import_module("kernels")
     name = f"{plain.__module__}.{plain.__name__}"
@@ -88,6 +88,12 @@ def find_form(plain, device):
             f"computes what it was before (see kernels/__init__.py)")
         return None
     return getattr(importlib.import_module(f"kernels.{module}"), plain.__name__)
+
+
+@functools.cache  # a search of the path, which need not be repeated at each generation
+def has_kernels():
+    """Whether the folder kernels/ is there: it may be deleted."""
+    return importlib.util.find_spec("kernels") is not None
 
 
 def definition(function):
@@ -130,7 +136,7 @@ def code_of(function, seen):
 
 def faster(module, name):
     """The function kernels.<module>.<name>, or None without the folder or with KERNELS=plain."""
-    if not FUSED or importlib.util.find_spec("kernels") is None:
+    if not (FUSED and has_kernels()):
         return None
     return getattr(importlib.import_module(f"kernels.{module}"), name)
 
