@@ -47,7 +47,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "group": (8, 4, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
     "guided_pictures": (0, 2, integer(0, 1024), "of these, drawn with the row's emotional prompt"),
     "batch": (16, 16, integer(1, 4096), "prompts in a step, over all processes, P"),
-    "steps": (1000, 36, integer(1, 10**7), "training steps"),
+    "steps": (1000, 36, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
     "window": (0, 2, integer(0, 1000), "so many of the T steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
@@ -72,7 +72,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
-MAY_CHANGE = ("eval_every", "eval_rows", "save_every", "micro", "encoders", "checkpointing")
+MAY_CHANGE = {"steps", "eval_every", "eval_rows", "save_every", "micro", "encoders",
+              "checkpointing"}
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "reward_std", "zero_spread",
           "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -335,7 +336,7 @@ def train(args, processes):
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
     run = training.Run(args.out, settings, processes, fixed=settings.keys() - MAY_CHANGE)
-    state = run.load()
+    state = run.load(args.steps)
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -387,13 +388,17 @@ def train(args, processes):
                       "memory_gib": training.peak_memory(processes.device)}
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")})
             # 7. evaluate the averaged adapter, which is the one that is written in the end
-            if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+            evaluates = done == args.steps or (args.eval_every and done % args.eval_every == 0)
+            if evaluates:
                 with ema:
                     record |= evaluate(models, held_out, args, run, done)
             run.log(record)
             # 8. save, curves, stop
             stop = run.stopped()
-            if stop or done == args.steps or done % args.save_every == 0:
+            saves = stop or done == args.steps or done % args.save_every == 0
+            if evaluates or saves:
+                run.save_adapter(model, models.generator.name, ema)
+            if saves:
                 run.save(done, training.state_of(trained, optimizer) | {"ema": ema.values})
                 run.draw(CURVES, f"{args.model}, Flow-GRPO, step {done:,} of {args.steps:,}")
             if stop and done < args.steps:
@@ -429,6 +434,8 @@ def load_models(args, device):
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
     lora.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.lora_rank, args.lora_alpha)
+    if args.init_adapter:
+        lora.fill_lora(weights.find(lora.adapter_in(args.init_adapter)), generator.mmdit)
     side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     return Models(generator, judge, scorer, meter, side_stream)
 
@@ -460,6 +467,8 @@ def summary(rewards, sums, deviation, norm, processes):
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
+    parser.add_argument("--init-adapter", metavar="FOLDER",
+                        help="start from this adapter, or a run's last, in place of a new one")
     args = cli.parse_settings(parser, SETTINGS, argv)
     limits = {"guided_pictures": args.group, "window_within": args.sde_steps,
               "window": args.window_within or args.sde_steps}

@@ -63,7 +63,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_every": (100, 50, integer(1, 10**9), "steps between checkpoints"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
-MAY_CHANGE = {"eval_every", "eval_rows", "save_every", "micro", "cuda_graphs"}
+MAY_CHANGE = {"epochs", "steps", "eval_every", "eval_rows", "save_every", "micro", "cuda_graphs",
+              "checkpointing"}
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction",
           "zero_spread", "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy",
           "tokens_per_second")
@@ -317,7 +318,7 @@ def train(args, processes):
     not_settings = ("out", "evaluate", "device")
     settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     run = training.Run(args.out, settings, processes, sorted(settings.keys() - MAY_CHANGE))
-    state = run.load()
+    state = run.load(args.steps)
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -404,7 +405,7 @@ def summary(rollout, sums, greatest, norm, processes):
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/judge")
     add = parser.add_argument
-    add("--steps", type=integer(1, 10**7), help="training steps, in place of --epochs")
+    add("--steps", type=integer(1, 10**7), help=f"in place of --epochs: {cli.STEPS_HELP}")
     add("--lora", action="store_true", help="train an adapter of the language model only")
     add("--cuda-graphs", action="store_true", help="each step of the answers as one CUDA graph")
     add("--evaluate", action="store_true", help="no training: held-out figures of --model")

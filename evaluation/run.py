@@ -28,7 +28,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, weights
+from parts import cli, clip, lora, weights
 from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -165,7 +165,7 @@ def open_run(args, command, cases, generator):
     facts = {
         "name": args.name, "command": command, "cases": [args.cases, digest], "count": len(cases),
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
-        "adapter": stamp(args.adapter),
+        "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
         "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}

@@ -104,6 +104,10 @@ def picture_side(text):
     return side
 
 
+STEPS_HELP = ("training steps; may be more when a run goes on: the learning rate then falls to its "
+              "last value over the new number")
+
+
 def training_parser(doc, settings, out):
     """A parser with the flags of both training programs and those of `settings`."""
     made = parser(doc)

@@ -144,12 +144,25 @@ def base_of(folder):
     return base
 
 
-def load_lora(folder, model, targets):
-    """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
+def adapter_in(source):
+    """The adapter of a run, if `source` is the folder of one of train_gen.py; else `source`.
 
-    targets: the layers that it changes. Raises UserError for an adapter of other layers, or one
-    whose change is not alpha/rank · B·A.
+    It is the final one, or the newest of those in adapters/. Raises UserError if there is none.
     """
+    run = Path(source or "").expanduser()
+    if source is None or not (run / "log.jsonl").exists():
+        return source
+    folders = [run / "adapter", *sorted(run.glob("adapters/*"), reverse=True)]
+    # The config is written last, so an adapter that has one is whole.
+    whole = [folder for folder in folders if (folder / "adapter_config.json").exists()]
+    if not whole:
+        raise UserError(f"{source}: this run has written no adapter yet; wait for its first "
+                        f"checkpoint")
+    return whole[0]
+
+
+def rank_and_alpha(folder):
+    """Of the adapter in a folder. Raises UserError if its change is not alpha/rank · B·A."""
     file = Path(folder) / "adapter_config.json"
     config = read_json(file)
     try:
@@ -165,7 +178,29 @@ def load_lora(folder, model, targets):
         raise UserError(
             f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    # An adapter that is on and one that is merged give one sum, but a merged one costs no time.
-    add_lora(model, targets, rank, alpha)
+    return rank, alpha
+
+
+def fill_lora(folder, model):
+    """Give a model's LoRA layers the values of an adapter that `save_lora` or peft wrote.
+
+    Raises UserError for an adapter of other layers, or of another rank or alpha.
+    """
+    rank, alpha = rank_and_alpha(folder)
+    first = next(iter(lora_layers(model).values()))
+    if (rank, alpha) != (first.rank, first.alpha):
+        raise UserError(f"{folder}: an adapter of rank {rank} and alpha {alpha:g}, not "
+                        f"{first.rank} and {first.alpha:g}; give --lora-rank {rank} "
+                        f"--lora-alpha {alpha:g}")
     load(lora_views(model), index(Path(folder) / "adapter_model.safetensors"), folder)
+
+
+def load_lora(folder, model, targets):
+    """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
+
+    targets: the layers that it changes. Raises UserError.
+    """
+    # An adapter that is on and one that is merged give one sum, but a merged one costs no time.
+    add_lora(model, targets, *rank_and_alpha(folder))
+    fill_lora(folder, model)
     merge_lora(model)

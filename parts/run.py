@@ -29,7 +29,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
 
-from parts import cli
+from parts import cli, lora
 from parts.cli import UserError
 from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
 
@@ -143,6 +143,11 @@ def batch_indices(step, batch, count, seed):
             order = torch.randperm(count, generator=generator).tolist()
         indices.append(order[index])
     return indices
+
+
+def figures_of(record):
+    """{eval_…: figure} of a log's record; empty without an evaluation."""
+    return {name: value for name, value in record.items() if name.startswith("eval_")}
 
 
 def linear(first, last, step, total):
@@ -325,13 +330,23 @@ class Run:
 
     def evaluations(self):
         """Markdown of the first and the last record that has figures of an evaluation, eval_…"""
-        evaluated = [r for r in self.records if any(name.startswith("eval_") for name in r)]
-        names = [name for name in evaluated[0] if name.startswith("eval_")]
+        evaluated = [record for record in self.records if figures_of(record)]
+        names = list(figures_of(evaluated[0]))
         rows = [["", *(name.removeprefix("eval_").replace("_", " ") for name in names)]]
         for title, record in (("before", evaluated[0]), ("after", evaluated[-1])):
             figures = [record.get(name) for name in names]
             rows.append([title, *("-" if x is None else f"{x:.3f}" for x in figures)])
         return cli.markdown(rows)
+
+    def save_adapter(self, model, base, ema):
+        """Write the averages as an adapter of the model `base` into adapters/, in a folder named
+        after the step that was logged last, with the figures of its evaluation, if it had one."""
+        if self.processes.first:
+            record = self.records[-1]
+            folder = self.folder / "adapters" / f"{record['step']:08d}"
+            write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
+            with ema:
+                lora.save_lora(folder, model, base)
 
     def draw(self, keys, title):
         """Write curves.png: one panel for each key that the log has."""
@@ -381,10 +396,11 @@ class Run:
                 shutil.rmtree(old)
         self.processes.wait()
 
-    def load(self):
+    def load(self, steps):
         """This process's state of the last complete checkpoint, or None.
 
-        Raises UserError if it was written by another number of processes, or is damaged.
+        Raises UserError if it has more than `steps` steps, was written by another number of
+        processes, or is damaged.
         """
         # what a killed run left half written
         if self.processes.first:
@@ -395,6 +411,9 @@ class Run:
         if not found:
             return None
         folder = found[-1]
+        if int(folder.name[-8:]) > steps:
+            raise UserError(f"--steps {steps}: {folder} is further already; give as many or more, "
+                            f"or choose another --out")
         path = self.file_in(folder)
         if not path.exists():
             worlds = [file.stem.partition("of")[2] for file in folder.glob("rank0of*.pt")] or ["no"]

@@ -79,6 +79,32 @@ def test_a_saved_adapter_is_read_back(tmp_path):
     torch.testing.assert_close(again(x), model(x))
 
 
+def test_the_adapter_of_a_run_is_its_final_one_else_its_newest(tmp_path):
+    run = tmp_path / "run"
+    assert lora.adapter_in(None) is None and lora.adapter_in("owner/name") == "owner/name"
+    assert lora.adapter_in(run) == run
+    run.mkdir()
+    (run / "log.jsonl").write_text("")
+    with pytest.raises(UserError, match="has written no adapter yet"):
+        lora.adapter_in(run)
+    for step in (2, 10):
+        lora.save_lora(run / "adapters" / f"{step:08d}", adapted(), "owner/name")
+    (run / "adapters" / "00000011").mkdir()  # not written to its end
+    assert lora.adapter_in(str(run)) == run / "adapters" / "00000010"
+    assert lora.adapter_in(run / "adapters" / "00000002") == run / "adapters" / "00000002"
+    lora.save_lora(run / "adapter", adapted(), "owner/name")
+    assert lora.adapter_in(run) == run / "adapter"
+
+
+def test_an_adapter_fills_layers_of_its_own_rank_and_alpha_only(tmp_path):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    model = adapted(seed=1)
+    lora.fill_lora(tmp_path, model)
+    assert torch.equal(model.fused.A, adapted().fused.A) and model.fused.A.requires_grad
+    with pytest.raises(UserError, match="rank 2 and alpha 6, not 2 and 4; give --lora-rank 2 --lora-alpha 6"):
+        lora.fill_lora(tmp_path, adapted(alpha=4))
+
+
 @pytest.mark.parametrize("change, message", [
     ({"r": None}, "no usable r"), ({"r": 0}, "r is 0"), ({"lora_alpha": "much"}, "no usable r"),
     ({"use_rslora": True}, "use_rslora is not supported"), ({"alpha_pattern": {"q": 4}}, "alpha_pattern")])

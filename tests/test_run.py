@@ -34,9 +34,9 @@ def make(folder, **settings):
 
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
     run = make(tmp_path)
-    assert run.load() is None
+    assert run.load(99) is None
     run.save(3, {"parameters": [torch.arange(4.0)]})
-    state = make(tmp_path).load()
+    state = make(tmp_path).load(99)
     assert state["step"] == 3 and torch.equal(state["parameters"][0], torch.arange(4.0))
 
 
@@ -52,7 +52,7 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     half = tmp_path / "checkpoint-00000004.tmp"
     half.mkdir()
     (half / "rank0of1.pt").write_bytes(b"PK\x03\x04 half")
-    assert make(tmp_path).load()["step"] == 2
+    assert make(tmp_path).load(99)["step"] == 2
     assert not half.exists()
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint-00000002" / "rank0of1.pt"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match="rank0of1.pt: damaged .*delete"):
-        run.load()
+        run.load(99)
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
@@ -70,7 +70,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     two = Run(tmp_path, {}, ALONE)
     two.processes = Processes(1, 1, torch.device("cpu"))
     with pytest.raises(UserError, match="written by 1 processes"):
-        two.load()
+        two.load(99)
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):

@@ -1,5 +1,6 @@
 """Reward feedback: the log, exact resume after a kill, two processes against one, rewards, bad input."""
 
+import shutil
 import signal
 import time
 from argparse import Namespace
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import data
 import feedback
 import train_gen
-from parts import pipeline
+from parts import lora, pipeline
 from parts.files import read_json, read_records
 from parts.pipeline import to_images
 from parts.run import Processes
@@ -59,6 +60,39 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     assert config["r"] == 32 and "transformer_blocks.0.attn.to_q" in config["target_modules"]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+
+
+def test_every_checkpoint_and_evaluation_leaves_the_averaged_adapter(unbroken):
+    out = unbroken[0]
+    folders = sorted((out / "adapters").iterdir())
+    assert [folder.name for folder in folders] == ["00000002", "00000004", "00000005"]
+    figures = [read_json(folder / "figures.json") for folder in folders]
+    assert figures[0] == {"step": 2} and figures[2]["step"] == 5
+    assert {name: figures[2][name] for name in log_of(out)[-1] if name.startswith("eval_")} == {
+        name: value for name, value in log_of(out)[-1].items() if name.startswith("eval_")} != {}
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in (*folders, out / "adapter")]
+    assert files[0] != files[1] != files[2] == files[3]
+
+
+def test_a_run_may_go_on_for_more_steps_and_the_learning_rate_follows(dataset, unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out)
+    finish(start(dataset, out, *SMALL, "--steps", 6, "--checkpointing", "--micro", 4))
+    log = log_of(out)
+    assert [r["step"] for r in log] == list(range(7)) and log[:6] == log_of(unbroken[0])
+    assert log[6]["lr"] == pytest.approx(1e-4) and "eval_total" in log[6]
+    assert train_gen.main(["--data", str(dataset), "--out", str(out), *SMALL, "--steps", "3"]) == 2
+    assert "00000006 is further already" in capsys.readouterr().err
+
+
+def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys):
+    args = ["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--init-adapter", str(unbroken[0])]
+    model = train_gen.load_models(train_gen.parse_args(args), torch.device("cpu")).generator.mmdit
+    ours, theirs = lora.lora_views(model), load_file(unbroken[0] / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(*ours[name], theirs[name]) for name in theirs)
+    assert all(p.requires_grad for layer in lora.lora_layers(model).values() for p in (layer.A, *layer.B))
+    assert train_gen.main([*args, "--lora-rank", "8"]) == 2
+    assert "rank 32 and alpha 64, not 8 and 64; give --lora-rank 32" in capsys.readouterr().err
 
 
 def test_before_an_update_the_ratio_is_exactly_one(unbroken):
