@@ -14,7 +14,6 @@ In order: settings, rollout, update, evaluation, the loop (`train`). A run start
 after its last checkpoint. Of the P·G pictures of a step n lie on this process, N in one batch.
 """
 
-import math
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -70,10 +69,9 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
+    "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
-MAY_CHANGE = {"steps", "eval_every", "eval_rows", "save_every", "micro", "encoders",
-              "checkpointing"}
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "reward_std", "zero_spread",
           "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -128,9 +126,9 @@ def samples_of(step, rows, args):
 
 
 @torch.no_grad()
-def roll_out(models, samples, args, step):
-    """(chunks, rewards {part: [n]}) of this process's n samples. On a GPU the pictures of a chunk
-    are judged while the next chunk is drawn."""
+def roll_out(models, samples, args, run, step):
+    """(chunks, rewards {part: [n]}) of this process's n samples; fewer if the run is to stop. On a
+    GPU the pictures of a chunk are judged while the next chunk is drawn."""
     window = None  # all T steps are stochastic
     if args.window:
         last_start = (args.window_within or args.sde_steps) - args.window
@@ -143,7 +141,7 @@ def roll_out(models, samples, args, step):
     pool = ThreadPoolExecutor(
         1, initializer=training.enter_stream, initargs=(models.side_stream,))
     with pool:
-        for indices in chunks_of(samples, args.micro):
+        for indices in run.until_asked(chunks_of(samples, args.micro)):
             own = [samples[i] for i in indices]
             chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
             chunks.append(chunk)
@@ -259,7 +257,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
             loss, metrics = flow_grpo.flow_grpo_loss(
                 step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
                 args.beta, normalizer=picture_steps)
-            loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
+            loss = loss * flow_grpo.step_weight(step, chunk.trajectory, k, args.step_weights)
             loss.backward()
             # 3. metrics, still as tensors: reading a number would wait for the GPU
             sums["loss"] += loss.detach().double()
@@ -279,29 +277,18 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     return sums | {"picture_steps": picture_steps}, deviation, norm
 
 
-def step_weight(step, trajectory, index, kind):
-    """Weight of a trained step's loss.
-
-    The gradient of a log-probability by the velocity goes with √−dt/σ_t, which is far larger at the
-    end of a trajectory than at its start, where a picture's mood is settled. "noise" takes that
-    factor away, in units of the noise level.
-    """
-    if kind == "equal":
-        return 1.0
-    dt = float(trajectory.sigmas[index + 1] - trajectory.sigmas[index])
-    return step.sigma_t / math.sqrt(-dt) / trajectory.settings.noise_level
-
-
 @torch.no_grad()
 def evaluate(models, rows, args, run, step):
     """{eval_…: figure} of a picture for each held-out row, from seeds of their own, by the
-    deterministic sampler: means of rewards and errors, rank correlations of meter and target."""
+    deterministic sampler: means of rewards and errors, rank correlations of meter and target.
+    Empty if the run is to stop."""
     generator = models.generator
     processes = run.processes
     mine = list(range(processes.rank, len(rows), processes.world))
     starts = range(0, len(mine), args.micro)
     records = []
-    for start in tqdm(starts, desc="evaluation", leave=False, disable=not processes.first):
+    bar = tqdm(starts, desc="evaluation", leave=False, disable=not processes.first)
+    for start in run.until_asked(bar):
         indices = mine[start:start + args.micro]
         own = [rows[i] for i in indices]
         texts = generator.encode_prompts([row.prompt(args.form[0]) for row in own], args.guidance)
@@ -314,6 +301,8 @@ def evaluate(models, rows, args, run, step):
             figures = dict(zip(parts, map(float, values)))
             measured = models.meter(image) if models.meter else None
             records.append((i, figures, measured, image.resize((128, 128)) if i < 6 else None))
+    if run.stopped():
+        return {}
     records = sorted(processes.gather(records), key=lambda record: record[0])
     run.save_pictures(step, [small for *_, small in records[:6]])
     means = {name: np.nanmean([record[1][name] for record in records]) for name in records[0][1]}
@@ -334,41 +323,47 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
-    run = training.Run(args.out, settings, processes, fixed=settings.keys() - MAY_CHANGE)
+    title = f"{args.model}, Flow-GRPO"
+    run = training.Run(args.out, vars(args), processes, CURVES, title, may_change=("encoders",))
     state = run.load(args.steps)
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = training.EMA(trained, args.ema)
-    start = 0
+    done = 0
     if state:
-        start = state["step"]
+        done = state["step"]
         training.restore_state(state, trained, optimizer)
         ema.restore(state["ema"])
-        run.read_log(start)
     if processes.first:
-        cli.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f} M trained of "
-                f"{weights.count_parameters(model) / 1e6:,.1f} M, on {processes.world} × "
-                f"{processes.device.type}; {len(rows):,} prompts, {args.steps:,} steps of "
-                f"{args.batch} × {args.group} pictures")
+        cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
+                f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
     if args.encoders == "leave":
-        needed = prompts_needed(start, rows, held_out, args, processes)
+        needed = prompts_needed(done, rows, held_out, args, processes)
         models.generator.encoders.encode_and_free(needed, progress=processes.first)
-    if not start:
-        run.log({"step": 0, **evaluate(models, held_out, args, run, 0)})
+    record = run.read_log(done)
+    # a new run, or one that was stopped in an evaluation
+    if training.evaluation_due(done, args) and not training.figures_of(record):
+        with ema:
+            run.log(record | evaluate(models, held_out, args, run, done))
+        run.save_adapter(model, models.generator.name, ema)
 
-    bar = tqdm(range(start, args.steps), "Flow-GRPO", args.steps, initial=start,
-               disable=not processes.first, dynamic_ncols=True)
+    def save():
+        run.save(done, training.state_of(trained, optimizer) | {"ema": ema.values})
+        run.save_adapter(model, models.generator.name, ema)
+
+    start = done
+    bar = training.steps_bar("Flow-GRPO", start, args.steps, processes)
     with run:
         for step in bar:
             timer = training.Timer()
-            done = step + 1
             # 1. prompts
             samples = processes.share(samples_of(step, rows, args))
             # 2. rollout: pictures and rewards; a group may lie on two processes
-            chunks, own = roll_out(models, samples, args, step)
+            chunks, own = roll_out(models, samples, args, run, step)
+            if run.stopped():
+                break  # what there is of this step is dropped
             rewards = {name: torch.tensor(processes.gather(values.tolist())).view(-1, args.group)
                        for name, values in own.items()}  # [P,G]
             seconds_rollout = timer.lap()
@@ -382,28 +377,29 @@ def train(args, processes):
             updated = update(model, chunks, advantages, optimizer, args, processes, step == start)
             # 5. average the adapter
             ema.add(step)
+            done = step + 1
             # 6. log
             record = {"step": done, **summary(rewards, *updated, processes), "lr": lr,
                       "seconds_rollout": seconds_rollout, "seconds_update": timer.lap(),
                       "memory_gib": training.peak_memory(processes.device)}
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")})
             # 7. evaluate the averaged adapter, which is the one that is written in the end
-            evaluates = done == args.steps or (args.eval_every and done % args.eval_every == 0)
-            if evaluates:
+            if training.evaluation_due(done, args):
                 with ema:
                     record |= evaluate(models, held_out, args, run, done)
             run.log(record)
-            # 8. save, curves, stop
-            stop = run.stopped()
-            saves = stop or done == args.steps or done % args.save_every == 0
-            if evaluates or saves:
+            # 8. save
+            if run.save_due(done, args):
+                save()
+            elif training.figures_of(record):
                 run.save_adapter(model, models.generator.name, ema)
-            if saves:
-                run.save(done, training.state_of(trained, optimizer) | {"ema": ema.values})
-                run.draw(CURVES, f"{args.model}, Flow-GRPO, step {done:,} of {args.steps:,}")
-            if stop and done < args.steps:
-                bar.close()
-                return run.stop_code(done)
+            if run.stopped():
+                break
+        if done > run.saved:
+            save()
+    bar.close()
+    if not training.figures_of(run.records[-1]) or done < args.steps:
+        return run.stop_code(done)
 
     if processes.first:
         with ema:

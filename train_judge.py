@@ -61,10 +61,10 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "eval_every": (200, 0, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (1000, 500, integer(1, 10**9), "test pictures in an evaluation"),
     "save_every": (100, 50, integer(1, 10**9), "steps between checkpoints"),
+    "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
-MAY_CHANGE = {"epochs", "steps", "eval_every", "eval_rows", "save_every", "micro", "cuda_graphs",
-              "checkpointing"}
+MAY_CHANGE = ("epochs", "cuda_graphs")  # besides what both training programs allow
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction",
           "zero_spread", "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy",
           "tokens_per_second")
@@ -116,15 +116,15 @@ def rewards_of(text, question, args):
     return rewards
 
 
-def roll_out(model, questions, args, processes):
-    """The Rollout of G sampled answers to each question."""
+def roll_out(model, questions, args, run):
+    """The Rollout of G sampled answers to each question; cut short if the run is to stop."""
     # 1. answers
     prompts = [model.processor(feedback.ask(q.task, open_picture(q.row.image))) for q in questions]
     generators = [torch.Generator().manual_seed(q.seed) for q in questions]
-    progress = partial(tqdm, desc="answers", leave=False, delay=2, disable=not processes.first)
+    bar = partial(tqdm, desc="answers", leave=False, delay=2, disable=not run.processes.first)
     with sharding.weights_gathered(model):
         groups = model.generate(prompts, args.group, args.max_new_tokens, args.temperature,
-                                generators, progress)
+                                generators, lambda steps: run.until_asked(bar(steps)))
     # 2. rewards
     sums = dict.fromkeys(("reward_format", "reward_va", "reward_class", "asked_format", "asked_va",
                           "asked_class", "cut"), 0.0)
@@ -141,9 +141,9 @@ def roll_out(model, questions, args, processes):
     # 3. padding
     answers = [answer for group in groups for answer in group]
     tokens = pad_sequence([answer.tokens for answer in answers], True, -1)  # [P·G,C]
-    tokens = tokens.view(*rewards.shape, -1).to(processes.device)  # [P,G,C]
+    tokens = tokens.view(*rewards.shape, -1).to(run.processes.device)  # [P,G,C]
     log_probs = pad_sequence([answer.log_probs for answer in answers], True)
-    log_probs = log_probs.view(tokens.shape).to(processes.device)
+    log_probs = log_probs.view(tokens.shape).to(run.processes.device)
     return Rollout(prompts, tokens.clamp(min=0), tokens >= 0, log_probs, rewards, sums)
 
 
@@ -211,9 +211,10 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
 # Evaluation
 
 
-def evaluate(model, rows, args, processes, batch=64):
+def evaluate(model, rows, args, processes, run=None, batch=64):
     """{eval_…: figure} of the likeliest answers about held-out rows: the share of well-formed ones,
-    mean |ΔV| and |ΔA| over the answers that can be read, the share of right classes over all."""
+    mean |ΔV| and |ΔA| over the answers that can be read, the share of right classes over all.
+    Empty if `run` is to stop."""
     mine = rows[processes.rank::processes.world]
     # Sharded processes must ask equally often, so some ask about the first row once more.
     padded = mine + rows[:1] * (math.ceil(len(rows) / processes.world) - len(mine))
@@ -224,7 +225,11 @@ def evaluate(model, rows, args, processes, batch=64):
             asked = padded[start:start + batch]
             questions = [feedback.ask(task, open_picture(row.image)) for row in asked]
             with sharding.weights_gathered(model):
-                groups = model.generate(questions, 1, args.max_new_tokens, temperature=0)
+                groups = model.generate(questions, 1, args.max_new_tokens, temperature=0,
+                                        progress=run.until_asked if run else iter)
+            # All processes have as many batches, so all ask, and leave after the same one.
+            if run and run.stopped():
+                return {}
             for row, (answer,) in zip(mine[start:start + batch], groups):
                 said = feedback.read_answer(answer.text, task, strict=True)
                 sums["format"] += grpo.format_reward(answer.text)
@@ -315,39 +320,36 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    not_settings = ("out", "evaluate", "device")
-    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
-    run = training.Run(args.out, settings, processes, sorted(settings.keys() - MAY_CHANGE))
+    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, GRPO", MAY_CHANGE)
     state = run.load(args.steps)
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    start = state["step"] if state else 0
+    done = state["step"] if state else 0
     if state:
         training.restore_state(state, trained, optimizer)
-        run.read_log(start)
     # Sampling and training round differently: on a GPU, in bfloat16, by much.
     mismatch_limit = 1e-4 if processes.device.type == "cpu" else 0.5
     if processes.first:
-        cli.say(f"{args.model}: {sum(p.numel() for p in trained) / 1e6:,.1f} M trained of "
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M, on "
-                f"{processes.world} × {processes.device.type}; {len(rows):,} pictures, "
-                f"{args.steps:,} steps of {args.batch} × {args.group} answers"
-                + (f"; goes on after step {start:,}" if start else ""))
-    if not start:
-        run.log({"step": 0, **evaluate(model, held_out, args, processes)})
+        cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} pictures, "
+                f"{args.steps:,} steps of {args.batch} × {args.group} answers")
+    record = run.read_log(done)
+    # a new run, or one that was stopped in an evaluation
+    if training.evaluation_due(done, args) and not training.figures_of(record):
+        run.log(record | evaluate(model, held_out, args, processes, run))
 
-    bar = tqdm(range(start, args.steps), "GRPO", args.steps, initial=start,
-               disable=not processes.first, dynamic_ncols=True)
+    start = done
+    bar = training.steps_bar("GRPO", start, args.steps, processes)
     with run:
         for step in bar:
             timer = training.Timer()
-            done = step + 1
             # 1. questions
             questions = processes.share(questions_of(step, rows, args))
             # 2. rollout: answers and rewards
-            rollout = roll_out(model, questions, args, processes)
+            rollout = roll_out(model, questions, args, run)
+            if run.stopped():
+                break  # what there is of this step is dropped
             seconds_rollout = timer.lap()
             # 3. advantages: each answer against its group
             advantages = grpo.group_advantages(rollout.rewards).to(processes.device)  # [P,G]
@@ -358,6 +360,7 @@ def train(args, processes):
             updated = update(
                 model, reference, rollout, advantages, optimizer, args, processes, limit)
             seconds_update = timer.lap()
+            done = step + 1
             # 5. log
             record = {"step": done, **summary(rollout, *updated, processes), "lr": lr,
                       "seconds_rollout": seconds_rollout, "seconds_update": seconds_update,
@@ -365,17 +368,19 @@ def train(args, processes):
             record["tokens_per_second"] = record["tokens"] / (seconds_rollout + seconds_update)
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "parses", "kl")})
             # 6. evaluate
-            if done == args.steps or (args.eval_every and done % args.eval_every == 0):
-                record |= evaluate(model, held_out, args, processes)
+            if training.evaluation_due(done, args):
+                record |= evaluate(model, held_out, args, processes, run)
             run.log(record)
-            # 7. save, curves, stop
-            stop = run.stopped()
-            if stop or done == args.steps or done % args.save_every == 0:
+            # 7. save
+            if run.save_due(done, args):
                 run.save(done, training.state_of(trained, optimizer))
-                run.draw(CURVES, f"{args.model}, GRPO, step {done:,} of {args.steps:,}")
-            if stop and done < args.steps:
-                bar.close()
-                return run.stop_code(done)
+            if run.stopped():
+                break
+        if done > run.saved:
+            run.save(done, training.state_of(trained, optimizer))
+    bar.close()
+    if not training.figures_of(run.records[-1]) or done < args.steps:
+        return run.stop_code(done)
 
     export(model, args.out / "judge", args, processes)
     if processes.first:

@@ -4,7 +4,8 @@
         for step in range(start, total):
             ...                  # the steps stand in train_judge.py and train_gen.py
             run.log(record)
-            if run.stopped(): ...
+            if run.save_due(step + 1, args): run.save(...)
+            if run.stopped(): break
 
 A run's folder has `settings.json`, `log.jsonl` (a line a step), `curves.png`, and
 `checkpoint-<step>/` with one file per process. A checkpoint is written under a temporary name and
@@ -28,12 +29,17 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from parts import cli, lora
 from parts.cli import UserError
 from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
 
 KEEP = 2  # checkpoints
+NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
+MAY_CHANGE = {"steps", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
+              "checkpointing"}  # settings that have no influence on what a step computes
+AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,9 +156,28 @@ def figures_of(record):
     return {name: value for name, value in record.items() if name.startswith("eval_")}
 
 
+def evaluation_due(step, args):
+    """Whether the model is evaluated after `step`: at both ends, and every so many steps."""
+    return step in (0, args.steps) or (args.eval_every > 0 and step % args.eval_every == 0)
+
+
 def linear(first, last, step, total):
     """The learning rate of step 0..total − 1, on a line from `first` to `last`."""
     return first + (last - first) * (step / max(1, total - 1))
+
+
+def steps_bar(title, start, steps, processes):
+    """The numbers of the steps from `start` on, shown as a progress bar by the first process."""
+    return tqdm(range(start, steps), title, steps, initial=start, disable=not processes.first,
+                dynamic_ncols=True)
+
+
+def sizes(model, processes):
+    """What is trained, and where: "1.23 M trained of 45.6 M, on 2 × cpu"."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (f"{trained / 1e6:,.2f} M trained of {total / 1e6:,.1f} M, on {processes.world} × "
+            f"{processes.device.type}")
 
 
 class Timer:
@@ -250,25 +275,31 @@ class EMA:
 
 
 class Run:
-    """A run's folder. Within `with run:` SIGTERM and Ctrl-C set a flag that `stopped` reads, so
-    that the step at hand is finished and saved; a second Ctrl-C ends the program at once.
+    """A run's folder. Within `with run:` SIGTERM and Ctrl-C set a flag, so that the program can
+    save the last whole step before it ends; a second one ends it at once.
 
-    settings: written to settings.json. A run that goes on must have the same value of those named
-    in `fixed`; else UserError.
+    settings: written to settings.json. A run that goes on must have the same values, but for those
+    of MAY_CHANGE and may_change; else UserError. curves: keys of the log. title: above the curves.
     """
 
-    def __init__(self, folder, settings, processes, fixed=()):
+    def __init__(self, folder, settings, processes, curves=(), title="", may_change=()):
         self.folder = Path(folder)
+        self.curves = curves
+        self.title = title
         self.log_path = self.folder / "log.jsonl"
         self.processes = processes
         self.signal = None  # that asked this process to stop
+        self.asked = 0.0  # when it came
+        self.saved = 0  # steps of the newest checkpoint
+        self.saved_at = time.monotonic()
         self.records = []  # the log's lines
+        settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
         settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
         path = self.folder / "settings.json"
         if path.exists():
             before = read_json(path)
-            changed = [name for name in settings
-                       if name in fixed and before.get(name) != settings[name]]
+            changed = [name for name in sorted(settings.keys() - MAY_CHANGE - set(may_change))
+                       if before.get(name) != settings[name]]
             if changed:
                 held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
                 given = ", ".join(repr(settings[name]) for name in changed)
@@ -289,9 +320,23 @@ class Run:
             signal.signal(number, handler)
 
     def ask_to_stop(self, number, frame):
-        if self.signal == signal.SIGINT == number:  # the second Ctrl-C
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal = number
+            self.asked = now
+            if self.processes.first:
+                # print() may not be called within itself, where the signal may have come
+                os.write(2, b"\nasked to stop: finishes an update, but no rollout or evaluation, "
+                            b"then saves the last whole step; again: ends at once\n")
+        elif now - self.asked >= AGAIN:
             raise KeyboardInterrupt
-        self.signal = number
+
+    def until_asked(self, items):
+        """The items, no more of them once this process was asked to stop, but at least one."""
+        for item in items:
+            yield item
+            if self.signal is not None:
+                return
 
     def stopped(self):
         """Whether any process was asked to stop; the same answer on all."""
@@ -308,25 +353,31 @@ class Run:
     # Log and curves
 
     def log(self, record):
-        """Append a line; numbers rounded to 7 digits, NaN as null."""
+        """Append a line, or replace the last one if it is of the same step; numbers rounded to 7
+        digits, NaN as null."""
         rounded = {}
         for name, value in record.items():
             if isinstance(value, float):
                 value = float(f"{value:.7g}") if math.isfinite(value) else None
             rounded[name] = value
-        self.records.append(rounded)
-        if self.processes.first:
+        again = bool(self.records) and self.records[-1]["step"] == rounded["step"]
+        self.records[len(self.records) - again:] = [rounded]
+        if self.processes.first and again:
+            write_rows(self.log_path, self.records)
+        elif self.processes.first:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded) + "\n")
 
     def read_log(self, step):
-        """Take up the log of a run that goes on after `step`; lines of later steps, which a killed
-        run wrote after its last checkpoint, go."""
+        """Take up the log of a run that goes on after `step`, and return that step's record; lines
+        of later steps, which a killed run wrote after its last checkpoint, go."""
         self.records = read_records(self.log_path, step)
         if self.processes.first:
-            cli.say(f"goes on after step {step:,}")
+            if step:
+                cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
         self.processes.wait()
+        return self.records[-1] if self.records else {"step": step}
 
     def evaluations(self):
         """Markdown of the first and the last record that has figures of an evaluation, eval_…"""
@@ -341,17 +392,12 @@ class Run:
     def save_adapter(self, model, base, ema):
         """Write the averages as an adapter of the model `base` into adapters/, in a folder named
         after the step that was logged last, with the figures of its evaluation, if it had one."""
-        if self.processes.first:
-            record = self.records[-1]
+        record = self.records[-1]
+        if self.processes.first and record["step"]:  # none before the first step
             folder = self.folder / "adapters" / f"{record['step']:08d}"
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
                 lora.save_lora(folder, model, base)
-
-    def draw(self, keys, title):
-        """Write curves.png: one panel for each key that the log has."""
-        if self.processes.first and self.records:
-            save_png(draw_curves(self.records, keys, title), self.folder / "curves.png")
 
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
@@ -369,12 +415,20 @@ class Run:
         """The folders of the complete ones, oldest first."""
         return sorted(self.folder.glob("checkpoint-" + "[0-9]" * 8))
 
+    def save_due(self, step, args):
+        """Whether a checkpoint is due after `step`; the same answer on all processes."""
+        if step == args.steps or step % args.save_every == 0:
+            return True
+        # by the first process's clock, as others' may be a moment before or behind
+        late = time.monotonic() - self.saved_at >= 60 * args.save_minutes > 0
+        return self.processes.total({"late": self.processes.first and late})["late"] > 0
+
     def file_in(self, folder):
         """This process's file in the folder of a checkpoint."""
         return folder / f"rank{self.processes.rank}of{self.processes.world}.pt"
 
     def save(self, step, state):
-        """Write this process's state, a dict, after `step` steps.
+        """Write this process's state, a dict, after `step` steps, and curves.png of the log.
 
         The folder gets its final name, and so counts, when every process has written its file.
         """
@@ -394,7 +448,11 @@ class Run:
             os.replace(temporary, final)
             for old in self.checkpoints()[:-KEEP]:
                 shutil.rmtree(old)
+            title = f"{self.title}, step {step:,}"
+            save_png(draw_curves(self.records, self.curves, title), self.folder / "curves.png")
         self.processes.wait()
+        self.saved = step
+        self.saved_at = time.monotonic()
 
     def load(self, steps):
         """This process's state of the last complete checkpoint, or None.
@@ -411,7 +469,8 @@ class Run:
         if not found:
             return None
         folder = found[-1]
-        if int(folder.name[-8:]) > steps:
+        self.saved = int(folder.name[-8:])
+        if self.saved > steps:
             raise UserError(f"--steps {steps}: {folder} is further already; give as many or more, "
                             f"or choose another --out")
         path = self.file_in(folder)

@@ -34,6 +34,23 @@ def without_times(records):
     return [{k: v for k, v in r.items() if not k.startswith(("seconds", "tokens_per", "memory"))} for r in records]
 
 
+def stop_inside(target, call, module, *args):
+    """Run a program that gets SIGTERM at the so manyth call of a function, "module.name"; its output. It must end with 143."""
+    stopper = (f"import os, signal, sys, {module}, {target.split('.')[0]}\n"
+               f"plain, calls = {target}, []\n"
+               "def stopping(*args, **options):\n"
+               "    calls.append(1)\n"
+               f"    if len(calls) == {call}: os.kill(os.getpid(), signal.SIGTERM)\n"
+               "    return plain(*args, **options)\n"
+               f"{target} = stopping\n"
+               f"code = {module}.main(sys.argv[1:])\n"
+               "print('calls', len(calls))\n"
+               "sys.exit(code)\n")
+    return finish(subprocess.Popen([sys.executable, "-c", stopper, *command(f"{module}.py", *args)[2:]], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"}), 143)
+
+
 def kill_inside_second_checkpoint(module, *args):
     """Run a program that kills itself while it writes its second checkpoint; the finished process."""
     killer = (f"import os, signal, sys, torch, {module}\n"

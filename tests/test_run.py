@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from parts.run import (
     Run,
     batch_indices,
     draw_curves,
+    evaluation_due,
     linear,
     restore_state,
     start_processes,
@@ -29,7 +31,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def make(folder, **settings):
-    return Run(folder, {"lr": 0.1, "seed": 0, **settings}, ALONE, fixed=("lr", "seed"))
+    return Run(folder, {"lr": 0.1, "seed": 0, **settings}, ALONE)
 
 
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
@@ -87,27 +89,61 @@ def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
     with open(run.log_path, "a") as f:
         f.write('{"step": 6, "lo')  # killed while writing
     again = make(tmp_path)
-    again.read_log(3)
+    assert again.read_log(3)["step"] == 3
     lines = [json.loads(line) for line in run.log_path.read_text().splitlines()]
     assert [r["step"] for r in lines] == [0, 1, 2, 3] == [r["step"] for r in again.records]
+    again.log({**again.records[-1], "eval_gap": 0.5})  # the same step with its evaluation
+    assert read_records(run.log_path)[2:] == again.records[2:] == [lines[2], {**lines[3], "eval_gap": 0.5}]
+    again.log({"step": 4})
+    assert read_records(run.log_path) == again.records and len(again.records) == 5
     assert lines[0] == {"step": 0, "loss": 0.3333333, "bad": None}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_the_run_to_stop_and_the_old_handler_comes_back(tmp_path, number, capsys):
+def test_a_signal_asks_the_run_to_stop_and_the_old_handler_comes_back(tmp_path, number, capfd):
     before, run = signal.getsignal(number), make(tmp_path)
     with run:
         assert not run.stopped()
         os.kill(os.getpid(), number)
         assert run.stopped() and run.stop_code(7) == 128 + number
-    assert capsys.readouterr().err.startswith("stopped after step 7;")
+        asked, stopped = capfd.readouterr().err.strip().splitlines()
+        assert asked.startswith("asked to stop: ") and stopped.startswith("stopped after step 7;")
+        os.kill(os.getpid(), number)  # the same wish, sent twice at one time
+        assert not capfd.readouterr().err
     assert signal.getsignal(number) == before
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("parts.run.AGAIN", 0)
     with pytest.raises(KeyboardInterrupt), make(tmp_path):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+
+def test_work_is_broken_off_between_its_parts_but_one_is_done(tmp_path):
+    with make(tmp_path) as run:
+        assert list(run.until_asked(range(3))) == [0, 1, 2]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert list(run.until_asked(range(3))) == [0]
+
+
+def test_a_checkpoint_is_due_by_steps_minutes_and_at_the_end(tmp_path):
+    run, args = make(tmp_path), Namespace(steps=10, save_every=4, save_minutes=0.0)
+    assert [step for step in range(1, 11) if run.save_due(step, args)] == [4, 8, 10]
+    args.save_minutes = 5.0
+    assert not run.save_due(3, args)
+    run.saved_at -= 300
+    assert run.save_due(3, args)
+    run.save(3, {})
+    assert run.saved == 3 and not run.save_due(5, args)
+
+
+def test_an_evaluation_is_due_at_both_ends_and_in_between():
+    args = Namespace(steps=5, eval_every=0)
+    assert [step for step in range(6) if evaluation_due(step, args)] == [0, 5]
+    args.eval_every = 2
+    assert [step for step in range(6) if evaluation_due(step, args)] == [0, 2, 4, 5]
 
 
 def test_optimizer_state_is_restored_bit_for_bit():

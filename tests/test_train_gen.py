@@ -124,6 +124,27 @@ def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_adapter(datase
     same_end(out, unbroken[0])
 
 
+def test_a_rollout_and_an_evaluation_are_broken_off_and_nothing_is_lost(dataset, unbroken, tmp_path):
+    out, flags = tmp_path / "run", (*SMALL, "--steps", 5, "--save-every", 1000)
+    # in the first of the two chunks of the second step
+    output = launch.stop_inside("flow_grpo.sample_sde", 3, "train_gen", dataset, out, *flags)
+    assert "asked to stop: " in output and "stopped after step 1; " in output and "calls 3" in output
+    assert [r["step"] for r in log_of(out)] == [0, 1] and (out / "checkpoint-00000001").exists()
+    # in the first of the two batches of the last evaluation
+    output = launch.stop_inside("flow_grpo.sample_ode", 1, "train_gen", dataset, out, *flags)
+    assert "stopped after step 5; " in output and "calls 1" in output and not (out / "adapter").exists()
+    assert (out / "checkpoint-00000005").exists() and "eval_total" not in log_of(out)[-1]
+    finish(start(dataset, out, *flags))
+    same_end(out, unbroken[0])
+    assert "eval_total" in read_json(out / "adapters" / "00000005" / "figures.json")
+
+
+def test_checkpoints_are_written_by_the_clock_too(dataset, unbroken, tmp_path):
+    out = tmp_path / "run"
+    finish(start(dataset, out, *SMALL, "--steps", 2, "--save-every", 1000, "--save-minutes", 1e-6))
+    assert [folder.name for folder in sorted(out.glob("checkpoint-*"))] == ["checkpoint-00000001", "checkpoint-00000002"]
+
+
 def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
     finish(start(dataset, tmp_path / "two", *SMALL, "--steps", 5, processes=2))
     for a, b in zip(without_times(log_of(unbroken[0])), without_times(log_of(tmp_path / "two")), strict=True):
@@ -142,6 +163,9 @@ def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-4, rel=1e-4), (a["step"], key)
 
 
+RUN = Namespace(until_asked=iter)  # one that is not asked to stop
+
+
 @pytest.fixture(scope="module")
 def ready(dataset):
     """(models, rows, settings) to roll out with."""
@@ -151,7 +175,7 @@ def ready(dataset):
 
 def roll_out(models, rows, args, **settings):
     args = Namespace(**vars(args) | settings)
-    return train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, 0)
+    return train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, RUN, 0)
 
 
 def test_judging_beside_drawing_changes_nothing(ready, monkeypatch):
@@ -179,7 +203,7 @@ def test_windows_lie_where_they_are_asked_for_and_resumed_runs_get_the_same(read
     args = Namespace(**vars(args) | {"window": 2, "window_within": 4, "sde_steps": 5})
     starts = []
     for step in range(12):
-        chunks, _ = train_gen.roll_out(models, train_gen.samples_of(step, rows, args)[:1], args, step)
+        chunks, _ = train_gen.roll_out(models, train_gen.samples_of(step, rows, args)[:1], args, RUN, step)
         indices = [kept.index for kept in chunks[0].trajectory.steps]
         assert indices == [indices[0], indices[0] + 1]
         starts.append(indices[0])

@@ -92,6 +92,18 @@ def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(datase
     same_end(out, unbroken[0])
 
 
+def test_a_rollout_and_an_evaluation_are_broken_off_and_nothing_is_lost(dataset, unbroken, tmp_path):
+    out, flags = tmp_path / "run", (*SMALL, "--steps", 5, "--save-every", 1000)
+    output = launch.stop_inside("train_judge.roll_out", 2, "train_judge", dataset, out, *flags)
+    assert "asked to stop: " in output and "stopped after step 1; " in output
+    assert [r["step"] for r in log_of(out)] == [0, 1] and (out / "checkpoint-00000001").exists()
+    output = launch.stop_inside("train_judge.evaluate", 1, "train_judge", dataset, out, *flags)
+    assert "stopped after step 5; " in output and not (out / "judge").exists()
+    assert (out / "checkpoint-00000005").exists() and "eval_format" not in log_of(out)[-1]
+    finish(start(dataset, out, *flags))
+    same_end(out, unbroken[0])
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora",)])
 def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path, flags):
     if flags:
