@@ -1,73 +1,68 @@
-"""What a run of train_gen.py needs of each GPU, before anything is loaded: memory, work and time.
+"""What training needs of each GPU, before anything is loaded: memory, work and time.
 
-    python -m bench.plan --gpus 1,8,64
+    python -m bench.plan                               # train_gen.py, on 1, 8 and 64 GPUs
+    python -m bench.plan --what judge                  # train_judge.py, all weights under FSDP2
+    python -m bench.plan --what judge --lora --gpus 1  # an adapter
 
 The real modules are built on PyTorch's meta device, where tensors have shapes and no data, and the
-calls of a training step run on them: an `OperatorCounter` counts what their operators do. Nothing
-is derived from a formula of the architecture, so a change of the models changes the plan. The flags
-are those of train_gen.py, with the paper's values. In order: GPUs and assumptions, the counter,
-models without weights, the parts of a step, tables.
+calls of a training step run on them (`bench/step_parts.py`) while their operators are counted
+(`bench/counter.py`). Nothing is derived from a formula of the architecture, so a change of the
+models changes the plan. The flags are those of the training program, with the paper's values. In
+order: GPUs and assumptions, flags, time, what the generator needs, what the judge needs, tables.
 
-Left out: the CUDA context (about 0.5 GB), the allocator's waste, the launching of kernels,
-evaluations, loading. All bytes are decimal: 1 GB = 10⁹ bytes. n: pictures in one batch.
+Left out: the CUDA context (about 0.5 GB), the allocator's waste, evaluations, loading, saving. All
+bytes are decimal: 1 GB = 10⁹ bytes. n: pictures or questions in one batch.
 """
 
+import argparse
 import functools
 import math
 import sys
-import weakref
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import data
 import feedback
-import flow_grpo
-import mmdit
-import qwen_vl
-from parts import chat, cli, clip, lora, ops, text_encoders, vae
+from bench import step_parts
+from bench.counter import size_of
+from bench.step_parts import ANSWER, GENERATORS, JUDGES, SCORERS, Part
+from parts import cli
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER
-
-aten = torch.ops.aten
+from parts.run import KEEP
 
 
 @dataclass(frozen=True)
 class GPU:
     name: str
     bfloat16: float  # FLOP/s of dense matrix products, by NVIDIA's data sheet
-    float32: float  # FLOP/s without tensor cores, torch's default, in which the adapter computes
     bandwidth: float  # bytes/s of its memory
     memory: float  # bytes, as sold
 
 
-GPUS = (GPU("H100", 989e12, 67e12, 3.35e12, 80e9), GPU("H20", 148e12, 44e12, 4.0e12, 96e9))
-ARITHMETIC = 0.4  # assumed share of those FLOP/s that a kernel reaches
-TRAFFIC = 0.6  # and of the bytes/s, of links too
+H100 = GPU("H100", 989e12, 3.35e12, 80e9)  # an H200 computes as fast
+GPUS = (H100, GPU("H20", 148e12, 4.0e12, 96e9))
+# Measured on an H200 (docs/gpu.md), as shares of its data sheet's 989 TFLOP/s and 4.8 TB/s.
+PRODUCT = 0.79  # 781 TFLOP/s: the best that a large matrix product reaches
+FORWARD = 0.43  # 422 TFLOP/s: the generator's forward pass, launches included
+BACKWARD = 0.25  # 244 TFLOP/s: forward and backward pass with an adapter
+TRAFFIC = 0.45  # 38 to 50 %: bytes/s of the judge's decode
+LINKS = 0.6  # assumed share of the bytes/s of links
 NODE = 8  # GPUs of a machine
 NVLINK = 450e9  # bytes/s out of a GPU within a machine
 NETWORK = 50e9  # and between machines
-QUESTION = 149  # tokens of feedback.ask("regression", …) by Qwen's tokenizer, without the picture
-ANSWER = 150  # tokens of the judge's answer, assumed; the cache has room for ANSWER_LIMIT
-ROWS = 14_563  # training prompts of the paper
+ROWS = 14_563  # training prompts and pictures of the paper
 
-GENERATORS = {
-    PAPER: mmdit.SD35_MEDIUM,
-    "stabilityai/stable-diffusion-3.5-large": mmdit.SD35_LARGE,
-}
-JUDGES = {
-    "Qwen/Qwen2.5-VL-7B-Instruct": qwen_vl.QWEN25_VL_7B,
-    "Qwen/Qwen2.5-VL-3B-Instruct": qwen_vl.QWEN25_VL_3B,
-}
-SCORERS = {"yuvalkirstain/PickScore_v1": (clip.PICKSCORE_TEXT, clip.PICKSCORE_VISION)}
-
+PUBLISHED = (  # others' training of SD3.5-Medium: project, GPUs, what, GPU-hours, TFLOP/s of a GPU
+    ("radixark/miles_diffusion", "2 × H200",
+     "Flow-GRPO, OCR: 600 rollouts of 128 pictures, 110 s each", "37", "173"),
+    ("NVlabs/finite-difference-flow-optimization", "4 × H200",
+     "PickScore and a VLM's reward: 100 epochs in 12 h", "48", ""),
+    ("yifan123/flow_grpo (issue 96)", "24 of the H series",
+     "Flow-GRPO, OCR: 1,000 steps in 8 h", "192", "206"),
+)
 
 def gpu_counts(text):
     """An argparse type: "1,8,64" -> (1, 8, 64)."""
@@ -92,325 +87,128 @@ SETTINGS = {  # flag of train_gen.py: (paper's value, type or words to choose fr
     "micro": (8, integer(1, 4096), "pictures in one forward and backward pass of a process"),
     "encoders": ("gpu", ("gpu", "cpu", "leave"), "where the text encoders live"),
 }
+JUDGE_SETTINGS = {  # the same of train_judge.py
+    "model": ("Qwen/Qwen2.5-VL-7B-Instruct", tuple(JUDGES), "the judge"),
+    "group": (8, integer(2, 1024), "answers to each question, G"),
+    "batch": (16, integer(1, 4096), "questions in a step, over all processes, P; at least --gpus"),
+    "epochs": (5.0, number(0, 1e6), "passes over the training pictures"),
+    "tasks": (feedback.TASKS, cli.some_of(feedback.TASKS), "questions about each picture"),
+    "beta": (1e-3, number(0, 100), "weight of the KL; 0: no reference is computed"),
+    "max_new_tokens": (512, integer(2, 100_000), "longest answer, for which memory must do"),
+    "answer": (ANSWER, integer(2, 100_000), "tokens of a step's longest answer, assumed for time"),
+    "micro": (1, integer(1, 4096), "questions in one forward and backward pass of a process"),
+    "max_pixels": (512 * 512, integer(28 * 28, 10**9), "of a picture, all taken as that large"),
+    "lora_rank": (64, integer(1, 4096), "of the adapter (--lora)"),
+}
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    # The two trainings share flags with different meanings, so the program is asked for first.
+    what = cli.parser(None, add_help=False)
+    what.add_argument("--what", choices=("generator", "judge"), default="generator",
+                      help="whose training to plan (default: generator)")
+    of_judge = what.parse_known_args(argv)[0].what == "judge"
+    parser = cli.parser(__doc__, parents=[what])
     parser.add_argument("--preset", choices=("paper",), default="paper",
                         help="whose values the defaults are; the miniature needs no plan")
     parser.add_argument("--gpus", type=gpu_counts, default=(1, 8, 64),
                         help="numbers of GPUs to plan for (default: 1,8,64)")
-    for name, (value, kind, text) in SETTINGS.items():
+    parser.add_argument("--efficiency", type=number(0.01, PRODUCT), default=0.2,
+                        help="share of an H100's data sheet FLOP/s that a whole training step "
+                             "reaches; 0.18 to 0.2 by what others publish (default: 0.2)")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=of_judge,
+                        help="recompute activations (default: only for the judge)")
+    for name, (value, kind, text) in (JUDGE_SETTINGS if of_judge else SETTINGS).items():
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument("--" + name.replace("_", "-"), default=value, **options,
                             help=f"{text} (default: {cli.shown(value)})")
-    parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    if of_judge:
+        parser.add_argument("--lora", action="store_true",
+                            help="train an adapter of the language model only")
+    else:
+        parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------
-# The counter
+# Time
 
 
-class OperatorCounter(TorchDispatchMode):
-    """Counts the operators that run inside it, forward and backward.
-
-    flops: of matrix products, convolutions and attention, two for a multiply-add, by the formulas
-    of PyTorch's flop counter. traffic: bytes of each operator's inputs and outputs, as kernels that
-    are not fused move them. seconds: on each of GPUS, where an operator takes the longer of its
-    arithmetic and its traffic, and they run one after another. live, peak: bytes of the tensors
-    that were made inside and are still held, now and at most. kept: those between a forward and a
-    backward pass. Only tensors on `device` count.
-    """
-
-    def __init__(self, device="meta"):
-        super().__init__()
-        self.device = device
-        self.flops = 0
-        self.traffic = 0
-        self.seconds = dict.fromkeys(GPUS, 0.0)
-        self.live = 0
-        self.peak = 0
-        self.kept = 0
-        self.storages = set()  # those that are held
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = operator(*args, **kwargs)
-        read = self.tensors((args, kwargs))
-        made = self.tensors(out)
-        old = {t.untyped_storage()._cdata for t in read}
-        new = [t for t in made if t.untyped_storage()._cdata not in old]
-        for tensor in new:
-            self.hold(tensor.untyped_storage())
-        # Without new memory an operator has written in place, or made a view and written nothing.
-        if new or operator._schema.name.endswith("_"):
-            if operator.overloadpacket in (aten.embedding, aten.index):
-                read = made  # they read the rows they take, not the whole table
-            formula = flop_registry.get(operator.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=out) if formula else 0
-            self.count(flops, read, made)
-        return out
-
-    def tensors(self, tree):
-        leaves = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-        return [x for x in leaves if x.device.type == self.device]
-
-    def count(self, flops, read, made):
-        traffic = 0
-        for t in (*read, *made):
-            # an expanded tensor has more elements than memory
-            traffic += min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
-        self.flops += flops
-        self.traffic += traffic
-        in_float32 = bool(made) and made[0].dtype == torch.float32
-        for gpu in GPUS:
-            rate = gpu.float32 if in_float32 else gpu.bfloat16
-            self.seconds[gpu] += max(
-                flops / (rate * ARITHMETIC), traffic / (gpu.bandwidth * TRAFFIC))
-
-    def hold(self, storage):
-        """Count a storage as live until it is freed."""
-        key = storage._cdata
-        if key not in self.storages:
-            self.storages.add(key)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.release, key, storage.nbytes())
-
-    def release(self, key, size):
-        self.storages.discard(key)
-        self.live -= size
+@dataclass(frozen=True)
+class Speed:
+    """How fast a GPU is taken to be: a column of seconds in the tables."""
+    name: str
+    gpu: GPU
+    forward: float  # share of an H100's FLOP/s that passes without gradients reach, all told
+    backward: float  # and passes with them
 
 
-def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
-    """F.scaled_dot_product_attention by the operators that a GPU runs.
-
-    They keep no [L,L] weights for the backward pass; the meta device, left to itself, takes the
-    plain form, which does.
-    """
-    if attn_mask is None:
-        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[0]
-    mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    return aten._scaled_dot_product_efficient_attention(
-        q, k, v, mask, torch.is_grad_enabled(), scale=scale)[0]
+def speeds(efficiency):
+    own = Speed("H100 at our rates", H100, FORWARD, BACKWARD)
+    return [*(Speed(gpu.name, gpu, efficiency, efficiency) for gpu in GPUS), own]
 
 
-def measure(work, device="meta"):
-    """The OperatorCounter of work(counter)."""
-    attention = mock.patch.object(F, "scaled_dot_product_attention", gpu_attention)
-    with OperatorCounter(device) as counter, attention:
-        work(counter)
-    return counter
+def cost(part, speeds):
+    """Array of a Part's FLOP, bytes moved and seconds at each of `speeds`."""
+    work = part.counter
+    return part.times * np.array(
+        [work.flops, work.traffic, *(seconds_of(part, speed) for speed in speeds)])
 
 
-def size_of(tensors):
-    """Bytes of the tensors' memory; what they share counts once."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+def seconds_of(part, speed):
+    """Seconds of one call."""
+    # A step computes products for a part of its time. For the rest it moves memory and launches
+    # kernels, which takes all GPUs of the list as long: their memories are about as fast.
+    share = speed.backward if part.kind == "backward" else speed.forward
+    rest = 1 / share - 1 / PRODUCT
+    flops = part.counter.flops
+    arithmetic = flops / (PRODUCT * speed.gpu.bfloat16) + flops * rest / H100.bfloat16
+    if part.kind != "memory":
+        return arithmetic
+    moving = part.counter.traffic / (speed.gpu.bandwidth * TRAFFIC)
+    return max(arithmetic, moving, part.launches)
+
+
+def sending(size, gpus, speeds):
+    """Like `cost`: a GPU sends so many bytes to the others of so many."""
+    link = NVLINK if gpus <= NODE else NETWORK
+    return np.array([0, size, *[size / (link * LINKS)] * len(speeds)])
 
 
 # --------------------------------------------------------------------------------------------------
-# Models without weights
+# What the generator's training needs
 
 
-@dataclass
-class Models:
-    mmdit: mmdit.MMDiT  # with its adapter
-    trained: list  # the adapter's parameters, which have gradients
-    vae: vae.VAE
-    encoders: list  # CLIP-L, bigG and, with T5, T5
-    encoding: list  # context and pooled vector of one prompt
-    encoder: OperatorCounter  # of its encoding
-    judge: qwen_vl.QwenVL | None
-    scorer: clip.CLIP | None
-
-
-def build(args):
-    """The Models of the settings, in the types that weights.build and lora.add_lora give them."""
-    generator = on_meta(mmdit.MMDiT, GENERATORS[args.model])
-    lora.add_lora(generator, generator.lora_targets(), args.lora_rank, 2.0 * args.lora_rank)
-    trained = [p for p in generator.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.zeros_like(p)
-    clip_l = on_meta(clip.TextTower, clip.CLIP_L_TEXT)
-    clip_g = on_meta(clip.TextTower, clip.BIG_G_TEXT)
-    t5 = None if args.no_t5 else on_meta(text_encoders.T5Encoder, text_encoders.T5_XXL)
-    lengths = (clip.CLIP_L_TEXT.max_position_embeddings, clip.BIG_G_TEXT.max_position_embeddings,
-               text_encoders.T5_TOKENS)
-    tokenizers = [functools.partial(padded_tokens, length) for length in lengths]
-    together = text_encoders.TextEncoders(clip_l, clip_g, t5, tokenizers)
-    encoding = []
-    encoder = measure(lambda _: encoding.extend(together.encode(["a prompt"])))
-    judge = None if args.judge == "none" else on_meta(qwen_vl.QwenVL, JUDGES[args.judge])
-    scorer = None if args.pickscore == "none" else on_meta(clip.CLIP, *SCORERS[args.pickscore])
-    encoders = [tower for tower in (clip_l, clip_g, t5) if tower is not None]
-    return Models(generator, trained, on_meta(vae.VAE, vae.SD3_VAE), encoders, encoding, encoder,
-                  judge, scorer)
-
-
-def on_meta(make, *configs):
-    with torch.device("meta"):
-        return make(*configs).to(torch.bfloat16).eval().requires_grad_(False)
-
-
-def padded_tokens(length, prompts, warn=True):
-    """In place of a tokenizer: every prompt is padded to the length, whatever it says."""
-    return torch.zeros(len(prompts), length, dtype=torch.long)
-
-
-def empty(*shape, dtype=torch.long):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-# --------------------------------------------------------------------------------------------------
-# The parts of a step: the calls that train_gen.py makes
-
-
-def latents_of(models, args, n):
-    side = args.size // models.vae.factor
-    return empty(n, models.mmdit.config.channels, side, side, dtype=torch.float32)
-
-
-def texts_of(models, args, n):
-    """[context, pooled] of n pictures; with guidance those of the empty prompt are in front."""
-    rows = 2 * n if args.guidance > 1 else n
-    return [z.repeat(rows, *[1] * (z.dim() - 1)) for z in models.encoding]
-
-
-@torch.no_grad()
-def rollout_parts(models, args, n):
-    """{part: (how often, counter)}: n pictures drawn, decoded one by one, judged and scored."""
-    latents = latents_of(models, args, n)
-    texts = texts_of(models, args, n)
-    velocity = measure(lambda _: flow_grpo.guided_velocity(
-        models.mmdit, latents, 0.5, *texts, args.guidance))
-    # kept steps of guided pictures are evaluated once more, under the prompt to follow
-    again = (args.window or args.sde_steps) * args.guided_pictures / args.group
-    decoder = measure(lambda _: models.vae.decode(latents[:1].bfloat16()).float())
-    parts = {"sampling": (args.sde_steps + again, velocity), "VAE decoder": (n, decoder)}
-    if models.judge is not None:
-        prefill, decode = judge_counters(models.judge, args, n)
-        parts["judge, prefill"] = (1, prefill)
-        parts["judge, decode"] = (ANSWER - 1, decode)
-    if models.scorer is not None:
-        text_config, vision_config = SCORERS[args.pickscore]
-        prompts = math.ceil(n / args.group)
-        side = vision_config.image_size
-        ids = empty(prompts, text_config.max_position_embeddings)
-        pixels = empty(n, 3, side, side, dtype=torch.bfloat16)
-        parts["PickScore"] = (1, measure(lambda _: (
-            models.scorer.embed_text(ids), models.scorer.embed_images(pixels))))
-    return parts
-
-
-def judge_cache(judge, args, n):
-    """(cache of n answers, tokens of a prompt, (1, h, w): patches of its picture)."""
-    picture = Image.new("RGB", (args.size, args.size))
-    _, (_, h, w) = chat.image_patches(picture, chat.ImageConfig())
-    tokens = QUESTION + h * w // judge.config.merge**2
-    cache = qwen_vl.StaticCache(
-        judge.config, [tokens] * n, 1, feedback.ANSWER_LIMIT, judge.head_weight)
-    return cache, tokens, (1, h, w)
-
-
-def judge_counters(judge, args, n):
-    """Counters of the prefill of n prompts and of a token in the middle of their answers, as
-    QwenVL.generate takes them."""
-    cache, tokens, grid = judge_cache(judge, args, n)
-    ids = empty(n * tokens)
-    last = empty(n)
-    values = judge.visual.patch_embed.proj.in_features  # of a patch
-    pixels = empty(n * grid[1] * grid[2], values, dtype=torch.float32)
-
-    def prefill(_):
-        pictures = judge.visual(pixels, [grid] * n)  # held while the text is computed
-        hidden = judge.trunk(cache.prefill, ids, ids.expand(3, -1))
-        return pictures, qwen_vl.sample(ops.logits(hidden[last], judge.head_weight), 0, None)
-
-    def decode(_):
-        hidden = judge.trunk(cache.decode, last, last.expand(3, -1))
-        return qwen_vl.sample(ops.logits(hidden, judge.head_weight), 0, None)
-
-    first = measure(prefill)
-    cache.room = ANSWER // 2 + 1  # attention grows evenly, so the middle is the mean
-    cache.go_to(empty(1))
-    return first, measure(decode)
-
-
-def update_parts(models, args, n, checkpointing):
-    """{part: (how often, counter)}: the gradients of the kept steps of n pictures."""
-    latents = latents_of(models, args, n)
-    texts = texts_of(models, args, n)
-    rows = empty(n, dtype=torch.float32)
-    kept = flow_grpo.KeptStep(0, latents, latents, rows)
-    trajectory = flow_grpo.Trajectory(
-        latents, [kept], flow_grpo.sigma_schedule(args.sde_steps), sde_settings(args))
-    models.mmdit.checkpointing = checkpointing
-
-    def reference(_):
-        with torch.no_grad(), lora.lora_disabled(models.mmdit):
-            flow_grpo.kept_velocity(models.mmdit, trajectory, 0, *texts)
-
-    def gradients(counter):
-        ref_velocity = latents if args.beta else None
-        step = flow_grpo.evaluate_step(models.mmdit, trajectory, 0, *texts, ref_velocity)
-        loss, _ = flow_grpo.flow_grpo_loss(step.log_prob, rows, rows, step.kl, beta=args.beta)
-        counter.kept = counter.live
-        loss.backward()
-
-    times = args.window or args.sde_steps
-    parts = {"update, reference": (times, measure(reference))} if args.beta else {}
-    return parts | {"update, forward and backward": (times, measure(gradients))}
-
-
-def sde_settings(args):
-    window = (0, args.window) if args.window else None  # where it lies makes no difference
-    return flow_grpo.SDESettings(args.sde_steps, args.guidance, window=window)
-
-
-def optimizer_counter(models):
-    """(counter of clipping, AdamW's step and the EMA, bytes of AdamW's moments)."""
-    optimizer = torch.optim.AdamW(models.trained, foreach=True)  # as by default on a GPU
-    averages = [p.detach().clone() for p in models.trained]
-    optimizer.step()  # makes the moments
-
-    def work(_):
-        torch.nn.utils.clip_grad_norm_(models.trained, 1.0)
-        optimizer.step()
-        for average, p in zip(averages, models.trained, strict=True):
-            average.lerp_(p.detach(), 0.1)
-
-    counter = measure(work)
-    moments = [t for state in optimizer.state.values() for t in state.values() if t.is_meta]
-    return counter, size_of(moments)
-
-
-def trajectory_size(models, args):
-    """Bytes of one picture's kept steps: of a real trajectory, on the CPU, of no model at all."""
-    noise = torch.zeros(latents_of(models, args, 1).shape)
-    texts = torch.zeros(2, 1)
-    trajectory = flow_grpo.sample_sde(lambda x, *_: x, noise, texts, texts, sde_settings(args))
-    tensors = [trajectory.latents]
-    for step in trajectory.steps:
-        tensors += [step.before, step.after, step.log_prob]
-    return size_of(tensors)
-
-
-# --------------------------------------------------------------------------------------------------
-# Memory and costs of a GPU
-
-
-class Plan:
+class GeneratorPlan:
     """The measurements of the settings, each made once."""
 
     def __init__(self, args):
         self.args = args
-        self.models = build(args)
-        self.rollout = functools.cache(functools.partial(rollout_parts, self.models, args))
-        self.update = functools.cache(functools.partial(update_parts, self.models, args))
-        self.optimizer, self.moments = optimizer_counter(self.models)
+        self.speeds = speeds(args.efficiency)
+        self.models = models = step_parts.build(args)
+        self.rollout = functools.cache(functools.partial(step_parts.rollout_parts, models, args))
+        self.update = functools.cache(functools.partial(step_parts.update_parts, models, args))
+        self.optimizer, self.moments = step_parts.optimizer_counter(models.trained, ema=True)
+        self.chosen = peak_name(args.encoders != "gpu", args.checkpointing)  # of the peaks
+        self.title = (f"{args.batch} prompts × {args.group} pictures of {args.size} px a step, at "
+                      f"most {args.micro} in one pass")
+
+    @staticmethod
+    def check(args):
+        """Raises UserError for settings that do not fit together."""
+        pictures = args.batch * args.group
+        for gpus in args.gpus:
+            if pictures % gpus:
+                raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
+                                f"{args.batch} × --group {args.group}) cannot be shared by "
+                                f"{gpus}; choose a divisor")
+        if args.guided_pictures > args.group or args.window > args.sde_steps:
+            raise UserError(f"--guided-pictures {args.guided_pictures}, --window {args.window}: "
+                            f"expected at most --group {args.group} and --sde-steps "
+                            f"{args.sde_steps}")
+
+    def steps(self, gpus):
+        return self.args.steps
 
     def memory(self, gpus):
         """{what: bytes} of one of so many GPUs."""
@@ -429,16 +227,17 @@ class Plan:
             "its gradients": size_of([p.grad for p in models.trained]),
             "AdamW's moments": self.moments,
             "its EMA": adapter,
-            "kept trajectories": trajectory_size(models, args) * pictures,
-            "their contexts": size_of(texts_of(models, args, pictures)),
+            "its copies in bfloat16": size_of(models.copies),
+            "kept trajectories": step_parts.trajectory_size(models, args) * pictures,
+            "their contexts": size_of(step_parts.texts_of(models, args, pictures)),
         }
 
         # 2. the rollout: a chunk is judged beside the drawing of the next one
         cache = 0
         if models.judge is not None:
-            keys_values, *_ = judge_cache(models.judge, args, n)
+            keys_values = step_parts.judging_cache(models.judge, args, n)
             cache = size_of([keys_values.prompts, keys_values.own])
-        most = {name: counter.peak for name, (_, counter) in self.rollout(n).items()}
+        most = {name: part.counter.peak for name, part in self.rollout(n).items()}
         drawing = max(most["sampling"], most["VAE decoder"])
         judging = [0]
         for name in most.keys() - {"sampling", "VAE decoder"}:
@@ -450,7 +249,7 @@ class Plan:
         # 3. the update, and the peaks of all of it
         peaks = {}
         for checkpointing in (False, True):
-            counters = [counter for _, counter in self.update(n, checkpointing).values()]
+            counters = [part.counter for part in self.update(n, checkpointing).values()]
             update = max(counter.peak for counter in counters)
             name = "update, checkpointing" if checkpointing else "update"
             rows[f"kept for backward: {name}"] = counters[-1].kept
@@ -464,30 +263,55 @@ class Plan:
         return rows | peaks | {"host memory of each process: encoded prompts": host}
 
     def costs(self, gpus):
-        """{part: array of FLOP, bytes moved and seconds on each of GPUS}: a step's work of one of
-        so many GPUs."""
+        """{part: array of FLOP, bytes moved and seconds at each of `speeds`}: a step's work of one
+        of so many GPUs."""
         args = self.args
         rows = {}
         if args.encoders == "gpu":
-            prompts = math.ceil(args.batch / gpus)
-            rows["text encoders, first epoch"] = prompts * cost(self.models.encoder)
+            encoders = Part(math.ceil(args.batch / gpus), self.models.encoder)
+            rows["text encoders, first epoch"] = cost(encoders, self.speeds)
         full, rest = divmod(args.batch * args.group // gpus, args.micro)
         for n, chunks in ((args.micro, full), (rest, 1)):
             if not n * chunks:
                 continue
-            update = self.update(n, False)
-            for name, (times, counter) in (self.rollout(n) | update).items():
-                rows[name] = rows.get(name, 0) + chunks * times * cost(counter)
-            if args.checkpointing:
-                name = "update, recomputation"
-                for part, (times, again) in self.update(n, True).items():
-                    more = cost(again) - cost(update[part][1])
-                    rows[name] = rows.get(name, 0) + chunks * times * more
-        rows["optimizer"] = cost(self.optimizer)
+            again = self.update(n, True) if args.checkpointing else None
+            add_costs(rows, chunks, self.rollout(n), self.speeds)
+            add_update_costs(rows, chunks, self.update(n, False), again, self.speeds)
+        rows["optimizer"] = cost(Part(1, self.optimizer, "memory"), self.speeds)
         sent = 2 * (gpus - 1) / gpus * size_of(self.models.trained)  # in a ring
-        link = NVLINK if gpus <= NODE else NETWORK
-        rows["all-reduce"] = np.array([0, sent, *[sent / (link * TRAFFIC)] * len(GPUS)])
+        rows["all-reduce"] = sending(sent, gpus, self.speeds)
         return rows | {"a step": sum(rows.values())}
+
+    def notes(self):
+        """What is true of the generator's training alone."""
+        models = self.models
+        encoder = Part(1, models.encoder)
+        times = [f"{1000 * seconds_of(encoder, speed):.0f} ms on {speed.name}"
+                 for speed in self.speeds[:len(GPUS)]]
+        weights = 2 * size_of([p for tower in models.encoders for p in tower.parameters()])
+        return (
+            f"On a GPU train_gen.py judges beside drawing: in memory the plan counts both at once, "
+            f"in time one after the other.\n"
+            f"An encoded prompt takes {size_of(models.encoding) / 1e6:.2f} MB of host memory and "
+            f"{', '.join(times)}, once. --encoders leave encodes all prompts of a process at the "
+            f"start; gpu and cpu encode each when it comes; cpu needs {figure(weights / 1e9)} GB "
+            f"for float32 weights in each process and computes {models.encoder.flops / 1e12:.1f} "
+            f"TFLOP a prompt there.")
+
+
+def add_costs(rows, times, parts, speeds):
+    """Add {name: Part} so many times to {name: array of costs}."""
+    for name, part in parts.items():
+        rows[name] = rows.get(name, 0) + times * cost(part, speeds)
+
+
+def add_update_costs(rows, times, update, again, speeds):
+    """The same of an update; again: of its parts with checkpointing, or None without it."""
+    add_costs(rows, times, update, speeds)
+    if again is not None:
+        name = "update, recomputation"
+        more = sum(cost(again[part], speeds) - cost(update[part], speeds) for part in update)
+        rows[name] = rows.get(name, 0) + times * more
 
 
 def frozen_weights(models):
@@ -507,10 +331,6 @@ def frozen_weights(models):
     return rows
 
 
-def cost(counter):
-    return np.array([counter.flops, counter.traffic, *counter.seconds.values()])
-
-
 def peak_name(without_encoders, checkpointing):
     name = "peak"
     if without_encoders:
@@ -521,75 +341,242 @@ def peak_name(without_encoders, checkpointing):
 
 
 # --------------------------------------------------------------------------------------------------
+# What the judge's training needs
+
+
+class JudgePlan:
+    """The measurements of the settings, each made once.
+
+    All weights of several GPUs are sharded by FSDP2: float32 masters, products in bfloat16. On one
+    GPU they compute in float32. With --lora every GPU holds the frozen model in bfloat16.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.speeds = speeds(args.efficiency)
+        self.models = functools.cache(functools.partial(step_parts.build_judge, args))
+        self.answers = functools.cache(lambda dtype, *how: step_parts.judge_answer_parts(
+            self.models(dtype), args, *how))
+        self.update = functools.cache(lambda dtype, *how: step_parts.judge_update_parts(
+            self.models(dtype), args, *how))
+        trained = self.models(torch.bfloat16).trained
+        self.optimizer, self.moments = step_parts.optimizer_counter(trained, ema=False)
+        self.chosen = peak_name(False, args.checkpointing)
+        self.title = (f"{args.batch} questions × {args.group} answers a step, pictures of "
+                      f"{args.max_pixels:,} pixels, answers of at most {args.max_new_tokens} "
+                      f"tokens, at most {args.micro} questions in one pass")
+
+    @staticmethod
+    def check(args):
+        """Raises UserError for settings that do not fit together."""
+        for gpus in args.gpus:
+            if max(args.batch, gpus) % gpus:
+                raise UserError(f"--gpus {gpus}: the {args.batch} questions of a step (--batch) "
+                                f"cannot be shared by {gpus}; choose a divisor")
+        if args.answer > args.max_new_tokens:
+            raise UserError(f"--answer {args.answer}: expected at most --max-new-tokens "
+                            f"{args.max_new_tokens}")
+
+    def batch(self, gpus):
+        """Questions of a step: a GPU has one at least, so that more GPUs make fewer steps."""
+        return max(self.args.batch, gpus)
+
+    def steps(self, gpus):
+        args = self.args
+        return math.ceil(args.epochs * ROWS * len(args.tasks) / self.batch(gpus))
+
+    def sharded(self, gpus):
+        return gpus > 1 and not self.args.lora
+
+    def dtype(self, gpus):
+        whole = gpus == 1 and not self.args.lora
+        return torch.float32 if whole else torch.bfloat16
+
+    def gathered(self, gpus):
+        """(bytes of bfloat16 weights that FSDP2 gathers while answers are sampled, those of weights
+        and gradients while it trains, those that the reference keeps)."""
+        if not self.sharded(gpus):
+            return 0, 0, 0
+        policy = self.models(torch.bfloat16).policy
+        whole = size_of(policy.parameters())
+        blocks = [size_of(block.parameters())
+                  for block in (*policy.visual.blocks, *policy.model.layers)]
+        root = whole - sum(blocks)  # embedding, head and merger: gathered from first to last
+        # The root has weights and gradients. Of the blocks there are the weights of one, those of
+        # the next one and the buffer in which they come, and the gradients of one, in bfloat16 and,
+        # on their way to the others, in float32.
+        training = 2 * root + (3 + 1 + 2) * max(blocks)
+        return whole, training, root if self.args.beta else 0
+
+    def memory(self, gpus):
+        """{what: bytes} of one of so many GPUs, and of the disk."""
+        args = self.args
+        models = self.models(self.dtype(gpus))
+        questions = self.batch(gpus) // gpus
+        n = min(args.micro, questions)
+        shards = gpus if self.sharded(gpus) else 1
+
+        # 1. what is held all the time
+        whole, training, kept_gathered = self.gathered(gpus)
+        count = sum(p.numel() for p in models.trained) / 1e9
+        held = {
+            f"{count:.2f} B trained parameters in float32": size_of(models.trained) / shards,
+            "their gradients": size_of([p.grad for p in models.trained]) / shards,
+            "AdamW's moments": self.moments / shards,
+        }
+        if args.lora:
+            frozen = [p for p in models.policy.parameters() if not p.requires_grad]
+            held["the frozen judge in bfloat16"] = size_of(frozen)
+            held["copies of the adapter in bfloat16"] = size_of(models.copies)
+        elif args.beta:
+            held["reference in bfloat16"] = size_of(models.reference.parameters()) / shards
+            held["its embedding and head, gathered"] = kept_gathered
+
+        # 2. the answers
+        parts, cache = self.answers(self.dtype(gpus), questions, not self.sharded(gpus))
+        most = {name: part.counter.peak for name, part in parts.items()}
+        rows = held | {"gathered weights, answers": whole, "keys and values of the answers": cache}
+        rows |= {f"activations: {name}": size for name, size in most.items()}
+        answers = whole + cache + max(most.values())
+
+        # 3. the update, for answers as long as they may be, and the peaks of all of it
+        rows["gathered weights and gradients, update"] = training
+        peaks = {}
+        for checkpointing in (False, True):
+            update = self.update(self.dtype(gpus), n, args.max_new_tokens, checkpointing)
+            counters = [part.counter for part in update.values()]
+            most = max(counter.peak for counter in counters)
+            name = "update, checkpointing" if checkpointing else "update"
+            rows[f"kept for backward: {name}"] = counters[-1].kept
+            rows[f"activations: {name}"] = most
+            busiest = max(answers, training + most, self.optimizer.peak / shards)
+            peaks[peak_name(False, checkpointing)] = sum(held.values()) + busiest
+
+        # 4. host and disk: float32 parameters and two moments; a whole judge goes in bfloat16
+        trained = size_of(models.trained)
+        checkpoint = 3 * trained
+        return rows | peaks | {
+            # every process builds a whole judge before it is sharded, and one to export it
+            "host memory of each process, loading and exporting": 0 if args.lora else trained,
+            "disk: a checkpoint": checkpoint,
+            f"disk: {KEEP} checkpoints and one being written": (KEEP + 1) * checkpoint,
+            "disk: the exported judge": trained if args.lora else trained / 2,
+        }
+
+    def costs(self, gpus):
+        """{part: array of FLOP, bytes moved and seconds at each of `speeds`}: a step's work of one
+        of so many GPUs."""
+        args = self.args
+        dtype = self.dtype(gpus)
+        questions = self.batch(gpus) // gpus
+        rows = {}
+        parts, _ = self.answers(dtype, questions, not self.sharded(gpus))
+        add_costs(rows, 1, parts, self.speeds)
+        full, rest = divmod(questions, args.micro)
+        for n, chunks in ((args.micro, full), (rest, 1)):
+            if n * chunks:
+                update = self.update(dtype, n, args.answer, False)
+                again = self.update(dtype, n, args.answer, True) if args.checkpointing else None
+                add_update_costs(rows, chunks, update, again, self.speeds)
+        optimizer = cost(Part(1, self.optimizer, "memory"), self.speeds)
+        if self.sharded(gpus):
+            # Each process gets all weights in bfloat16 for the answers, and for every pass of the
+            # reference, forward and backward; gradients are summed in float32.
+            passes = math.ceil(questions / args.micro) * (2 + bool(args.beta))
+            weights = size_of(self.models(dtype).policy.parameters())
+            sent = (1 + passes) * weights + math.ceil(questions / args.micro) * 2 * weights
+            rows["optimizer"] = optimizer / gpus
+            name = "gathering weights, summing gradients"
+            rows[name] = sending((gpus - 1) / gpus * sent, gpus, self.speeds)
+        else:
+            sent = 2 * (gpus - 1) / gpus * size_of(self.models(dtype).trained)
+            rows["optimizer"] = optimizer
+            rows["all-reduce"] = sending(sent, gpus, self.speeds)
+        return rows | {"a step": sum(rows.values())}
+
+    def notes(self):
+        """What is true of the judge's training alone."""
+        args = self.args
+        launches = step_parts.LAUNCHES * JUDGES[args.model].layers
+        return (
+            f"Time is for answers of {args.answer} tokens, padding included: a step's longest "
+            f"answer decides (--answer). A step of the decode reads the language model's weights "
+            f"once, whatever the number of answers. With --lora, or one GPU, it is a CUDA graph "
+            f"(--cuda-graphs); sharded weights allow none, and the host takes "
+            f"{1000 * launches:.0f} ms to launch it. On one GPU all weights would compute in "
+            f"float32. Each GPU has a question at least: above {args.batch} of them --batch grows "
+            f"with their number, and the steps of the same epochs become fewer.")
+
+
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 
 def show(args):
-    """Print the plan as Markdown. Raises UserError unless a step's pictures are shared evenly."""
-    pictures = args.batch * args.group
-    for gpus in args.gpus:
-        if pictures % gpus:
-            raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
-                            f"{args.batch} × --group {args.group}) cannot be shared by {gpus}; "
-                            f"choose a divisor")
-    if args.guided_pictures > args.group or args.window > args.sde_steps:
-        raise UserError(f"--guided-pictures {args.guided_pictures}, --window {args.window}: "
-                        f"expected at most --group {args.group} and --sde-steps {args.sde_steps}")
-    plan = Plan(args)
+    """Print the plan as Markdown. Raises UserError for settings that do not fit together."""
+    kind = JudgePlan if args.what == "judge" else GeneratorPlan
+    kind.check(args)
+    plan = kind(args)
 
     # 1. memory
     columns = [plan.memory(gpus) for gpus in args.gpus]
-    print(f"Memory of a GPU in GB; {args.batch} prompts × {args.group} pictures of {args.size} px "
-          f"a step, at most {args.micro} in one pass:\n")
+    print(f"Memory of a GPU in GB; {plan.title}:\n")
     rows = [["GPUs", *args.gpus]]
     for name in columns[0]:
-        rows.append([name, *(figure(column[name] / 1e9) for column in columns)])
-    chosen = peak_name(args.encoders != "gpu", args.checkpointing)
-    fitting = [f"fits with these settings ({chosen})"]
+        rows.append([name, *(figure(column.get(name, 0) / 1e9) for column in columns)])
+    fits = []
     for column in columns:
-        names = [gpu.name for gpu in GPUS if column[chosen] <= gpu.memory]
-        fitting.append(", ".join(names) or "none")
-    print(cli.markdown([*rows, fitting]))
+        fits.append([gpu.name for gpu in GPUS if column[plan.chosen] <= gpu.memory])
+    names = [", ".join(fitting) or "none" for fitting in fits]
+    print(cli.markdown([*rows, [f"fits with these settings ({plan.chosen})", *names]]))
 
     # 2. costs
-    units = np.array([1e12, 1e9] + [1] * len(GPUS))
-    for gpus in args.gpus:
-        costs = plan.costs(gpus)
-        rows = [["part", "TFLOP", "GB moved", *(f"{gpu.name}, s" for gpu in GPUS)]]
-        for name, values in costs.items():
-            rows.append([name, *map(figure, values / units)])
-        hours = args.steps * costs["a step"][2:] / 3600
-        rows.append([f"{args.steps:,} steps, hours", "", "", *map(figure, hours)])
+    for gpus, fitting in zip(args.gpus, fits, strict=True):
+        if not fitting:
+            print(f"\nNo step on {gpus} GPU{'s' * (gpus > 1)}: it fits none of the list.")
+            continue
         print(f"\nA step on {gpus} GPU{'s' * (gpus > 1)}, the work of each:\n")
-        print(cli.markdown(rows))
-    print("\n" + notes(plan.models))
+        print(cli.markdown(cost_rows(plan, gpus)))
+
+    # 3. what others and we have measured, and what all this rests on
+    head = ["training of SD3.5-Medium by others", "GPUs", "what", "GPU-hours", "TFLOP/s of a GPU"]
+    print("\nPublished, for comparison:\n")
+    print(cli.markdown([head, *PUBLISHED]))
+    print("\n" + assumptions(args) + "\n" + plan.notes())
+
+
+def cost_rows(plan, gpus):
+    """The rows of a table of a step's costs on one of so many GPUs, and of the run's hours."""
+    rows = [["part", "TFLOP", "GB moved", *(f"{speed.name}, s" for speed in plan.speeds)]]
+    costs = plan.costs(gpus)
+    units = np.array([1e12, 1e9] + [1] * len(plan.speeds))
+    for name, values in costs.items():
+        rows.append([name, *map(figure, values / units)])
+    hours = plan.steps(gpus) * costs["a step"][2:] / 3600
+    rows.append([f"{plan.steps(gpus):,} steps, hours", "", "", *map(figure, hours)])
+    rows.append(["GPU-hours of all", "", "", *map(figure, gpus * hours)])
+    return rows
 
 
 def figure(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def notes(models):
-    """What the tables rest on, in sentences."""
+def assumptions(args):
+    """What the tables of both trainings rest on, in sentences."""
     sheets = []
     for gpu in GPUS:
         sheets.append(f"{gpu.name}: {gpu.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16, "
-                      f"{gpu.float32 / 1e12:.0f} in float32, {gpu.bandwidth / 1e12:.2f} TB/s, "
-                      f"{gpu.memory / 1e9:.0f} GB")
-    times = [f"{1000 * s:.0f} ms on {gpu.name}" for gpu, s in models.encoder.seconds.items()]
-    weights = 2 * size_of([p for tower in models.encoders for p in tower.parameters()])
+                      f"{gpu.bandwidth / 1e12:.2f} TB/s, {gpu.memory / 1e9:.0f} GB")
     return (
-        f"Assumed: {ARITHMETIC:.0%} of the FLOP/s and {TRAFFIC:.0%} of the bandwidth "
+        f"Assumed: a whole step reaches {args.efficiency:.0%} of an H100's FLOP/s "
         f"({'; '.join(sheets)}; links {NVLINK / 1e9:.0f} GB/s among {NODE} GPUs, "
-        f"{NETWORK / 1e9:.0f} GB/s beyond), answers of {ANSWER} tokens, {ROWS:,} training prompts, "
-        f"kernels that are not fused and run one after another. Nothing here was timed. On a GPU "
-        f"train_gen.py judges beside drawing: in memory the plan counts both at once, in time one "
-        f"after the other.\n"
-        f"An encoded prompt takes {size_of(models.encoding) / 1e6:.2f} MB of host memory and "
-        f"{', '.join(times)}, once. --encoders leave encodes all prompts of a process at the "
-        f"start; gpu and cpu encode each when it comes; cpu needs {figure(weights / 1e9)} GB for "
-        f"float32 weights in each process and computes {models.encoder.flops / 1e12:.1f} TFLOP a "
-        f"prompt there.")
+        f"{NETWORK / 1e9:.0f} GB/s beyond). Its products run at {PRODUCT:.0%}, and what is left of "
+        f"its time, memory and launches, takes an H20 as long. Decode and optimizer move memory at "
+        f"{TRAFFIC:.0%} of the bandwidth, links reach {LINKS:.0%}. \"Our rates\" were measured on "
+        f"an H200: {FORWARD:.0%} forward, {BACKWARD:.0%} with gradients (docs/gpu.md). {ROWS:,} "
+        f"training rows; answers of {ANSWER} tokens. Parts run one after another; bytes moved are "
+        f"those of kernels that are not fused. No training was timed on this scale.")
 
 
 def main(argv=None):

@@ -1,0 +1,59 @@
+"""The counter of operators: views, places and temporaries; the forms that it runs in place of plain ones."""
+
+import torch
+from torch.nn import functional as F
+
+import grpo
+from bench import counter
+from parts import lora, ops
+
+
+def test_the_counter_knows_views_places_and_temporaries():
+    x = torch.zeros(256, 256)
+    with counter.OperatorCounter("cpu") as counted:
+        y = x + 1
+        assert counted.live == counted.peak == x.nbytes and counted.traffic == 2 * x.nbytes
+        z = y.t()[3:]
+        assert counted.live == x.nbytes and counted.traffic == 2 * x.nbytes  # views
+        y.add_(x)
+        assert counted.live == x.nbytes and counted.traffic == 5 * x.nbytes  # in place: read twice, written once
+        del y
+        assert counted.live == x.nbytes  # the view holds it
+        del z
+        assert counted.live == 0 and counted.peak == x.nbytes and counted.flops == 0
+        x @ x
+    assert counted.flops == 2 * 256**3 and counted.live == 0
+
+
+def test_rows_that_are_taken_or_written_are_not_the_whole_table():
+    table, rows, index = torch.zeros(1000, 8), torch.zeros(3, 8), torch.tensor([4, 5, 6])
+    with counter.OperatorCounter("cpu") as counted:
+        F.embedding(index, table)
+        assert counted.traffic == 2 * rows.nbytes
+        table.index_copy_(0, index, rows)
+    assert counted.traffic == 4 * rows.nbytes
+
+
+def test_log_probabilities_hold_one_tile_of_the_logits_and_take_the_products_of_the_fused_form():
+    N, D, V = 64, 32, 20_000
+    hidden, head = (torch.empty(n, D, device="meta", requires_grad=True) for n in (N, V))
+    targets = torch.empty(N, dtype=torch.long, device="meta")
+    frozen = counter.measure(lambda _: grpo.token_log_probs(hidden.detach(), head.detach(), targets))
+    assert frozen.flops == 2 * N * D * V and frozen.peak < N * V * 4 / 2  # never all logits at once
+    trained = counter.measure(lambda _: grpo.token_log_probs(hidden, head, targets).sum().backward())
+    assert trained.flops == 4 * 2 * N * D * V
+
+
+def test_an_adapter_computes_in_the_type_of_its_model(monkeypatch):
+    y, x = (torch.empty(7, n, dtype=torch.bfloat16, device="meta") for n in (12, 5))
+    A, B = torch.empty(4, 5, device="meta"), [torch.empty(6, 2, device="meta") for _ in range(2)]
+    fused = counter.measure(lambda _: lora.add_change(y, x, A, B, 1.0))
+    assert fused.flops == 2 * 7 * (5 * 4 + 4 * 12)  # B of both projections on the diagonal of one matrix
+    monkeypatch.setattr(ops, "FUSED", False)
+    assert counter.measure(lambda _: lora.add_change(y, x, A, B, 1.0)).flops == 2 * 7 * (5 * 4 + 2 * 2 * 6)
+
+
+def test_attention_is_that_of_a_gpu_which_keeps_no_weights():
+    q = torch.empty(1, 2, 700, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    attention = counter.measure(lambda _: F.scaled_dot_product_attention(q, q, q))
+    assert attention.flops == 4 * 2 * 700 * 700 * 8 and attention.peak < 2 * 700 * 700 * 2 / 4
