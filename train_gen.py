@@ -30,7 +30,7 @@ import flow_grpo
 import grpo
 import qwen_vl
 from evaluation.metrics import spearman
-from parts import cli, clip, lora, pipeline, weights
+from parts import checkpoints, cli, clip, lora, pipeline, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -323,19 +323,13 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    title = f"{args.model}, Flow-GRPO"
-    run = training.Run(args.out, vars(args), processes, CURVES, title, may_change=("encoders",))
-    state = run.load(args.steps)
+    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = training.EMA(trained, args.ema)
-    done = 0
-    if state:
-        done = state["step"]
-        training.restore_state(state, trained, optimizer)
-        ema.restore(state["ema"])
+    done = run.load(checkpoints.state_of(optimizer, ema), args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
@@ -350,7 +344,7 @@ def train(args, processes):
         run.save_adapter(model, models.generator.name, ema)
 
     def save():
-        run.save(done, training.state_of(trained, optimizer) | {"ema": ema.values})
+        run.save(done, checkpoints.state_of(optimizer, ema))
         run.save_adapter(model, models.generator.name, ema)
 
     start = done

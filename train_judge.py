@@ -30,7 +30,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
-from parts import cli, lora, sharding
+from parts import checkpoints, cli, lora, sharding
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.files import open_picture
@@ -64,7 +64,6 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
-MAY_CHANGE = ("epochs", "cuda_graphs")  # besides what both training programs allow
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction",
           "zero_spread", "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy",
           "tokens_per_second")
@@ -160,12 +159,14 @@ def log_probs_of(model, rollout, part, args):
     return log_probs.view(-1, tokens.shape[-1])
 
 
-def update(model, reference, rollout, advantages, optimizer, args, processes, limit):
+def update(model, reference, rollout, advantages, optimizer, args, processes, check):
     """args.updates steps of the optimizer, each by the gradients of all micro-batches.
 
-    reference: see `load_reference`. advantages [P,G]. limit: of `check_on_policy`. Returns
+    reference: see `load_reference`. advantages [P,G]. check: see `check_on_policy`. Returns
     ({metric: sum over this process's tokens}, {metric: values whose greatest counts}, norm).
     """
+    # Sampling and training round differently: on a GPU, in bfloat16, by much.
+    limit = 1e-4 if processes.device.type == "cpu" else 0.5
     trained = optimizer.param_groups[0]["params"]
     P = len(rollout.prompts)
     parts = [slice(start, start + args.micro) for start in range(0, P, args.micro)]
@@ -186,8 +187,8 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, li
             if turn == 0:
                 olds.append(new.detach())
                 sampled = rollout.log_probs[part].flatten(0, 1)
-                mismatch = grpo.check_on_policy(sampled, olds[i], mask, limit)
-                greatest["sampling_mismatch"].append(mismatch)
+                greatest["sampling_mismatch"].append(grpo.check_on_policy(
+                    sampled, olds[i], mask, limit if check else math.inf))
             # 2. loss; gradients are averaged over processes, so each divides by its own answers
             loss, metrics = grpo.grpo_loss(
                 new, olds[i], references[i], advantages[part].flatten(), mask, args.clip, args.beta,
@@ -216,7 +217,7 @@ def evaluate(model, rows, args, processes, run=None, batch=64):
     mean |ΔV| and |ΔA| over the answers that can be read, the share of right classes over all.
     Empty if `run` is to stop."""
     mine = rows[processes.rank::processes.world]
-    # Sharded processes must ask equally often, so some ask about the first row once more.
+    # All processes must have as many batches, so some ask about the first row once more.
     padded = mine + rows[:1] * (math.ceil(len(rows) / processes.world) - len(mine))
     sums = dict.fromkeys(("format", "read", "v", "a", "right"), 0.0)
     for task in feedback.TASKS:
@@ -227,8 +228,7 @@ def evaluate(model, rows, args, processes, run=None, batch=64):
             with sharding.weights_gathered(model):
                 groups = model.generate(questions, 1, args.max_new_tokens, temperature=0,
                                         progress=run.until_asked if run else iter)
-            # All processes have as many batches, so all ask, and leave after the same one.
-            if run and run.stopped():
+            if run and run.stopped():  # all processes leave after the same batch
                 return {}
             for row, (answer,) in zip(mine[start:start + batch], groups):
                 said = feedback.read_answer(answer.text, task, strict=True)
@@ -320,17 +320,12 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, GRPO", MAY_CHANGE)
-    state = run.load(args.steps)
+    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, GRPO")
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    done = state["step"] if state else 0
-    if state:
-        training.restore_state(state, trained, optimizer)
-    # Sampling and training round differently: on a GPU, in bfloat16, by much.
-    mismatch_limit = 1e-4 if processes.device.type == "cpu" else 0.5
+    done = run.load(checkpoints.state_of(optimizer), args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} pictures, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} answers")
@@ -356,9 +351,8 @@ def train(args, processes):
             # 4. update
             lr = training.linear(args.lr, args.lr_end, step, args.steps)
             optimizer.param_groups[0]["lr"] = lr
-            limit = mismatch_limit if step == start else math.inf
-            updated = update(
-                model, reference, rollout, advantages, optimizer, args, processes, limit)
+            updated = update(model, reference, rollout, advantages, optimizer, args, processes,
+                             check=step == start)
             seconds_update = timer.lap()
             done = step + 1
             # 5. log
@@ -373,11 +367,11 @@ def train(args, processes):
             run.log(record)
             # 7. save
             if run.save_due(done, args):
-                run.save(done, training.state_of(trained, optimizer))
+                run.save(done, checkpoints.state_of(optimizer))
             if run.stopped():
                 break
         if done > run.saved:
-            run.save(done, training.state_of(trained, optimizer))
+            run.save(done, checkpoints.state_of(optimizer))
     bar.close()
     if not training.figures_of(run.records[-1]) or done < args.steps:
         return run.stop_code(done)

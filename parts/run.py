@@ -8,9 +8,10 @@
             if run.stopped(): break
 
 A run's folder has `settings.json`, `log.jsonl` (a line a step), `curves.png`, and
-`checkpoint-<step>/` with one file per process. A checkpoint is written under a temporary name and
-renamed when it is complete, so a killed run goes on from the last whole one. No state of a random
-generator is stored: every step derives its seeds from the run's seed and its own number.
+`checkpoint-<step>/` of torch.distributed.checkpoint. A checkpoint is written under a temporary name
+and renamed when it is complete, so a killed run goes on from the last whole one, on any number of
+processes. No state of a random generator is stored: every step derives its seeds from the run's
+seed and its own number.
 """
 
 import json
@@ -28,17 +29,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from parts import cli, lora
+from parts import checkpoints, cli, lora
 from parts.cli import UserError
 from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
 
 KEEP = 2  # checkpoints
 NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
-MAY_CHANGE = {"steps", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
-              "checkpointing"}  # settings that have no influence on what a step computes
+MAY_CHANGE = {  # settings that have no influence on what a step computes
+    "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
+    "checkpointing", "encoders", "cuda_graphs"}
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
 
@@ -202,44 +203,6 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**30
 
 
-# --------------------------------------------------------------------------------------------------
-# State of sharded and of whole tensors. Under FSDP2 a parameter is a DTensor, of which this process
-# holds a part; each process saves and restores its own part, so nothing is ever gathered.
-
-
-def local(tensor):
-    """The part of a tensor that lies on this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(part, tensor):
-    """A local part as a tensor sharded as `tensor` is."""
-    if not isinstance(tensor, DTensor):
-        return part
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements,
-                              shape=tensor.shape, stride=tensor.stride())
-
-
-def state_of(parameters, optimizer):
-    """This process's part of the parameters and of AdamW's state."""
-    moments = [optimizer.state[parameter] for parameter in parameters]
-    return {"parameters": [local(parameter.detach()) for parameter in parameters],
-            "optimizer": [{name: local(value) for name, value in own.items()} for own in moments]}
-
-
-@torch.no_grad()
-def restore_state(state, parameters, optimizer):
-    """Give the parameters and the optimizer what `state_of` gave."""
-    pairs = zip(parameters, state["parameters"], state["optimizer"], strict=True)
-    for parameter, saved, moments in pairs:
-        local(parameter).copy_(saved)
-        optimizer.state.pop(parameter, None)
-        for name, value in moments.items():
-            if name != "step":  # AdamW's count of steps is one number, which nobody shards
-                value = sharded_like(value.to(local(parameter).device), parameter)
-            optimizer.state[parameter][name] = value
-
-
 class EMA:
     """Exponential moving average of parameters. Within `with ema:` the model has its values."""
 
@@ -254,10 +217,6 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.lerp_(parameter, 1 - decay)
-
-    def restore(self, values):
-        for value, saved in zip(self.values, values, strict=True):
-            value.copy_(saved)
 
     @torch.no_grad()
     def swap(self, *error):
@@ -279,10 +238,10 @@ class Run:
     save the last whole step before it ends; a second one ends it at once.
 
     settings: written to settings.json. A run that goes on must have the same values, but for those
-    of MAY_CHANGE and may_change; else UserError. curves: keys of the log. title: above the curves.
+    of MAY_CHANGE; else UserError. curves: keys of the log. title: above the curves.
     """
 
-    def __init__(self, folder, settings, processes, curves=(), title="", may_change=()):
+    def __init__(self, folder, settings, processes, curves=(), title=""):
         self.folder = Path(folder)
         self.curves = curves
         self.title = title
@@ -298,7 +257,7 @@ class Run:
         path = self.folder / "settings.json"
         if path.exists():
             before = read_json(path)
-            changed = [name for name in sorted(settings.keys() - MAY_CHANGE - set(may_change))
+            changed = [name for name in sorted(settings.keys() - MAY_CHANGE)
                        if before.get(name) != settings[name]]
             if changed:
                 held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
@@ -423,25 +382,15 @@ class Run:
         late = time.monotonic() - self.saved_at >= 60 * args.save_minutes > 0
         return self.processes.total({"late": self.processes.first and late})["late"] > 0
 
-    def file_in(self, folder):
-        """This process's file in the folder of a checkpoint."""
-        return folder / f"rank{self.processes.rank}of{self.processes.world}.pt"
-
     def save(self, step, state):
-        """Write this process's state, a dict, after `step` steps, and curves.png of the log.
+        """Write the state after `step` steps, see parts/checkpoints.py, and curves.png of the log.
 
-        The folder gets its final name, and so counts, when every process has written its file.
+        The folder gets its final name, and so counts, when all processes have written their part.
         """
         # eight digits, so that the order of names is that of steps
         final = self.folder / f"checkpoint-{step:08d}"
         temporary = final.with_suffix(".tmp")
-        temporary.mkdir(exist_ok=True)
-        with open(self.file_in(temporary), "wb") as file:
-            torch.save({"step": step, **state}, file)
-            # on the disk before the folder is renamed, also if the machine stops in between
-            file.flush()
-            os.fsync(file.fileno())
-        self.processes.wait()
+        checkpoints.write(temporary, state)
         if self.processes.first:
             if final.exists():
                 shutil.rmtree(final)
@@ -454,11 +403,11 @@ class Run:
         self.saved = step
         self.saved_at = time.monotonic()
 
-    def load(self, steps):
-        """This process's state of the last complete checkpoint, or None.
+    def load(self, state, steps):
+        """Fill a state from the last complete checkpoint; returns its step, or 0 without one.
 
-        Raises UserError if it has more than `steps` steps, was written by another number of
-        processes, or is damaged.
+        Any number of processes may have written it. Raises UserError if it has more than `steps`
+        steps, or is damaged.
         """
         # what a killed run left half written
         if self.processes.first:
@@ -467,23 +416,14 @@ class Run:
         self.processes.wait()
         found = self.checkpoints()
         if not found:
-            return None
+            return 0
         folder = found[-1]
         self.saved = int(folder.name[-8:])
         if self.saved > steps:
             raise UserError(f"--steps {steps}: {folder} is further already; give as many or more, "
                             f"or choose another --out")
-        path = self.file_in(folder)
-        if not path.exists():
-            worlds = [file.stem.partition("of")[2] for file in folder.glob("rank0of*.pt")] or ["no"]
-            raise UserError(f"{folder} was written by {worlds[0]} processes and this run has "
-                            f"{self.processes.world}; start as many, or choose another --out")
-        try:
-            # weights_only: a checkpoint from elsewhere cannot run code
-            return torch.load(path, map_location=self.processes.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise UserError(f"{path}: damaged ({type(error).__name__}); delete {folder} to go on "
-                            f"from the one before") from error
+        checkpoints.read(folder, state)
+        return self.saved
 
 
 def draw_curves(records, keys, title):

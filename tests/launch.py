@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,16 +55,24 @@ def stop_inside(target, call, module, *args):
                                    env={**os.environ, "OMP_NUM_THREADS": "1"}), 143)
 
 
+def checkpoint_of(folder):
+    """{name: whole tensor} of a checkpoint, however many processes have written it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        dcp_to_torch_save(folder, Path(temporary) / "whole.pt")
+        return torch.load(Path(temporary) / "whole.pt", weights_only=True)
+
+
 def kill_inside_second_checkpoint(module, *args):
     """Run a program that kills itself while it writes its second checkpoint; the finished process."""
     killer = (f"import os, signal, sys, torch, {module}\n"
-              "save, calls = torch.save, []\n"
-              "def killing(state, f):\n"
+              "from torch.distributed.checkpoint import FileSystemWriter\n"
+              "finish, calls = FileSystemWriter.finish, []\n"
+              "def killing(*args, **options):\n"
               "    calls.append(1)\n"
               "    if len(calls) == 2:\n"
-              "        f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    save(state, f)\n"
-              "torch.save = killing\n"
+              "        os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    finish(*args, **options)\n"
+              "FileSystemWriter.finish = killing\n"
               f"{module}.main(sys.argv[1:])\n")
     return subprocess.run([sys.executable, "-c", killer, *command(f"{module}.py", *args)[2:]], cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,6 +1,7 @@
 """Training the judge: the log, exact resume after a kill, two processes against one, adapters, bad input."""
 
 import json
+import shutil
 import signal
 import time
 from functools import partial
@@ -65,8 +66,8 @@ def test_before_an_update_the_ratio_is_exactly_one(unbroken):
 def same_end(out, unbroken):
     ours, theirs = (load_file(folder / "judge" / "model.safetensors") for folder in (out, unbroken))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (torch.load(folder / "checkpoint-00000005" / "rank0of1.pt")["parameters"] for folder in (out, unbroken))
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    ours, theirs = (launch.checkpoint_of(folder / "checkpoint-00000005") for folder in (out, unbroken))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert without_times(log_of(out)) == without_times(log_of(unbroken))
 
 
@@ -102,6 +103,20 @@ def test_a_rollout_and_an_evaluation_are_broken_off_and_nothing_is_lost(dataset,
     assert (out / "checkpoint-00000005").exists() and "eval_format" not in log_of(out)[-1]
     finish(start(dataset, out, *flags))
     same_end(out, unbroken[0])
+
+
+def test_a_run_of_one_process_goes_on_with_four(dataset, unbroken, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out)
+    shutil.rmtree(out / "checkpoint-00000005")
+    assert "goes on after step 4" in finish(start(dataset, out, *SMALL, "--steps", 5, processes=4))
+    for a, b in zip(log_of(unbroken[0]), log_of(out), strict=True):
+        for key in ("reward", "length", "kl", "grad_norm", "lr"):
+            assert a["step"] == 0 or a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-5), (a["step"], key)
+    ours, theirs = (launch.checkpoint_of(folder / "checkpoint-00000005") for folder in (out, unbroken[0]))
+    assert ours.keys() == theirs.keys() and len(list((out / "checkpoint-00000005").glob("*.distcp"))) == 4
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("flags", [(), ("--lora",)])

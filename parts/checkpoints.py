@@ -1,0 +1,92 @@
+"""The state of a training in a folder, which any number of processes can write and read.
+
+    write(folder, state_of(optimizer, ema))
+    read(folder, state_of(optimizer, ema))  # perhaps by more processes, or fewer
+
+torch.distributed.checkpoint does it: a tensor that all processes hold is written once, and of one
+that FSDP2 has divided (a DTensor) each process writes its own part, and later reads what of all
+parts belongs to the part that it then has. Nothing is ever gathered.
+"""
+
+import pickle
+import warnings
+from contextlib import contextmanager
+
+import torch
+from torch.distributed import checkpoint
+
+from parts.cli import UserError
+
+METADATA = {"Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "MetadataIndex", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout",
+            "Size", "PosixPath", "WindowsPath"}
+
+
+def state_of(optimizer, ema=None):
+    """{name: tensor} of the state of a training: parameters, AdamW's moments, averages of an EMA.
+
+    They are the tensors in use, so filling them sets that state.
+    """
+    state = {}
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        moments = optimizer.state[parameter]
+        if not moments:  # as AdamW makes them in its first step
+            moments["step"] = torch.tensor(0.0)
+            moments["exp_avg"] = torch.zeros_like(parameter)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter)
+        state[f"{i}.parameter"] = parameter.detach()
+        state |= {f"{i}.{name}": tensor for name, tensor in moments.items()}
+        if ema:
+            state[f"{i}.average"] = ema.values[i]
+    return state
+
+
+def write(folder, state):
+    """Write this process's part; when it returns, all processes' are on the disk."""
+    # Copying ahead would use a GPU that is there also where --device is cpu.
+    writer = checkpoint.FileSystemWriter(folder, per_thread_copy_ahead=0)
+    with failures_raised():
+        checkpoint.save(state, storage_writer=writer)
+
+
+def read(folder, state):
+    """Fill the tensors of a state. Raises UserError if the folder is damaged."""
+    reader = Reader(folder)
+    try:
+        reader.read_metadata()  # before torch does, which shows a traceback of what it cannot read
+        with failures_raised():
+            checkpoint.load(state, storage_reader=reader)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).partition("\n")[0][:120]
+        raise UserError(f"{folder}: damaged or incomplete ({type(error).__name__}: {reason}); "
+                        f"delete it to go on from the one before") from error
+
+
+@contextmanager
+def failures_raised():
+    """Raise what failed in torch.distributed.checkpoint as it was, without its wrapping."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process alone has no process group
+            yield
+    except checkpoint.CheckpointException as error:
+        # {rank: (error, traceback)} of the processes where it failed, which all processes get
+        raise next(iter(error.failures.values()))[0] from None
+
+
+class Reader(checkpoint.FileSystemReader):
+    """Reads a checkpoint's folder; unlike torch's own, it runs no code that a file may contain."""
+
+    def read_metadata(self):
+        with open(self.path / ".metadata", "rb") as file:
+            return MetadataUnpickler(file).load()
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """What lies where is a pickled table; only what such tables are made of is let through."""
+
+    def find_class(self, module, name):
+        known = name in METADATA or isinstance(getattr(torch, name, None), torch.dtype)
+        if not known or module.partition(".")[0] not in ("torch", "pathlib"):
+            raise ValueError(f"{module}.{name} has no place in it")
+        return super().find_class(module, name)
