@@ -248,20 +248,6 @@ def kept_velocity(model, trajectory, k, context, pooled):
     return guided_velocity(model, kept.before, sigma, context, pooled, guidance)
 
 
-def step_weight(step, trajectory, k, kind):
-    """Weight of the loss of the step that was kept k-th; `step`: its SDEStep. 1 for "equal".
-
-    The gradient of a log-probability by the velocity goes with √−dt/σ_t, which is far larger at the
-    end of a trajectory than at its start, where a picture's mood is settled. "noise" takes that
-    factor away, in units of the noise level.
-    """
-    if kind == "equal":
-        return 1.0
-    index = trajectory.steps[k].index
-    dt = float(trajectory.sigmas[index + 1] - trajectory.sigmas[index])
-    return step.sigma_t / math.sqrt(-dt) / trajectory.settings.noise_level
-
-
 def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, normalizer=None,
                    advantage_clip=5.0):
     """(loss, metrics) of Flow-GRPO at one step of B trajectories: clipped surrogate + beta·KL.

@@ -14,11 +14,11 @@ In order: settings, rollout, update, evaluation, the loop (`train`). A run start
 after its last checkpoint. Of the P·G pictures of a step n lie on this process, N in one batch.
 """
 
+import math
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
+    "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
     "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
     "encoders": ("gpu", "gpu", ("gpu", "cpu", "leave"),
@@ -119,7 +120,7 @@ def samples_of(step, rows, args):
         prompt = rows[i].prompt(form)
         for g in range(args.group):
             seed = ((args.seed * 1_000_003 + step) * 4096 + p) * 1024 + g
-            seed %= 2**64  # what torch takes; a --seed above 4 million goes beyond
+            seed %= 2**64  # torch takes no more, and a --seed above 4 million goes beyond
             drawn = rows[i].prompt("emotional") if g < args.guided_pictures else prompt
             samples.append(Sample(seed, rows[i], prompt, drawn, drawn != prompt))
     return samples
@@ -223,16 +224,6 @@ def rewards_of(images, rows, models, reward_weights):
 # Update and evaluation
 
 
-def clamp_guided_advantages(advantages, samples):
-    """The advantages [n], those of guided samples at least 0.
-
-    A guided picture that is better than its group is an example to follow. It was not drawn by the
-    policy, though: lowering its probability has no bound, so negative advantages become 0.
-    """
-    guided = torch.tensor([sample.guided for sample in samples], device=advantages.device)
-    return torch.where(guided, advantages.clamp(min=0), advantages)
-
-
 def update(model, chunks, advantages, optimizer, args, processes, check):
     """One step of the optimizer by the gradients of all stochastic steps of all chunks.
 
@@ -257,7 +248,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
             loss, metrics = flow_grpo.flow_grpo_loss(
                 step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
                 args.beta, normalizer=picture_steps)
-            loss = loss * flow_grpo.step_weight(step, chunk.trajectory, k, args.step_weights)
+            loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
             loss.backward()
             # 3. metrics, still as tensors: reading a number would wait for the GPU
             sums["loss"] += loss.detach().double()
@@ -275,6 +266,19 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     optimizer.step()
     sums = {name: float(value) for name, value in sums.items()}
     return sums | {"picture_steps": picture_steps}, deviation, norm
+
+
+def step_weight(step, trajectory, index, kind):
+    """Weight of a trained step's loss.
+
+    The gradient of a log-probability by the velocity goes with √−dt/σ_t, which is far larger at the
+    end of a trajectory than at its start, where a picture's mood is settled. "noise" takes that
+    factor away, in units of the noise level.
+    """
+    if kind == "equal":
+        return 1.0
+    dt = float(trajectory.sigmas[index + 1] - trajectory.sigmas[index])
+    return step.sigma_t / math.sqrt(-dt) / trajectory.settings.noise_level
 
 
 @torch.no_grad()
@@ -343,10 +347,6 @@ def train(args, processes):
             run.log(record | evaluate(models, held_out, args, run, done))
         run.save_adapter(model, models.generator.name, ema)
 
-    def save():
-        run.save(done, checkpoints.state_of(optimizer, ema))
-        run.save_adapter(model, models.generator.name, ema)
-
     start = done
     bar = training.steps_bar("Flow-GRPO", start, args.steps, processes)
     with run:
@@ -364,7 +364,7 @@ def train(args, processes):
             # 3. advantages (equation 1): each picture against its group
             advantages = grpo.group_advantages(rewards["total"]).flatten().float()  # [P·G]
             advantages = processes.share(advantages.to(processes.device))  # [n]
-            advantages = clamp_guided_advantages(advantages, samples)
+            advantages = grpo.clamp_guided(advantages, [sample.guided for sample in samples])
             # 4. update
             lr = training.linear(args.lr, args.lr_end, step, args.steps)
             optimizer.param_groups[0]["lr"] = lr
@@ -383,14 +383,16 @@ def train(args, processes):
                     record |= evaluate(models, held_out, args, run, done)
             run.log(record)
             # 8. save
-            if run.save_due(done, args):
-                save()
-            elif training.figures_of(record):
+            due = run.save_due(done, args)
+            if due or training.figures_of(record):
                 run.save_adapter(model, models.generator.name, ema)
+            if due:
+                run.save(done, checkpoints.state_of(optimizer, ema))
             if run.stopped():
                 break
         if done > run.saved:
-            save()
+            run.save_adapter(model, models.generator.name, ema)
+            run.save(done, checkpoints.state_of(optimizer, ema))
     bar.close()
     if not training.figures_of(run.records[-1]) or done < args.steps:
         return run.stop_code(done)
@@ -413,9 +415,7 @@ def load_models(args, device):
     judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":
-        own = (Path(args.pickscore) / "preprocessor_config.json").exists()
-        processor = None if own else clip.PICKSCORE_PROCESSOR
-        scorer = clip.CLIP.from_pretrained(args.pickscore, device, processor=processor)
+        scorer = clip.load_pickscore(args.pickscore, device)
     if args.preset == "tiny":
         from tiny.scenes import measure_va as meter
     generator = load_generator(args.model, device, use_t5=not args.no_t5,
@@ -424,7 +424,7 @@ def load_models(args, device):
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
     lora.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.lora_rank, args.lora_alpha)
-    if args.init_adapter:
+    if args.init_adapter != "none":
         lora.fill_lora(weights.find(lora.adapter_in(args.init_adapter)), generator.mmdit)
     side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     return Models(generator, judge, scorer, meter, side_stream)
@@ -457,8 +457,6 @@ def summary(rewards, sums, deviation, norm, processes):
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    parser.add_argument("--init-adapter", metavar="FOLDER",
-                        help="start from this adapter, or a run's last, in place of a new one")
     args = cli.parse_settings(parser, SETTINGS, argv)
     limits = {"guided_pictures": args.group, "window_within": args.sde_steps,
               "window": args.window_within or args.sde_steps}

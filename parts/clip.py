@@ -417,6 +417,13 @@ class CLIP(nn.Module):
 # Scores
 
 
+def load_pickscore(source, device):
+    """PickScore from a folder or hub id; as published it has no processor of its own."""
+    complete = (Path(source) / "preprocessor_config.json").exists()
+    processor = None if complete else PICKSCORE_PROCESSOR
+    return CLIP.from_pretrained(source, device, processor=processor)
+
+
 def pick_score(model, images, prompts):
     """PickScore (Kirstain et al. 2023): exp(logit_scale) · cosine of pairs -> [B] float32.
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import feedback
+import grpo
 import train_gen
 from parts import lora, pipeline
 from parts.files import read_json, read_records
@@ -228,7 +229,7 @@ def test_guided_pictures_are_followed_if_better_and_never_fled_from(ready):
     _, rows, args = ready
     samples = train_gen.samples_of(0, rows, args)
     assert [s.guided for s in samples] == [True, False, True, False]
-    advantages = train_gen.clamp_guided_advantages(torch.tensor([-1.0, 1.0, 0.5, -0.5]), samples)
+    advantages = grpo.clamp_guided(torch.tensor([-1.0, 1.0, 0.5, -0.5]), [s.guided for s in samples])
     assert advantages.tolist() == [0.0, 1.0, 0.5, -0.5]
 
 
