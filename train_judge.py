@@ -37,6 +37,7 @@ from parts.files import open_picture
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
+MISMATCH = {"mean": 0.1, "share": 0.01}  # in bfloat16; an H200 gave 0.012 and 0
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), str, "folder or hub id to start from"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] answers to each question, G"),
@@ -52,9 +53,11 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "reward": ("step", "step", ("step", "continuous"), "V-A reward (Table 4)"),
     "temperature": (1.0, 1.0, number(1e-3, 100), "of the sampled answers"),
     "max_new_tokens": (512, 96, integer(1, 100_000), "longest answer"),
-    "updates": (1, 1, integer(1, 100), "updates from each set of answers"),
+    "iterations": (1, 1, integer(1, 100), "[--num-iterations] updates by each set of answers"),
     "micro": (1, 8, integer(1, 4096), "questions in one forward and backward pass of a process"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
+    "mismatch": (MISMATCH, MISMATCH, cli.weights_of(MISMATCH),
+                 "most that sampling and training may differ: |Δ log p|, share of far tokens"),
     "max_pixels": (512 * 512, 128 * 128, integer(28 * 28, 10**9), "larger pictures are shrunk"),
     "lora_rank": (64, 16, integer(1, 4096), "of the adapter (--lora)"),
     "lora_alpha": (128.0, 32.0, number(0, 1e6), "scale of the adapter (--lora)"),
@@ -160,13 +163,11 @@ def log_probs_of(model, rollout, part, args):
 
 
 def update(model, reference, rollout, advantages, optimizer, args, processes, check):
-    """args.updates steps of the optimizer, each by the gradients of all micro-batches.
+    """args.iterations steps of the optimizer, each by the gradients of all micro-batches.
 
     reference: see `load_reference`. advantages [P,G]. check: see `check_on_policy`. Returns
     ({metric: sum over this process's tokens}, {metric: values whose greatest counts}, norm).
     """
-    # Sampling and training round differently: on a GPU, in bfloat16, by much.
-    limit = 1e-4 if processes.device.type == "cpu" else 0.5
     trained = optimizer.param_groups[0]["params"]
     P = len(rollout.prompts)
     parts = [slice(start, start + args.micro) for start in range(0, P, args.micro)]
@@ -175,37 +176,50 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, ch
         with torch.no_grad(), lora.lora_disabled(reference):
             references = [log_probs_of(reference, rollout, part, args) for part in parts]
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
-    greatest = {"ratio_max_deviation": [], "sampling_mismatch": []}
+    greatest = {"ratio_max_deviation": []}
     olds = []
-    for turn in range(args.updates):
+    for turn in range(args.iterations):
         optimizer.zero_grad(set_to_none=True)
         for i, part in enumerate(parts):
             # 1. log-probabilities; before any update the same function gives the old ones, so that
-            #    the ratio is exactly 1, and sampling's own only differ by rounding
+            #    the ratio is exactly 1
             new = log_probs_of(model, rollout, part, args)  # [p·G,C]
             mask = rollout.mask[part].flatten(0, 1)
             if turn == 0:
                 olds.append(new.detach())
-                sampled = rollout.log_probs[part].flatten(0, 1)
-                greatest["sampling_mismatch"].append(grpo.check_on_policy(
-                    sampled, olds[i], mask, limit if check else math.inf))
             # 2. loss; gradients are averaged over processes, so each divides by its own answers
             loss, metrics = grpo.grpo_loss(
                 new, olds[i], references[i], advantages[part].flatten(), mask, args.clip, args.beta,
                 normalizer=P * args.group)
             loss.backward()
             # 3. metrics, means over the tokens, become sums
-            sums["loss"] += float(loss.detach()) / processes.world / args.updates
+            sums["loss"] += float(loss.detach()) / processes.world / args.iterations
             for name in ("ratio", "clip_fraction", "kl"):
-                sums[name] += float(metrics.get(name, 0.0)) * int(mask.sum()) / args.updates
+                sums[name] += float(metrics.get(name, 0.0)) * int(mask.sum()) / args.iterations
             if turn == 0:
                 greatest["ratio_max_deviation"].append(float(metrics["ratio_max_deviation"]))
-        # 4. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
+        # 4. what sampling gave may only differ by rounding
+        if turn == 0:
+            greatest |= sampling_mismatch(rollout, torch.cat(olds), args, processes, check)
+        # 5. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
         if args.lora:
             processes.average_gradients(trained)
         norm = sharding.clip_grad_norm(trained, args.max_grad_norm)
         optimizer.step()
     return sums, greatest, norm
+
+
+def sampling_mismatch(rollout, computed, args, processes, check):
+    """{metric: [value]} of `grpo.check_on_policy`; check: whether the limits hold."""
+    limits = dict(args.mismatch) if check else {}
+    far = 0.5
+    if processes.device.type == "cpu":
+        # It computes in float32, which rounds more than a thousand times finer than bfloat16.
+        far /= 1000
+        limits = {name: limit / 1000 if name == "mean" else limit for name, limit in limits.items()}
+    figures = grpo.check_on_policy(
+        rollout.log_probs.flatten(0, 1), computed, rollout.mask.flatten(0, 1), limits, far)
+    return {f"mismatch_{name}": [figure] for name, figure in figures.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -277,15 +277,39 @@ def test_log_probabilities_have_gradients_in_states_and_head():
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda x: x + 0.1, "from token 0 of"), (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "from token 1 of"),
-    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "from token 7 of"), (lambda x: x * math.nan, "off by nan")])
+    (lambda x: x + 0.1, "by mean 0.1, share 1, max 0.11 .*from token 0 of"),
+    (lambda x: torch.cat([x[:, :1], x[:, 1:] + 0.1], 1), "from token 1 of"),
+    (lambda x: torch.cat([x[:, :-1], x[:, -1:] + 0.1], 1), "from token 7 of"), (lambda x: x * math.nan, "by mean nan")])
 def test_training_must_see_the_probabilities_that_sampling_saw(spoil, message):
     x = torch.randn(3, 8)
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[0, 5:] = False
-    assert 0 < grpo.check_on_policy(x.masked_fill(~mask, math.nan), x + 1e-6, mask, 1e-4) < 1e-4
+    limits = {"mean": 1e-3, "share": 0.01}
+    figures = grpo.check_on_policy(x.masked_fill(~mask, math.nan), x + 1e-6, mask, limits)
+    assert 0 < figures["mean"] < 1e-4 and figures["share"] == 0 and 0 < figures["max"] < 1e-4
     with pytest.raises(UserError, match=message):
-        grpo.check_on_policy(x, spoil(x), mask, 1e-4)
+        grpo.check_on_policy(x, spoil(x), mask, limits, far=0.05)
+    assert grpo.check_on_policy(x, x + 0.1, mask, {})["mean"] == pytest.approx(0.1, rel=1e-4)  # no limits, no error
+
+
+def test_a_few_far_tokens_do_not_stop_a_run_but_a_share_of_them_does():
+    x = torch.randn(10, 100)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    computed = x.clone()
+    computed[0, :9] += 0.6  # |ratio - 1| is 0.82, as bfloat16 may give for a few of many tokens
+    figures = grpo.check_on_policy(x, computed, mask, {"mean": 0.1, "share": 0.01})
+    assert figures["share"] == pytest.approx(0.009) and figures["max"] > 0.8 and figures["mean"] < 0.01
+    computed[1, :9] += 0.6
+    with pytest.raises(UserError, match=r"allowed: share 0.01"):
+        grpo.check_on_policy(x, computed, mask, {"mean": 0.1, "share": 0.01})
+
+
+def test_a_global_std_is_that_of_all_rewards_and_means_stay_those_of_the_groups():
+    rewards = torch.tensor([[0.0, 1.0], [2.0, 6.0], [3.0, 3.0]], dtype=torch.float64)
+    std = rewards.numpy().std() + 1e-4
+    advantages = grpo.group_advantages(rewards, global_std=True)
+    expected = torch.tensor([[-0.5, 0.5], [-2.0, 2.0], [0.0, 0.0]], dtype=torch.float64) / std
+    torch.testing.assert_close(advantages, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

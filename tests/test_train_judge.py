@@ -60,7 +60,8 @@ def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
 def test_before_an_update_the_ratio_is_exactly_one(unbroken):
     for record in log_of(unbroken[0])[1:]:
         assert record["ratio_max_deviation"] == 0 and record["ratio"] == 1
-        assert 0 < record["sampling_mismatch"] < 1e-4  # the cache and the padding of sampling round differently
+        # the cache and the padding of sampling round differently
+        assert 0 < record["mismatch_mean"] < record["mismatch_max"] < 1e-4 and record["mismatch_share"] == 0
 
 
 def same_end(out, unbroken):
@@ -168,7 +169,9 @@ def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset
     plain = qwen_vl.QwenVL.completion_hidden
     monkeypatch.setattr(qwen_vl.QwenVL, "completion_hidden", lambda self, *a: plain(self, *a) * 1.01)
     assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2"]) == 2
-    assert "the ratio of training to sampling is off by" in capsys.readouterr().err
+    assert "training's log-probabilities differ from sampling's by mean " in capsys.readouterr().err
+    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "1",
+                             "--mismatch", "mean=1000"]) == 0
 
 
 def test_every_epoch_asks_every_question_once():
