@@ -2,10 +2,10 @@
 
 A latent on the way from data x₀ to noise ε is x_σ = (1 − σ)·x₀ + σ·ε, and the MMDiT predicts the
 velocity v = ε − x₀. Drawing a picture integrates dx/dσ = v from σ = 1 to σ = 0: `sample_ode`.
-Rewards need a sampler that explores and knows how likely its own steps were: `sample_sde` adds
-noise to each step and corrects the drift for it, so that x_σ keeps its distribution.
-`evaluate_step` takes a kept step again under the model that trains, and `flow_grpo_loss` compares
-(EmoFeedback², section 3.2). Shapes: B batch, C, h, w latents, L text tokens, T steps.
+Rewards need a sampler that explores and knows how likely its steps were: `sample_sde` adds noise to
+each and corrects the drift for it, so that x_σ keeps its distribution. `evaluate_step` takes a kept
+step again under the model that trains, and `flow_grpo_loss` compares (EmoFeedback², section 3.2).
+Shapes: B batch, C, h, w latents, L text tokens, T steps.
 """
 
 import math
@@ -36,20 +36,27 @@ def shift_sigma(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def guided_velocity(model, latents, sigma, context, pooled, guidance):
+def guided_velocity(model, latents, sigma, context, pooled, guidance, detach=False):
     """Velocity [B,C,h,w] float32 at `latents` [B,C,h,w] and noise level `sigma`.
 
     sigma: a float or a 0-d tensor on the CPU: the host would have to wait for one on a GPU.
     guidance > 1: context [2B,L,·] and pooled [2B,·] hold the unconditional rows first, and the
     result is v_uncond + guidance·(v_cond − v_uncond). Else context and pooled have B rows.
+    detach: v_uncond has no gradient, and so needs no activations.
     """
-    x = torch.cat([latents, latents]) if guidance > 1 else latents
-    timestep = torch.full((len(x),), float(sigma) * TRAIN_STEPS, device=x.device)
-    velocity = model(x.to(context.dtype), timestep, context, pooled).float()
-    if guidance > 1:
-        unconditional, conditional = velocity.chunk(2)
-        velocity = unconditional + guidance * (conditional - unconditional)
-    return velocity
+    if guidance <= 1:
+        timestep = torch.full((len(latents),), float(sigma) * TRAIN_STEPS, device=latents.device)
+        return model(latents.to(context.dtype), timestep, context, pooled).float()
+    if detach:
+        halves = zip(context.chunk(2), pooled.chunk(2))
+        with torch.no_grad():
+            unconditional = guided_velocity(model, latents, sigma, *next(halves), guidance=1)
+        conditional = guided_velocity(model, latents, sigma, *next(halves), guidance=1)
+    else:
+        both = torch.cat([latents, latents])
+        velocities = guided_velocity(model, both, sigma, context, pooled, guidance=1)
+        unconditional, conditional = velocities.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -78,8 +85,7 @@ def step_numbers(sigma, sigma_next, noise_level):
     dt = sigma_next − σ and σ_t = noise_level·√(σ/(1 − σ)).
     """
     if not 0 < noise_level < math.inf:
-        raise ValueError(f"noise_level must be above 0, got {noise_level}: without noise a step "
-                         f"has no log-probability; sample_ode draws without noise")
+        raise ValueError(f"noise_level must be above 0, got {noise_level}; sample_ode needs none")
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"a step goes down within 0..1, got sigma {sigma} to {sigma_next}")
     dt = sigma_next - sigma
@@ -143,11 +149,11 @@ def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=Non
              ref_velocity=None):
     """The SDEStep from noise level `sigma` to `sigma_next`, 0 ≤ sigma_next < sigma ≤ 1.
 
-    velocity, latents [B,C,h,w]. Without next_latents a step is drawn; with them [B,C,h,w] that step
-    is evaluated, by the same arithmetic, and with ref_velocity [B,C,h,w] its KL to the reference's
-    step is given. generator: one for all rows, or a list of one for each row, whose noise is then
-    its own. mean, log_prob and kl are float32 and differentiable in the velocity; the step taken is
-    a constant to them. ValueError for levels out of range and shapes that do not fit.
+    All tensors [B,C,h,w]. Without next_latents a step is drawn; with them that step is evaluated,
+    by the same arithmetic, and with ref_velocity its KL to the reference's step is given.
+    generator: one for all rows, or a list of one for each. mean, log_prob and kl are float32 and
+    differentiable in the velocity; the step taken is a constant to them. ValueError for levels out
+    of range and shapes that do not fit.
     """
     check_shapes(latents, velocity=velocity, next_latents=next_latents, ref_velocity=ref_velocity)
     velocity = velocity.float()
@@ -185,7 +191,9 @@ class SDESettings:
     guidance: float = 4.5
     shift: float = 3.0  # of the noise schedule
     noise_level: float = 0.7
-    window: tuple | None = None  # (start, length) of the stochastic steps; None: all T
+    stochastic: range = range(10)  # which of the T steps are; the others are Euler steps
+    trained: range = range(9)  # and which of these are kept; not the last, as in Flow-GRPO's code
+    detach: bool = True  # the unconditional half of guidance, as there
 
 
 @dataclass
@@ -199,27 +207,26 @@ class KeptStep:
 @dataclass
 class Trajectory:
     latents: torch.Tensor  # [B,C,h,w] float32: the end, scaled latents to decode
-    steps: list[KeptStep]  # the stochastic ones, in order
+    steps: list[KeptStep]  # the stochastic ones that are trained, in order
     sigmas: torch.Tensor  # [T+1], on the CPU
     settings: SDESettings
 
 
 @torch.no_grad()
 def sample_sde(model, latents, context, pooled, settings, generator=None, progress=iter):
-    """The Trajectory from noise [B,C,h,w]: stochastic steps in the window, Euler steps outside.
-
-    generator: as in `sde_step`. context, pooled, progress: as in `sample_ode`.
-    """
-    start, length = settings.window or (0, settings.num_steps)
+    """The Trajectory from noise [B,C,h,w]. generator: as in `sde_step`. context, pooled, progress:
+    as in `sample_ode`."""
     sigmas = sigma_schedule(settings.num_steps, settings.shift)
     x = latents.float()
     kept = []
     for i in progress(range(settings.num_steps)):
-        velocity = guided_velocity(model, x, sigmas[i], context, pooled, settings.guidance)
-        if start <= i < start + length:
+        velocity = guided_velocity(
+            model, x, sigmas[i], context, pooled, settings.guidance, settings.detach)
+        if i in settings.stochastic:
             step = sde_step(velocity, x, sigmas[i], sigmas[i + 1], settings.noise_level,
                             generator=generator)
-            kept.append(KeptStep(i, x, step.next_latents, step.log_prob))
+            if i in settings.trained:
+                kept.append(KeptStep(i, x, step.next_latents, step.log_prob))
             x = step.next_latents
         else:
             x = x + (sigmas[i + 1] - sigmas[i]) * velocity
@@ -229,9 +236,8 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
 def evaluate_step(model, trajectory, k, context, pooled, ref_velocity=None):
     """The SDEStep that was kept k-th, under the model as it is now, with gradients.
 
-    The arithmetic is that of `sample_sde`, so before any update log_prob equals the kept one bit
-    for bit, if batch, context and pooled are the same (other batch sizes round differently).
-    ref_velocity: `kept_velocity` of the reference, for the KL.
+    The arithmetic is that of `sample_sde`: before any update and in the same batch, log_prob equals
+    the kept one bit for bit. ref_velocity: `kept_velocity` of the reference, for the KL.
     """
     kept = trajectory.steps[k]
     sigma, sigma_next = trajectory.sigmas[kept.index:kept.index + 2]
@@ -244,8 +250,9 @@ def kept_velocity(model, trajectory, k, context, pooled):
     """The guided velocity [B,C,h,w] before the step that was kept k-th, under the model now."""
     kept = trajectory.steps[k]
     sigma = trajectory.sigmas[kept.index]
-    guidance = trajectory.settings.guidance
-    return guided_velocity(model, kept.before, sigma, context, pooled, guidance)
+    settings = trajectory.settings
+    return guided_velocity(
+        model, kept.before, sigma, context, pooled, settings.guidance, settings.detach)
 
 
 def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, normalizer=None,
@@ -255,10 +262,9 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     log_prob, old_log_prob [B]: of the step under the model that trains and the one that drew it.
     advantages [B]: of the picture at its end, cut to ±advantage_clip. kl [B]: SDEStep.kl, or None
     if beta is 0. Only log_prob and kl are differentiated. Rows are summed and divided by
-    `normalizer` (default B): with the number of rows and steps of a whole batch (of a process,
-    where gradients are averaged over processes), the losses of its parts add up to its own.
-    metrics, detached, over the rows: ratio (mean), ratio_max_deviation (greatest |ratio − 1|),
-    clip_fraction (share where the clip takes the gradient away), and kl (mean) if there is one.
+    `normalizer` (default B): with the rows times steps of a whole batch (of a process, where
+    gradients are averaged), the losses of its parts add up to its own. metrics, detached: means of
+    ratio, clip_fraction (where the clip takes the gradient away) and kl; greatest |ratio − 1|.
     """
     if kl is None and beta != 0:
         raise ValueError(f"beta is {beta}, so the KL is needed: give ref_velocity to the step")

@@ -17,7 +17,6 @@ after its last checkpoint. Of the P·G pictures of a step n lie on this process,
 import math
 import random
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +35,7 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
+READ_AT_ONCE = 128  # pictures, by the judge
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
@@ -48,22 +48,29 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "batch": (16, 16, integer(1, 4096), "prompts in a step, over all processes, P"),
     "steps": (1000, 36, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
-    "window": (0, 2, integer(0, 1000), "so many of the T steps are stochastic and trained; 0: all"),
+    "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
+    "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
     "noise_level": (0.7, 0.1, number(1e-6, 100), "of the stochastic sampler"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
+    "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
+                          "halves of guidance that are differentiated"),
     "size": (512, 128, cli.picture_side, "side of the pictures in pixels"),
     "lr": (3e-4, 1.5e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
     "lr_end": (3e-4, 1e-4, number(0, 1), "and at the end, linear in between"),
     "beta": (0.1, 0.1, number(0, 1000), "weight of the KL to the model without the adapter"),
     "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
+    "advantage_std": ("group", "group", ("group", "global"), "std that advantages are divided by"),
+    "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
+    "mismatch": (1e-2, 1e-2, number(0, 1e9), "most that a GPU's first ratio may be off by"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
     "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
+    "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
     "encoders": ("gpu", "gpu", ("gpu", "cpu", "leave"),
                  "where the text encoders live; leave: encode all prompts first, then free them"),
@@ -87,7 +94,6 @@ class Models:
     judge: qwen_vl.QwenVL | None
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
-    side_stream: torch.cuda.Stream | None  # of a GPU, for judging beside the drawing
 
 
 @dataclass(frozen=True)
@@ -119,50 +125,55 @@ def samples_of(step, rows, args):
         form = random.Random(f"form {args.seed} {step} {p}").choice(args.form)
         prompt = rows[i].prompt(form)
         for g in range(args.group):
-            seed = ((args.seed * 1_000_003 + step) * 4096 + p) * 1024 + g
-            seed %= 2**64  # torch takes no more, and a --seed above 4 million goes beyond
             drawn = rows[i].prompt("emotional") if g < args.guided_pictures else prompt
+            seed = training.noise_seed(args.seed, step, p, g)
             samples.append(Sample(seed, rows[i], prompt, drawn, drawn != prompt))
     return samples
 
 
 @torch.no_grad()
 def roll_out(models, samples, args, run, step):
-    """(chunks, rewards {part: [n]}) of this process's n samples; fewer if the run is to stop. On a
-    GPU the pictures of a chunk are judged while the next chunk is drawn."""
-    window = None  # all T steps are stochastic
-    if args.window:
-        last_start = (args.window_within or args.sde_steps) - args.window
-        start = random.Random(f"window {args.seed} {step}").randint(0, last_start)
-        window = (start, args.window)
-    settings = flow_grpo.SDESettings(
-        args.sde_steps, args.guidance, models.generator.shift, args.noise_level, window)
+    """(chunks, rewards {part: [n]}) of this process's n samples; (chunks, {}) if the run is to
+    stop."""
+    settings = sde_settings(args, models.generator.shift, step)
     chunks = []
-    scored = []
-    pool = ThreadPoolExecutor(
-        1, initializer=training.enter_stream, initargs=(models.side_stream,))
-    with pool:
-        for indices in run.until_asked(chunks_of(samples, args.micro)):
-            own = [samples[i] for i in indices]
-            chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
-            chunks.append(chunk)
-            images = to_images(models.generator.decode(chunk.trajectory.latents))
-            rows = [sample.row for sample in own]
-            scored.append(pool.submit(rewards_of, images, rows, models, args.reward_weights))
-            if models.side_stream is None:
-                scored[-1].result()
-    # the rewards lie chunk by chunk; bring them back into the order of the samples
-    parts = [each.result() for each in scored]
-    order = torch.tensor([i for chunk in chunks for i in chunk.indices]).argsort()
-    return chunks, {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+    images = [None] * len(samples)
+    bar = tqdm(chunks_of(samples, args), "pictures", leave=False, delay=2,
+               disable=not run.processes.first)
+    for indices in run.until_asked(bar):
+        own = [samples[i] for i in indices]
+        chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
+        chunks.append(chunk)
+        drawn = to_images(models.generator.decode(chunk.trajectory.latents))
+        for i, image in zip(indices, drawn, strict=True):
+            images[i] = image
+    if None in images:
+        return chunks, {}
+    rows = [sample.row for sample in samples]
+    return chunks, rewards_of(images, rows, models, args.reward_weights)
 
 
-def chunks_of(samples, micro):
-    """[[index of a sample]] with at most `micro` in each; guided ones lie apart from the others."""
+def sde_settings(args, shift, step):
+    """How step `step` draws: all T steps are stochastic and all but the last trained, or a window
+    of them, at another place in every step."""
+    stochastic = range(args.sde_steps)
+    trained = range(args.sde_steps - args.skip_last)
+    if args.window:
+        last_start = (args.window_within or len(trained)) - args.window
+        start = random.Random(f"window {args.seed} {step}").randint(0, last_start)
+        stochastic = trained = range(start, start + args.window)
+    return flow_grpo.SDESettings(args.sde_steps, args.guidance, shift, args.noise_level, stochastic,
+                                 trained, args.guidance_gradient == "conditional")
+
+
+def chunks_of(samples, args):
+    """[[index of a sample]]: at most args.micro in each, at least one for each update, and guided
+    samples apart from the others."""
+    size = min(args.micro, math.ceil(len(samples) / args.updates))
     chunks = []
     for guided in (True, False):
         indices = [i for i, sample in enumerate(samples) if sample.guided == guided]
-        chunks += [indices[start:start + micro] for start in range(0, len(indices), micro)]
+        chunks += [indices[start:start + size] for start in range(0, len(indices), size)]
     return chunks
 
 
@@ -188,7 +199,6 @@ def draw(generator, samples, size, settings):
     return trajectory, texts
 
 
-@torch.no_grad()  # no_grad holds for one thread only, and this runs in a second one
 def rewards_of(images, rows, models, reward_weights):
     """{part: [N] float64} of N PIL images and the rows they were drawn for.
 
@@ -199,7 +209,8 @@ def rewards_of(images, rows, models, reward_weights):
     parts = {}
     readings = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
-        judge = pipeline.judge_of(models.judge, 64, progress=False)
+        # A token's step reads all weights of the judge, for however many pictures it is.
+        judge = pipeline.judge_of(models.judge, READ_AT_ONCE, progress=False)
         # Read as strictly as in the judge's training. The paper gives no formula; ours is
         # 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1, and 0 for an answer that cannot be read.
         seen = feedback.judge_images(judge, images, strict=True)
@@ -225,47 +236,64 @@ def rewards_of(images, rows, models, reward_weights):
 
 
 def update(model, chunks, advantages, optimizer, args, processes, check):
-    """One step of the optimizer by the gradients of all stochastic steps of all chunks.
+    """args.updates steps of the optimizer, each by the gradients of all trained steps of its share
+    of the chunks.
 
-    advantages [n]. check: raise UserError unless the ratio is 1, as before the first update.
-    Returns ({metric: sum over this process's picture-steps}, greatest |ratio − 1|, gradient norm).
+    advantages [n]. check: see `check_on_policy`. Returns ({metric: sum over this process's
+    picture-steps}, greatest |ratio − 1| before the first update, norm of the last gradient).
     """
     trained = optimizer.param_groups[0]["params"]
-    picture_steps = len(advantages) * len(chunks[0].trajectory.steps)
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
-    deviations = []
-    optimizer.zero_grad(set_to_none=True)
-    for chunk in chunks:
-        for k, kept in enumerate(chunk.trajectory.steps):
-            # 1. the kept step under the model as it is now, and under the reference for the KL
-            kept_step = (model, chunk.trajectory, k, *chunk.texts)
-            reference = None
-            if args.beta:
-                with torch.no_grad(), lora.lora_disabled(model):
-                    reference = flow_grpo.kept_velocity(*kept_step)
-            step = flow_grpo.evaluate_step(*kept_step, reference)
-            # 2. its part of the loss (equation 2); the parts add up to the mean over all steps
-            loss, metrics = flow_grpo.flow_grpo_loss(
-                step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
-                args.beta, normalizer=picture_steps)
-            loss = loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights)
-            loss.backward()
-            # 3. metrics, still as tensors: reading a number would wait for the GPU
-            sums["loss"] += loss.detach().double()
-            for name in metrics.keys() & sums.keys():
-                sums[name] += metrics[name].double() * len(kept.log_prob)
-            deviations.append(metrics["ratio_max_deviation"])
-    # 4. drawing and this loop share their arithmetic, on a CPU to the last bit
-    deviation = float(torch.stack(deviations).max())
-    if check and not deviation <= (0 if advantages.device.type == "cpu" else args.clip / 10):
+    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "picture_steps"), 0.0)
+    deviation = None
+    for turn in range(args.updates):
+        share = chunks[turn::args.updates]
+        pictures = sum(len(chunk.indices) for chunk in share)
+        picture_steps = pictures * len(chunks[0].trajectory.steps)
+        deviations = []
+        optimizer.zero_grad(set_to_none=True)
+        for chunk in share:
+            for k, kept in enumerate(chunk.trajectory.steps):
+                # 1. the kept step under the model as it is, and under the reference for the KL
+                kept_step = (model, chunk.trajectory, k, *chunk.texts)
+                reference = None
+                if args.beta:
+                    with torch.no_grad(), lora.lora_disabled(model):
+                        reference = flow_grpo.kept_velocity(*kept_step)
+                step = flow_grpo.evaluate_step(*kept_step, reference)
+                # 2. its part of the loss (equation 2); the parts add up to the mean over all
+                loss, metrics = flow_grpo.flow_grpo_loss(
+                    step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
+                    args.beta, normalizer=picture_steps)
+                weight = step_weight(step, chunk.trajectory, kept.index, args.step_weights)
+                (loss * weight).backward()
+                # 3. metrics, still as tensors: reading a number would wait for the GPU
+                sums["loss"] += loss.detach().double() / args.updates
+                for name in metrics.keys() & sums.keys():
+                    sums[name] += metrics[name].double() * len(kept.log_prob)
+                deviations.append(metrics["ratio_max_deviation"])
+        sums["picture_steps"] += picture_steps
+        # 4. before the first update the ratio must be 1
+        if turn == 0:
+            deviation = float(torch.stack(deviations).max())
+            if check:
+                check_on_policy(deviation, args.mismatch, processes)
+        # 5. step of the optimizer
+        processes.average_gradients(trained)
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
+        optimizer.step()
+    return {name: float(value) for name, value in sums.items()}, deviation, norm
+
+
+def check_on_policy(deviation, limit, processes):
+    """Raise UserError unless the ratio before the first update is 1: exactly on a CPU, where
+    drawing and training share their arithmetic; on a GPU within `limit`, for its kernels may round
+    differently from call to call, with a warning where the clip would already notice it."""
+    if not deviation <= (0 if processes.device.type == "cpu" else limit):  # true for NaN, too
         raise UserError(f"before the first update the ratio is off by {deviation:.2g}; is the "
                         f"adapter on only in drawing, or only here, or the batch another?")
-    # 5. step of the optimizer
-    processes.average_gradients(trained)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
-    optimizer.step()
-    sums = {name: float(value) for name, value in sums.items()}
-    return sums | {"picture_steps": picture_steps}, deviation, norm
+    if deviation > 1e-5 and processes.first:
+        cli.say(f"before the first update the ratio is off by {deviation:.2g}, where it should be "
+                f"exactly 1: drawing and training round differently (--mismatch sets the limit)")
 
 
 def step_weight(step, trajectory, index, kind):
@@ -286,36 +314,39 @@ def evaluate(models, rows, args, run, step):
     """{eval_…: figure} of a picture for each held-out row, from seeds of their own, by the
     deterministic sampler: means of rewards and errors, rank correlations of meter and target.
     Empty if the run is to stop."""
+    # 1. pictures of this process's share of the rows
     generator = models.generator
     processes = run.processes
-    mine = list(range(processes.rank, len(rows), processes.world))
-    starts = range(0, len(mine), args.micro)
-    records = []
-    bar = tqdm(starts, desc="evaluation", leave=False, disable=not processes.first)
+    mine = range(processes.rank, len(rows), processes.world)
+    images = []
+    bar = tqdm(range(0, len(mine), args.micro), "evaluation", leave=False,
+               disable=not processes.first)
     for start in run.until_asked(bar):
         indices = mine[start:start + args.micro]
-        own = [rows[i] for i in indices]
-        texts = generator.encode_prompts([row.prompt(args.form[0]) for row in own], args.guidance)
+        prompts = [rows[i].prompt(args.form[0]) for i in indices]
         noise = generator.starting_noise(seeded(10_000 + i for i in indices), args.size)
-        latents = flow_grpo.sample_ode(generator.mmdit, noise.to(generator.device), *texts,
-                                       args.sample_steps, args.guidance, generator.shift)
-        images = to_images(generator.decode(latents))
-        parts = rewards_of(images, own, models, args.reward_weights)
-        for i, image, *values in zip(indices, images, *parts.values()):
-            figures = dict(zip(parts, map(float, values)))
-            measured = models.meter(image) if models.meter else None
-            records.append((i, figures, measured, image.resize((128, 128)) if i < 6 else None))
+        latents = flow_grpo.sample_ode(
+            generator.mmdit, noise.to(generator.device),
+            *generator.encode_prompts(prompts, args.guidance), args.sample_steps, args.guidance,
+            generator.shift)
+        images += to_images(generator.decode(latents))
     if run.stopped():
         return {}
-    records = sorted(processes.gather(records), key=lambda record: record[0])
-    run.save_pictures(step, [small for *_, small in records[:6]])
-    means = {name: np.nanmean([record[1][name] for record in records]) for name in records[0][1]}
-    if models.meter:
-        for axis, name in enumerate(("v", "a")):
-            measured = [record[2][axis] for record in records]
-            targets = [getattr(row, name) for row in rows]
-            means[f"meter_{name}_spearman"] = spearman(targets, measured)
-    return {f"eval_{name}": float(mean) for name, mean in means.items()}
+    # 2. figures of all processes
+    own = [rows[i] for i in mine]
+    parts = rewards_of(images, own, models, args.reward_weights)
+    for axis, name in enumerate(("v", "a") if models.meter else ()):
+        parts[f"target_{name}"] = torch.tensor([getattr(row, name) for row in own])
+        parts[f"meter_{name}"] = torch.tensor([models.meter(image)[axis] for image in images])
+    gathered = {name: processes.gather(part.tolist()) for name, part in parts.items()}
+    for name in ("v", "a") if models.meter else ():
+        measured = gathered.pop(f"meter_{name}")
+        gathered[f"meter_{name}_spearman"] = spearman(gathered.pop(f"target_{name}"), measured)
+    # 3. the pictures of the first rows
+    small = [(i, image.resize((128, 128))) for i, image in zip(mine, images) if i < 6]
+    small = sorted(processes.gather(small), key=lambda pair: pair[0])
+    run.save_pictures(step, [picture for _, picture in small])
+    return {f"eval_{name}": float(np.nanmean(values)) for name, values in gathered.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,7 +393,9 @@ def train(args, processes):
                        for name, values in own.items()}  # [P,G]
             seconds_rollout = timer.lap()
             # 3. advantages (equation 1): each picture against its group
-            advantages = grpo.group_advantages(rewards["total"]).flatten().float()  # [P·G]
+            advantages = grpo.group_advantages(
+                rewards["total"], global_std=args.advantage_std == "global")  # [P,G]
+            advantages = advantages.flatten().float()  # [P·G]
             advantages = processes.share(advantages.to(processes.device))  # [n]
             advantages = grpo.clamp_guided(advantages, [sample.guided for sample in samples])
             # 4. update
@@ -370,8 +403,9 @@ def train(args, processes):
             optimizer.param_groups[0]["lr"] = lr
             updated = update(model, chunks, advantages, optimizer, args, processes, step == start)
             # 5. average the adapter
-            ema.add(step)
             done = step + 1
+            if done % args.ema_every == 0:
+                ema.add(step)
             # 6. log
             record = {"step": done, **summary(rewards, *updated, processes), "lr": lr,
                       "seconds_rollout": seconds_rollout, "seconds_update": timer.lap(),
@@ -401,10 +435,6 @@ def train(args, processes):
         with ema:
             lora.save_lora(args.out / "adapter", model, models.generator.name)
         print(run.evaluations())
-        gaps = [record["eval_gap"] for record in run.records if record.get("eval_gap")]
-        if gaps and gaps[-1] > 1.25 * gaps[0]:
-            print(f"\nThe gap between judge and meter grew from {gaps[0]:.2f} to {gaps[-1]:.2f}: "
-                  f"part of the reward may be the judge's mistakes.")
         print(args.out / "adapter")
     processes.wait()
     return 0
@@ -423,11 +453,14 @@ def load_models(args, device):
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
-    lora.add_lora(generator.mmdit, generator.mmdit.lora_targets(), args.lora_rank, args.lora_alpha)
+    targets = generator.mmdit.lora_targets()
     if args.init_adapter != "none":
-        lora.fill_lora(weights.find(lora.adapter_in(args.init_adapter)), generator.mmdit)
-    side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    return Models(generator, judge, scorer, meter, side_stream)
+        adapter = weights.find(lora.adapter_in(args.init_adapter))
+        targets = lora.layers_in(adapter, generator.mmdit.lora_targets(dual=True))
+    lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
+    if args.init_adapter != "none":
+        lora.fill_lora(adapter, generator.mmdit)
+    return Models(generator, judge, scorer, meter)
 
 
 def prompts_needed(start, rows, held_out, args, processes):
@@ -458,8 +491,10 @@ def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     args = cli.parse_settings(parser, SETTINGS, argv)
-    limits = {"guided_pictures": args.group, "window_within": args.sde_steps,
-              "window": args.window_within or args.sde_steps}
+    trained = args.sde_steps - args.skip_last
+    limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
+              "window_within": trained, "window": args.window_within or trained,
+              "updates": args.batch * args.group}
     for name, most in limits.items():
         if getattr(args, name) > most:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {most}")

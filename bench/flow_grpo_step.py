@@ -104,7 +104,9 @@ def peer_training_step(model, parameters, optimizer, inputs, generator):
 def our_training_step(model, parameters, optimizer, inputs, generator):
     """(loss, gradient norm)."""
     latents, context, pooled, advantages, num_steps = inputs
-    settings = flow_grpo.SDESettings(num_steps, GUIDANCE, SHIFT, NOISE_LEVEL)
+    every = range(num_steps)
+    settings = flow_grpo.SDESettings(
+        num_steps, GUIDANCE, SHIFT, NOISE_LEVEL, stochastic=every, trained=every, detach=False)
     trajectory = flow_grpo.sample_sde(model, latents, context, pooled, settings, generator)
     total = 0.0
     optimizer.zero_grad()

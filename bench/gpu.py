@@ -405,7 +405,7 @@ def drawn_and_evaluated(model, s, batch, checkpointing, fused=True, with_cudnn=F
         if fused:
             stack.enter_context(on_the_kernels(s))
         stack.enter_context(cudnn(with_cudnn))
-        settings = flow_grpo.SDESettings(s.drawn[0], window=(0, s.drawn[1]))
+        settings = flow_grpo.SDESettings(s.drawn[0], trained=range(s.drawn[1]))
         trajectory = flow_grpo.sample_sde(model, noise, *texts, settings, seeds)
         for k, kept in enumerate(trajectory.steps):
             with torch.no_grad(), lora.lora_disabled(model):
@@ -797,7 +797,7 @@ def program_cells(rows, name, code, out, log, started):
     if steps:
         cells["steps"] = len(steps)
         cells["first step's greatest |ratio − 1|"] = steps[0].get("ratio_max_deviation")
-        cells["its sampling mismatch"] = steps[0].get("sampling_mismatch")
+        cells["its sampling mismatch"] = steps[0].get("mismatch_mean")
         for key in ("reward", "ratio", "kl", "grad_norm", "seconds_rollout", "seconds_update"):
             cells[key] = steps[-1].get(key)
     return cells

@@ -9,7 +9,6 @@
 fused layer here gets one change for each projection that it fuses.
 """
 
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +20,8 @@ from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
 from parts.weights import index, load, save
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @ops.fusable
@@ -51,7 +52,7 @@ class LoRA(nn.Module):
         self.enabled = True
         self.A = nn.Parameter(torch.empty(len(rows) * rank, linear.in_features, device=device))
         self.B = nn.ParameterList(torch.zeros(n, rank, device=device) for n in rows.values())
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # B = 0, so at first nothing is changed
+        nn.init.normal_(self.A, std=1 / rank)  # B = 0, so at first nothing is changed
 
     # What reads a layer's weights without calling it finds them where nn.Linear has them.
     @property
@@ -125,7 +126,7 @@ def save_lora(folder, model, base):
     """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to."""
     layers = lora_layers(model).values()
     first = next(iter(layers))
-    save(Path(folder) / "adapter_model.safetensors", lora_views(model))
+    save(Path(folder) / ADAPTER_FILE, lora_views(model))
     write_json(Path(folder) / "adapter_config.json", {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": first.rank,
         "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
@@ -181,6 +182,14 @@ def rank_and_alpha(folder):
     return rank, alpha
 
 
+def layers_in(folder, targets):
+    """Those of `targets` that the adapter in a folder changes; all, if it changes none of them."""
+    in_file = {name.partition(".lora_")[0] for name in index(Path(folder) / ADAPTER_FILE)}
+    changed = {path: rows for path, rows in targets.items()
+               if any(f"base_model.model.{name}" in in_file for name in rows)}
+    return changed or targets  # for none of them `fill_lora` says what is wrong
+
+
 def fill_lora(folder, model):
     """Give a model's LoRA layers the values of an adapter that `save_lora` or peft wrote.
 
@@ -192,15 +201,15 @@ def fill_lora(folder, model):
         raise UserError(f"{folder}: an adapter of rank {rank} and alpha {alpha:g}, not "
                         f"{first.rank} and {first.alpha:g}; give --lora-rank {rank} "
                         f"--lora-alpha {alpha:g}")
-    load(lora_views(model), index(Path(folder) / "adapter_model.safetensors"), folder)
+    load(lora_views(model), index(Path(folder) / ADAPTER_FILE), folder)
 
 
 def load_lora(folder, model, targets):
     """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
 
-    targets: the layers that it changes. Raises UserError.
+    targets: the layers that it may change. Raises UserError.
     """
     # An adapter that is on and one that is merged give one sum, but a merged one costs no time.
-    add_lora(model, targets, *rank_and_alpha(folder))
+    add_lora(model, layers_in(folder, targets), *rank_and_alpha(folder))
     fill_lora(folder, model)
     merge_lora(model)

@@ -179,7 +179,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
         rest, encoders_device or device, dtype, use_t5)
     model = mmdit.MMDiT.from_pretrained(source, device, dtype)
     if adapter is not None:
-        lora.load_lora(adapter, model, model.lora_targets())
+        lora.load_lora(adapter, model, model.lora_targets(dual=True))
     decoder = vae.VAE.from_pretrained(source, device, dtype)
     return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
 

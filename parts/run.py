@@ -14,6 +14,7 @@ processes. No state of a random generator is stored: every step derives its seed
 seed and its own number.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ KEEP = 2  # checkpoints
 NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
-    "checkpointing", "encoders", "cuda_graphs"}
+    "checkpointing", "encoders", "mismatch"}
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
 
@@ -127,14 +128,6 @@ def run_in_processes(work, args):
         work_and_leave, "stopped; the same command goes on after the last checkpoint")
 
 
-def enter_stream(stream):
-    """What a thread of its own calls first, before it uses a GPU; None: it does not use one."""
-    # The current device and stream are settings of a thread; a new one starts with the first GPU.
-    if stream is not None:
-        torch.cuda.set_device(stream.device)
-        torch.cuda.set_stream(stream)
-
-
 # --------------------------------------------------------------------------------------------------
 # Small parts of a training loop
 
@@ -150,6 +143,12 @@ def batch_indices(step, batch, count, seed):
             order = torch.randperm(count, generator=generator).tolist()
         indices.append(order[index])
     return indices
+
+
+def noise_seed(*numbers):
+    """A seed in 0..2³² − 1; torch's generator of a CPU takes up no more bits than that."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def figures_of(record):

@@ -14,10 +14,11 @@ import flow_grpo
 import mmdit
 
 
-def sample_sde(model, latents, context, pooled, num_steps=10, guidance=4.5, shift=3.0, noise_level=0.7, window=None,
-               generator=None, progress=iter):
-    """flow_grpo.sample_sde with its settings one by one."""
-    settings = flow_grpo.SDESettings(num_steps, guidance, shift, noise_level, window)
+def sample_sde(model, latents, context, pooled, num_steps=10, guidance=4.5, shift=3.0, noise_level=0.7, trained=None,
+               generator=None, progress=iter, detach=False):
+    """flow_grpo.sample_sde with its settings one by one; all steps are trained, or those of a range alone stochastic."""
+    steps = range(num_steps) if trained is None else trained
+    settings = flow_grpo.SDESettings(num_steps, guidance, shift, noise_level, steps, steps, detach)
     return flow_grpo.sample_sde(model, latents, context, pooled, settings, generator, progress)
 
 
@@ -308,13 +309,12 @@ def small_inputs(guidance, rows=2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [None, (0, 2), (3, 1), (4, 2)])
+@pytest.mark.parametrize("trained", [range(6), range(2), range(3, 4), range(4, 6)])
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
-def test_kept_steps_evaluate_to_the_same_bits_before_an_update(guidance, window, dtype):
+def test_kept_steps_evaluate_to_the_same_bits_before_an_update(guidance, trained, dtype):
     model, (latents, context, pooled) = small_model(dtype), small_inputs(guidance, dtype=dtype)
-    trajectory = sample_sde(model, latents, context, pooled, 6, guidance, 2.0, 0.9, window)
-    start, length = window or (0, 6)
-    assert [kept.index for kept in trajectory.steps] == list(range(start, start + length))
+    trajectory = sample_sde(model, latents, context, pooled, 6, guidance, 2.0, 0.9, trained)
+    assert [kept.index for kept in trajectory.steps] == list(trained)
     for k, kept in enumerate(trajectory.steps):
         step = flow_grpo.evaluate_step(model, trajectory, k, context, pooled)
         assert step.log_prob.requires_grad and not kept.log_prob.requires_grad
@@ -364,15 +364,40 @@ def test_rows_of_an_elementwise_flow_are_the_same_bits_alone():
 @pytest.mark.parametrize("start", [0, 3, 7])
 def test_an_empty_window_is_the_deterministic_sampler(start, guidance):
     model, (latents, context, pooled) = small_model(), small_inputs(guidance)
-    trajectory = sample_sde(model, latents, context, pooled, 7, guidance, window=(start, 0), noise_level=0.0)
+    trajectory = sample_sde(model, latents, context, pooled, 7, guidance, trained=range(start, start), noise_level=0.0)
     expected = flow_grpo.sample_ode(model, latents, context, pooled, 7, guidance)
     assert trajectory.steps == [] and torch.equal(trajectory.latents, expected)
+
+
+def test_a_detached_half_of_guidance_has_the_same_velocity_and_no_gradient():
+    torch.manual_seed(0)
+    weight = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def model(x, timestep, context, pooled):  # unconditional rows have context 0 and see the first weight only
+        return x.double() * (weight[0] + weight[1] * context.mean((1, 2))[:, None, None, None])
+
+    latents, context, pooled = torch.randn(2, 1, 2, 2), torch.tensor([0.0, 0, 1, 1]).view(4, 1, 1), torch.zeros(4, 1)
+    gradients = []
+    for detach in (False, True):
+        velocity = flow_grpo.guided_velocity(model, latents, 0.5, context, pooled, 4.5, detach)
+        torch.testing.assert_close(velocity, latents * (weight[0] + 4.5 * weight[1]), check_dtype=False)
+        gradients.append(torch.autograd.grad(velocity.sum(), weight)[0] / latents.double().sum())
+    torch.testing.assert_close(gradients[0], torch.tensor([1.0, 4.5], dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradients[1], torch.tensor([4.5, 4.5], dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_ratio_is_exactly_one_with_either_gradient_of_guidance(detach):
+    model, (latents, context, pooled) = small_model(), small_inputs(4.5)
+    trajectory = sample_sde(model, latents, context, pooled, 3, detach=detach)
+    for k, kept in enumerate(trajectory.steps):
+        assert torch.equal(flow_grpo.evaluate_step(model, trajectory, k, context, pooled).log_prob, kept.log_prob)
 
 
 def test_steps_outside_the_window_are_deterministic():
     noise, zeros = drawn(0, 2, 1, 2, 2), torch.zeros(2, 1, 1)
     sigmas = flow_grpo.sigma_schedule(6)
-    trajectory = sample_sde(gaussian_model, noise, zeros, zeros, 6, 1.0, window=(2, 2))
+    trajectory = sample_sde(gaussian_model, noise, zeros, zeros, 6, 1.0, trained=range(2, 4))
 
     def euler(x, steps):
         for i in steps:
@@ -555,8 +580,8 @@ def test_training_by_the_loss_raises_the_reward():
 
     for step in range(20):
         noise = torch.randn(64, 1, 2, 2, generator=generator)
-        window = (step % 5, 4)
-        trajectory = sample_sde(model, noise, zeros, zeros, 8, 1.0, window=window, generator=generator)
+        trained = range(step % 5, step % 5 + 4)
+        trajectory = sample_sde(model, noise, zeros, zeros, 8, 1.0, trained=trained, generator=generator)
         reward = trajectory.latents.mean((1, 2, 3))
         advantages = (reward - reward.mean()) / reward.std()
         optimizer.zero_grad()

@@ -4,7 +4,6 @@ import shutil
 import signal
 import time
 from argparse import Namespace
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tests import launch
 from tests.launch import finish, log_of, without_times
 from tiny.dataset import write_tiny
 
-SMALL = ("--group 2 --guided-pictures 1 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --sample-steps 3 "
+SMALL = ("--group 2 --guided-pictures 1 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
          "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
 
 
@@ -152,7 +151,8 @@ def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
         for key in a:
             if "clip_fraction" in key or a[key] is None:
                 continue
-            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+            # a batch of other size rounds differently, which each update carries on
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
 
 
 def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
@@ -164,7 +164,7 @@ def test_a_group_may_lie_on_two_processes(dataset, tmp_path):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-4, rel=1e-4), (a["step"], key)
 
 
-RUN = Namespace(until_asked=iter)  # one that is not asked to stop
+RUN = Namespace(until_asked=iter, processes=Processes(0, 1, torch.device("cpu")))  # one that is not asked to stop
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +179,66 @@ def roll_out(models, rows, args, **settings):
     return train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, RUN, 0)
 
 
-def test_judging_beside_drawing_changes_nothing(ready, monkeypatch):
-    models, *rest = ready
-    entered = []
-    monkeypatch.setattr(torch.cuda, "set_device", entered.append)
-    monkeypatch.setattr(torch.cuda, "set_stream", entered.append)
-    side = Namespace(device="cuda:3")
-    (_, apart), (_, beside) = roll_out(models, *rest), roll_out(replace(models, side_stream=side), *rest)
-    assert all(torch.equal(apart[name], beside[name]) for name in apart)
-    assert entered == ["cuda:3", side]
+def test_the_judge_reads_all_pictures_of_a_step_in_one_generation(ready, monkeypatch):
+    plain, asked = type(ready[0].judge).generate, []
+    monkeypatch.setattr(type(ready[0].judge), "generate", lambda self, prompts, *args, **kwargs: (
+        asked.append(len(prompts)), plain(self, prompts, *args, **kwargs))[1])
+    roll_out(*ready, batch=4)
+    assert asked == [8]
+
+
+def changes(models, rows, args, **settings):
+    """The change of an adapter's parameters by the first update of a step, and the sums of its metrics."""
+    args = Namespace(**vars(args) | {"window": 0, "guided_pictures": 0, "lr": 1.0} | settings)
+    chunks, rewards = train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, RUN, 0)
+    model = models.generator.mmdit
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    one = Processes(0, 1, torch.device("cpu"))
+    sums, deviation, _ = train_gen.update(model, chunks, advantages, optimizer, args, one, check=True)
+    assert deviation == 0
+    change = [p.detach() - old for p, old in zip(trained, before)]
+    for p, old in zip(trained, before):
+        p.data.copy_(old)
+    return torch.cat([c.flatten() for c in change]), sums, chunks
+
+
+def test_the_last_step_is_drawn_with_noise_and_not_trained(ready):
+    change, sums, chunks = changes(*ready)
+    everything, all_sums, all_chunks = changes(*ready, skip_last=0)
+    assert [kept.index for kept in chunks[0].trajectory.steps] == [0, 1, 2] and sums["picture_steps"] == 4 * 3
+    assert [kept.index for kept in all_chunks[0].trajectory.steps] == [0, 1, 2, 3] and all_sums["picture_steps"] == 4 * 4
+    assert torch.equal(chunks[0].trajectory.latents, all_chunks[0].trajectory.latents)
+    assert torch.cosine_similarity(change, everything, dim=0) < 0.999
+
+
+def test_the_unconditional_half_has_no_gradient_unless_asked_for(ready):
+    detached, both = (changes(*ready, guidance_gradient=kind)[0] for kind in ("conditional", "both"))
+    assert 0 < detached.norm() and 0.1 < torch.cosine_similarity(detached, both, dim=0) < 0.9999
+
+
+def test_two_updates_share_the_pictures_of_a_step(ready, monkeypatch):
+    _, sums, chunks = changes(*ready, updates=2, micro=64)
+    assert [chunk.indices for chunk in chunks] == [[0, 1], [2, 3]] and sums["picture_steps"] == 4 * 3
+    assert sums["ratio"] / sums["picture_steps"] != 1  # the second sees a model that the first has changed
+
+
+def test_a_gpu_may_round_but_no_more():
+    cpu, gpu = (Processes(0, 1, torch.device(kind)) for kind in ("cpu", "cuda"))
+    train_gen.check_on_policy(0.0, 1e-2, cpu)
+    train_gen.check_on_policy(5e-3, 1e-2, gpu)
+    for deviation, processes in ((1e-7, cpu), (2e-2, gpu), (float("nan"), gpu)):
+        with pytest.raises(train_gen.UserError, match="before the first update the ratio is off by"):
+            train_gen.check_on_policy(deviation, 1e-2, processes)
+
+
+def test_a_gpu_that_rounds_is_told(capsys):
+    train_gen.check_on_policy(5e-3, 1e-2, Processes(0, 1, torch.device("cuda")))
+    assert "off by 0.005" in capsys.readouterr().err
+    train_gen.check_on_policy(1e-6, 1e-2, Processes(0, 1, torch.device("cuda")))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_pictures_of_a_group_start_from_different_noise(ready):
@@ -201,7 +252,7 @@ def test_the_pictures_of_a_group_start_from_different_noise(ready):
 
 def test_windows_lie_where_they_are_asked_for_and_resumed_runs_get_the_same(ready):
     models, rows, args = ready
-    args = Namespace(**vars(args) | {"window": 2, "window_within": 4, "sde_steps": 5})
+    args = Namespace(**vars(args) | {"window": 2, "window_within": 4, "sde_steps": 6})
     starts = []
     for step in range(12):
         chunks, _ = train_gen.roll_out(models, train_gen.samples_of(step, rows, args)[:1], args, RUN, step)
@@ -220,7 +271,8 @@ def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_sampl
         own = [samples[i] for i in chunk.indices]
         images = to_images(models.generator.decode(chunk.trajectory.latents))
         again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights)
-        assert all(torch.equal(rewards[name][chunk.indices], again[name]) for name in again)
+        for name in again:
+            torch.testing.assert_close(rewards[name][chunk.indices], again[name], rtol=1e-5, atol=1e-5, equal_nan=True)
         followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)  # guided or not
         assert torch.equal(chunk.texts[1], followed[1])
 
@@ -239,8 +291,13 @@ def test_every_seed_that_is_allowed_can_be_drawn_from(ready):
         args = Namespace(**vars(args) | {"seed": seed, "batch": 4096, "group": 2})
         seeds = [sample.seed for sample in train_gen.samples_of(10**7 - 1, rows, args)]
         assert len(set(seeds)) == len(seeds) and len(pipeline.seeded(seeds)) == 8192
-        if seed <= 4_300_000:  # as they were before those beyond were allowed
-            assert seeds[-1] == ((seed * 1_000_003 + 10**7 - 1) * 4096 + 4095) * 1024 + 1
+
+
+def test_no_step_repeats_the_noise_of_another(ready):
+    _, rows, args = ready
+    seeds = [s.seed for step in range(0, 3 * 1024, 256) for s in train_gen.samples_of(step, rows, args)]
+    firsts = {float(torch.randn(1, generator=each)) for each in pipeline.seeded(seeds)}
+    assert len(firsts) == len(seeds) == 12 * 4  # torch takes up 32 bits of a seed: step + 1024 once gave the same noise
 
 
 def test_the_form_of_the_target_is_drawn_for_each_group(ready):
@@ -258,7 +315,7 @@ def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(
             feedback.Judgement(None, None, None, "")]
     monkeypatch.setattr(feedback, "judge_images", lambda *_, strict: seen if strict else None)
     monkeypatch.setattr(train_gen.clip, "pick_score", lambda *_: torch.tensor([13.0, 26.0, 20.8]))
-    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0), None)
+    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0))
     parts = train_gen.rewards_of([None] * 3, rows, models, {"emotion": 2.0, "pickscore": 0.5})
     assert parts["emotion"].tolist() == [1 - 1 / 16, 1 - 4 / 16, 0.0]
     assert parts["total"].tolist() == pytest.approx([2 * 15 / 16 + 0.25, 1.5 + 0.5, 0.4])
@@ -308,8 +365,9 @@ def test_the_weight_of_a_reward_may_be_left_out():
 
 @pytest.mark.parametrize("flags, message", [
     (["--group", "1"], "--group/--num-generations: expected a whole number in 2"),
-    (["--window", "5"], "--window 5: at most 4"), (["--form", "verse"], "--form: expected some of numbers, words"),
-    (["--guided-pictures", "3"], "--guided-pictures 3: at most 2"),
+    (["--window", "5"], "--window 5: at most 3"), (["--form", "verse"], "--form: expected some of numbers, words"),
+    (["--guided-pictures", "3"], "--guided-pictures 3: at most 2"), (["--skip-last", "4"], "--skip-last 4: at most 3"),
+    (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),
     (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1, got joy=1"),

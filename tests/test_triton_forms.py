@@ -475,7 +475,7 @@ def test_a_trajectory_its_ratio_and_the_gradient_of_its_loss_are_the_same_on_the
         with torch.no_grad():
             reference = torch.einsum("bchw,cd->bdhw", latents, weight.roll(1, 0))
         seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-        trajectory = flow_grpo.sample_sde(model, latents, *texts, flow_grpo.SDESettings(4, window=(0, 3)), generator=seeds)
+        trajectory = flow_grpo.sample_sde(model, latents, *texts, flow_grpo.SDESettings(4, trained=range(3)), generator=seeds)
         out = [trajectory.latents]
         for k, kept in enumerate(trajectory.steps):
             step = flow_grpo.evaluate_step(model, trajectory, k, *texts, reference)
