@@ -62,7 +62,7 @@ VALUES = {
 }
 KEYS = {"regression": ("valence", "arousal"), "class": ("emotion_class",)}  # of an answer
 TASKS = tuple(KEYS)
-ANSWER_LIMIT = 256  # tokens of a judgement
+ANSWER_LIMIT = 512  # tokens of a judgement, in the judge's training and wherever it is read
 REWRITE_LIMIT = 512  # tokens of an analysis with its prompt
 TRIES = 3  # of a rewrite, before the prompt is kept as it is
 LONGEST_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256

@@ -104,9 +104,9 @@ def token_log_probs(hidden, lm_head_weight, targets, temperature=1.0):
     The result is float32 (float64 for float64 inputs), differentiable in hidden and W. This form
     holds the logits of all tokens; kernels/log_probs.py computes the same a tile at a time.
     """
-    logits = hidden @ lm_head_weight.T  # [N,V]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_probs = F.log_softmax(logits.to(wide) / temperature, dim=-1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ lm_head_weight.to(wide).T  # [N,V]; not rounded, as in `ops.logits`
+    log_probs = F.log_softmax(logits / temperature, dim=-1)
     return log_probs.gather(1, targets.long()[:, None])[:, 0]  # [N,1] -> [N]
 
 

@@ -416,7 +416,7 @@ class QwenVL(nn.Module):
         self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
         self.processor = processor
         self.checkpointing = False  # recompute the blocks in the backward pass
-        self.graphs = False  # decode by a CUDA graph: one launch a step instead of hundreds
+        self.graphs = True  # on a GPU decode by a CUDA graph: one launch a step, not hundreds
 
     @property
     def head_weight(self):
@@ -527,15 +527,14 @@ class QwenVL(nn.Module):
         first = first.repeat_interleave(n)  # [P·n]: position of the first token
         stop = torch.tensor(self.processor.stop, device=device)
         done = torch.zeros_like(token, dtype=torch.bool)
-        sharded = ops.is_sharded(self)
-        graph = self.graphs and not sharded
+        graph = self.graphs and ops.can_record(self.model.layers)
         drawn = []
         # Asking whether all are done waits for the GPU, so ask every 16 steps.
         every = 16 if device.type == "cuda" else 1
         with ops.fast_linears(self.model.layers):
             head = functools.partial(ops.logits, weight=self.head_weight)
             # FSDP2 gathers and frees sharded weights, so nothing may hold on to a laid out copy.
-            if device.type == "cpu" and not sharded:
+            if device.type == "cpu" and not ops.is_sharded(self):
                 head = ops.fast_linear(self.head_weight)
 
             def next_token(token, index, position, uniforms):

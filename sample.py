@@ -85,7 +85,6 @@ def parse_args(argv=None):
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
                        "a C++ compiler and a minute at first, for many pictures")
-    group.add_argument("--cuda-graphs", action="store_true", help="speed up the judge's answers")
 
     # 3. how, and where the result goes
     cli.add_settings(parser.add_argument_group("sampling"), SAMPLING)
@@ -195,8 +194,6 @@ def run(args):
 def check_machine(args):
     """Refuse, before models are loaded, what cannot be done here; reads the user's questions."""
     args.device = cli.device_of(args.device)
-    if args.cuda_graphs and not args.device.startswith("cuda"):
-        raise UserError(f"--cuda-graphs: needs a GPU, the device is {args.device}")
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
     try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
@@ -211,7 +208,6 @@ def load(args):
     judge = None
     if args.judge is not None:
         model = load_judge(args.judge, args.device, args.size)
-        model.graphs = args.cuda_graphs
         # A rewrite, with its analysis, is the longest answer that is asked for.
         judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,

@@ -32,18 +32,20 @@ import grpo
 import qwen_vl
 from parts import checkpoints, cli, lora, sharding
 from parts import run as training
-from parts.cli import UserError, integer, number
+from parts.cli import integer, number
 from parts.files import open_picture
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
+LORA_LR = 1e-5  # an adapter starts from nothing and needs larger steps than the weights
 MISMATCH = {"mean": 0.1, "share": 0.01}  # in bfloat16; an H200 gave 0.012 and 0
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), str, "folder or hub id to start from"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] answers to each question, G"),
     "batch": (16, 16, integer(1, 4096), "questions in a step, over all processes"),
     "epochs": (5.0, 0.75, number(0, 1e6), "passes over the training pictures"),
-    "lr": (1e-6, 3e-4, number(0, 1), "[--learning-rate] learning rate at the start"),
+    "lr": (1e-6, 3e-4, number(0, 1), "[--learning-rate] learning rate at the start; paper with "
+           f"--lora: {LORA_LR:g}"),
     "lr_end": (1e-9, 1e-5, number(0, 1), "and at the end, linear in between"),
     "beta": (1e-3, 1e-3, number(0, 100), "weight of the KL to the reference (k3)"),
     "clip": (0.2, 0.2, number(0, 1), "range of the ratio"),
@@ -52,7 +54,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "tasks": (feedback.TASKS, feedback.TASKS, cli.some_of(feedback.TASKS), "questions (Table 5)"),
     "reward": ("step", "step", ("step", "continuous"), "V-A reward (Table 4)"),
     "temperature": (1.0, 1.0, number(1e-3, 100), "of the sampled answers"),
-    "max_new_tokens": (512, 96, integer(1, 100_000), "longest answer"),
+    "max_new_tokens": (feedback.ANSWER_LIMIT, feedback.ANSWER_LIMIT, integer(1, 100_000),
+                       "longest answer"),
     "iterations": (1, 1, integer(1, 100), "[--num-iterations] updates by each set of answers"),
     "micro": (1, 8, integer(1, 4096), "questions in one forward and backward pass of a process"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
@@ -276,9 +279,6 @@ def show_figures(args, processes):
 
 def load_judge(args, processes):
     """The judge with its trained parameters: a new adapter with --lora, else all, in float32."""
-    sharded = processes.world > 1 and not args.lora
-    if args.cuda_graphs and (sharded or processes.device.type != "cuda"):
-        raise UserError("--cuda-graphs: needs a GPU that holds the whole model; try --lora")
     if args.lora:
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
         torch.manual_seed(args.seed)
@@ -287,7 +287,6 @@ def load_judge(args, processes):
         model = load_whole(args, processes, torch.float32).requires_grad_(True)
     model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
     model.checkpointing = args.checkpointing
-    model.graphs = args.cuda_graphs
     return model
 
 
@@ -420,9 +419,11 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--steps", type=integer(1, 10**7), help=f"in place of --epochs: {cli.STEPS_HELP}")
     add("--lora", action="store_true", help="train an adapter of the language model only")
-    add("--cuda-graphs", action="store_true", help="each step of the answers as one CUDA graph")
     add("--evaluate", action="store_true", help="no training: held-out figures of --model")
-    return cli.parse_settings(parser, SETTINGS, argv)
+    args = parser.parse_args(argv)
+    if args.lora and args.lr is None and args.preset == "paper":
+        args.lr = LORA_LR
+    return cli.fill_settings(args, SETTINGS)
 
 
 def main(argv=None):

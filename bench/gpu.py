@@ -751,7 +751,6 @@ def programs(rows, s):
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         common = ["--data", str(dataset), "--device", s.device, "--steps", "2", "--batch", "2",
                   "--eval-rows", "2", "--checkpointing"]
-        graphs = ["--cuda-graphs"] if on_cuda(s) else []
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", "1"]
         short = [] if on_cuda(s) else ["--max-new-tokens", "16", "--group", "2"]
@@ -761,7 +760,7 @@ def programs(rows, s):
             "train_gen.py": [sys.executable, "train_gen.py", *common, "--sample-steps", "4",
                              *drawing],
             "train_judge.py --lora": [
-                sys.executable, "train_judge.py", *common, *short, "--lora", *graphs],
+                sys.executable, "train_judge.py", *common, *short, "--lora"],
             "torchrun train_judge.py": [*torchrun, "train_judge.py", *common, *short],
         }
         running = {}

@@ -19,7 +19,7 @@ class Form:
 FORMS = {
     "flow_grpo.sde_draw": Form("c28cd51fc1c6", cuda="triton_steps"),
     "flow_grpo.sde_log_prob": Form("c6897f28f06e", cuda="triton_steps"),
-    "grpo.token_log_probs": Form("d801fb8c8832", cuda="log_probs", cpu="log_probs"),
+    "grpo.token_log_probs": Form("1a31be1cd05d", cuda="log_probs", cpu="log_probs"),
     "kernels.log_probs.scan_tile": Form("a079858d1977", cuda="triton_steps"),
     "mmdit.gate_residual": Form("c47e4bc0ce16", cuda="triton_norms", cpu="cpu_forms"),
     "mmdit.gelu_linear": Form("da63b01daec0", cpu="cpu_forms"),

@@ -4,12 +4,10 @@ import torch
 
 
 def as_graph(function, *inputs):
-    """`function` for CUDA tensors like `inputs` as a graph; for other tensors `function` itself.
+    """`function` for CUDA tensors like `inputs` as a graph, see ops.as_graph.
 
-    See ops.as_graph. Results are copies, so that the next replay does not change them.
+    Results are copies, so that the next replay does not change them.
     """
-    if not inputs[0].is_cuda:
-        return function
     with torch.cuda.device(inputs[0].device):
         return record(function, *inputs)
 

@@ -148,7 +148,11 @@ def shown(value):
 
 def parse_settings(made, settings, argv=None):
     """The arguments; what was not given has its preset's value."""
-    args = made.parse_args(argv)
+    return fill_settings(made.parse_args(argv), settings)
+
+
+def fill_settings(args, settings):
+    """Give the arguments that are None their preset's values."""
     for name, (paper, tiny, *_) in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, paper if args.preset == "paper" else tiny)

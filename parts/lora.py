@@ -184,6 +184,7 @@ def rank_and_alpha(folder):
 
 def layers_in(folder, targets):
     """Those of `targets` that the adapter in a folder changes; all, if it changes none of them."""
+    rank_and_alpha(folder)  # refuses a folder that holds no adapter
     in_file = {name.partition(".lora_")[0] for name in index(Path(folder) / ADAPTER_FILE)}
     changed = {path: rows for path, rows in targets.items()
                if any(f"base_model.model.{name}" in in_file for name in rows)}

@@ -196,7 +196,7 @@ def logits(hidden, weight):
     """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
+    return F.linear(hidden.float(), weight.float())
 
 
 @fusable
@@ -232,10 +232,17 @@ def fast_linear(weight, bias=None):
     return make(weight, bias)
 
 
+def can_record(module):
+    """Whether `as_graph` may record the launches of a module: its weights lie on a GPU, and whole,
+    which they do under FSDP2 only while it keeps them gathered."""
+    # a weight that is divided is a DTensor, and has placements
+    whole = all(p.is_cuda and not hasattr(p, "placements") for p in module.parameters())
+    return whole and faster("graphs", "as_graph") is not None
+
+
 def as_graph(function, *inputs):
-    """`function` for tensors like `inputs`; on a GPU its launches may be recorded and made as one.
+    """`function` for tensors like `inputs` on a GPU, its launches recorded and made as one.
 
     What it writes beside its result must lie in tensors that stay where they are.
     """
-    record = faster("graphs", "as_graph")
-    return function if record is None else record(function, *inputs)
+    return faster("graphs", "as_graph")(function, *inputs)

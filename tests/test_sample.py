@@ -232,7 +232,6 @@ BAD = {
     "missing adapter": (("--v", 5, "--a", 5, "--adapter", "./nothing"), "no such file or folder"),
     "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", TINY / "judge"), "adapter_config.json"),
     "adapter and none": (("--v", 5, "--a", 5, "--adapter", "a", "--no-adapter"), "give one of them"),
-    "graphs without a GPU": (("--v", 5, "--a", 5, "--device", "cpu", "--cuda-graphs"), "needs a GPU, the device is cpu"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
 }
 

@@ -211,6 +211,10 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
     assert args.va_weights == {"valence": 0.25, "arousal": 0.75}
     assert args.tasks == ("regression", "class") and args.reward == "step"
     assert train_judge.parse_args(["--preset", "paper", "--group", "4"]).group == 4
+    assert train_judge.parse_args(["--preset", "paper", "--lora"]).lr == 1e-5
+    assert train_judge.parse_args(["--preset", "paper", "--lora", "--lr", "1e-6"]).lr == 1e-6
+    assert train_judge.parse_args(["--lora"]).lr == 3e-4
+    assert train_judge.parse_args(["--preset", "paper"]).max_new_tokens == feedback.ANSWER_LIMIT == 512
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -220,9 +224,9 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
     (["--va-weights", "1"], "--va-weights: expected e.g. valence=1,arousal=1"), (["--steps", "0"], "--steps: expected"),
     (["--temperature", "0"], "--temperature: expected"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
     (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU"),
-    (["--cuda-graphs"], "a GPU that holds the whole model")])
+    (["--mismatch", "0.1"], "--mismatch: expected e.g. mean=1,share=1, got 0.1")])
 def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
-    if flags[0] in ("--device", "--cuda-graphs") and torch.cuda.is_available():
+    if flags[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     try:
         code = train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags])
