@@ -827,6 +827,7 @@ def sharded_step(s):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     with sharding.weights_gathered(model):
         tokens, sampled = answers_of(model, prompt, s)
+        by_graph, _ = answers_of(model, prompt, s, graph=True)
     answers = tokens[None].to(s.device)
     losses = []
     for _ in range(2):
@@ -844,6 +845,7 @@ def sharded_step(s):
     whole = sum(p.full_tensor().numel() for p in model.parameters())
     return {"loss": losses[0], "after a step": losses[1], "falls": losses[1] < losses[0],
             "gradient norm": float(norm.full_tensor()), "values": whole,
+            "tokens equal by a CUDA graph": float((tokens == by_graph).float().mean()),
             "greatest |ratio − 1| to sampling": float(off.max()),
             "mean": float(off.mean())}
 
