@@ -58,10 +58,10 @@ def class_reward(text, label):
 def group_advantages(rewards, eps=1e-4, global_std=False):
     """Advantages [P,G] of rewards [P,G], equation 1: Â = (r − mean)/(std + eps) within each row.
 
-    The std is the unbiased one, as in TRL. A row without spread, or with no more than rounding
-    leaves (and any row of one), gives exact zeros. Computed in float64, returned in the rewards'
-    own floating type. ValueError for another shape or rewards that are not finite.
-    global_std: divide by that of all P·G rewards, the biased one, an option of Flow-GRPO's code.
+    The std is the unbiased one, as in TRL; with global_std the biased one of all rewards, as in
+    Flow-GRPO's code. A row without spread, or with no more than rounding leaves, gives exact zeros.
+    Computed in float64, returned in the rewards' own floating type. ValueError for another shape or
+    rewards that are not finite.
     """
     rewards = torch.as_tensor(rewards)
     if rewards.dim() != 2 or rewards.shape[1] < 1:
@@ -111,12 +111,11 @@ def token_log_probs(hidden, lm_head_weight, targets, temperature=1.0):
 
 
 def check_on_policy(sampled, computed, mask, limits, far=0.5):
-    """How far log-probabilities as training computes them are from those that sampling gave.
+    """How far log-probabilities that training computes are from those of sampling, all [B,L].
 
-    Before an update the two are of one policy and differ by rounding only. sampled, computed,
-    mask [B,L]. Returns {"mean": of |Δ log p| over the tokens, "share": of the tokens with
-    |ratio − 1| > far, "max": the greatest |ratio − 1|}. Raises UserError if one is above its limit
-    in `limits`. The maximum is a poor one: of 100,000 tokens in bfloat16 some are off by half.
+    Before an update the two differ by rounding only. Returns {"mean": of |Δ log p| over the tokens,
+    "share": of the tokens with |ratio − 1| > far, "max": the greatest |ratio − 1|}. UserError if
+    one is above its limit in `limits`; but of 100,000 tokens in bfloat16 some are off by half.
     """
     difference = torch.where(mask, computed - sampled, 0.0)
     deviation = (difference.exp() - 1).abs()

@@ -315,7 +315,6 @@ def evaluate(models, rows, args, run, step):
     deterministic sampler: means of rewards and errors, rank correlations of meter and target.
     Empty if the run is to stop."""
     # 1. pictures of this process's share of the rows
-    generator = models.generator
     processes = run.processes
     mine = range(processes.rank, len(rows), processes.world)
     images = []
@@ -324,12 +323,9 @@ def evaluate(models, rows, args, run, step):
     for start in run.until_asked(bar):
         indices = mine[start:start + args.micro]
         prompts = [rows[i].prompt(args.form[0]) for i in indices]
-        noise = generator.starting_noise(seeded(10_000 + i for i in indices), args.size)
-        latents = flow_grpo.sample_ode(
-            generator.mmdit, noise.to(generator.device),
-            *generator.encode_prompts(prompts, args.guidance), args.sample_steps, args.guidance,
-            generator.shift)
-        images += to_images(generator.decode(latents))
+        seeds = [10_000 + i for i in indices]
+        images += to_images(models.generator.draw(
+            prompts, seeds, args.size, args.sample_steps, args.guidance))
     if run.stopped():
         return {}
     # 2. figures of all processes
