@@ -220,7 +220,7 @@ class VisionTower(nn.Module):
             "ln_q": ops.RMSNorm(D),
             "mlp": nn.Sequential(nn.Linear(merged, merged), nn.GELU(), nn.Linear(merged, c.width))})
 
-    def forward(self, pixels, grids):
+    def forward(self, pixels, grids, checkpointing=False):
         """pixels [N,3·frames·patch²], grids [(1, h, w)] -> one vector for each m·m patches."""
         c = self.config
         unit = c.merge**2
@@ -236,6 +236,8 @@ class VisionTower(nn.Module):
         for i, block in enumerate(self.blocks):
             # Windows keep the cost linear in the picture; a few blocks carry news across them.
             attend = in_pictures if i in c.full_blocks else in_windows
+            if checkpointing and x.requires_grad:  # frozen blocks keep nothing for a backward pass
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos[:, None], sin[:, None], functools.partial(attend, i))
         x = self.merger.ln_q(x).view(len(order), -1)  # [merged tokens,m·m·D]
         return self.merger.mlp(x)[order.argsort()]  # back in reading order
@@ -431,7 +433,7 @@ class QwenVL(nn.Module):
         """
         x = self.model.embed_tokens(ids)
         if len(grids):
-            features = self.visual(pixels, grids).to(x.dtype)
+            features = self.visual(pixels, grids, self.checkpointing).to(x.dtype)
             slots = (ids == self.config.image_token).nonzero()[:, 0]
             if len(slots) < len(features):
                 raise ValueError(f"{len(slots)} image tokens for pictures that need "
@@ -439,11 +441,9 @@ class QwenVL(nn.Module):
             x = x.index_copy(0, slots[:len(features)], features)  # where an image token stood
         cos, sin = text_angles(positions, self.config, x.dtype)
         for i, block in enumerate(self.model.layers):
-            inputs = (x, cos, sin, functools.partial(attend, i))
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x = block(*inputs)
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            x = block(x, cos, sin, functools.partial(attend, i))
         return self.model.norm(x)
 
     def forward(self, input_ids, pixel_values=None, image_grid_thw=None, attention_mask=None):

@@ -259,8 +259,8 @@ def test_an_adapter_leaves_the_judge_in_bfloat16(full_judge):
 
 def judge_flops(C, **passes):
     """FLOP of passes over a question and 8 answers of C tokens at full size, of matrices and attention alone; passes: how
-    often each of "text", "down" (of the text's MLPs), "attention", "vision", "windows" (the tower's attention), "patches" and
-    "head" is computed; once, if nothing is said."""
+    often each of "text", "down" (of the text's MLPs), "attention", "vision", "vision_down" (of its MLPs), "windows" (the
+    tower's attention), "merger", "patches" and "head" is computed; once, if nothing is said."""
     L, G, D, M = 473, 8, 3584, 18_944
     rows = G * (C - 1)  # the last token of an answer predicts nothing
     patches, E = 36 * 36, 1280
@@ -269,7 +269,8 @@ def judge_flops(C, **passes):
     parts = {
         "text": 28 * 2 * (L + rows) * (D * (D + 2 * 512) + D * D + 2 * D * M), "down": 28 * 2 * (L + rows) * D * M,
         "attention": 28 * 4 * D * (L * L + rows * (L + C - 1)), "head": 2 * G * C * D * 152_064,
-        "vision": 32 * 2 * patches * (4 * E * E + 3 * E * 3420) + merger, "patches": 2 * patches * 1176 * E,
+        "vision": 32 * 2 * patches * (4 * E * E + 2 * E * 3420), "vision_down": 32 * 2 * patches * E * 3420,
+        "merger": merger, "patches": 2 * patches * 1176 * E,
         "windows": 4 * E * (4 * patches**2 + 28 * windows)}
     return sum(passes.get(name, 1) * flops for name, flops in parts.items())
 
@@ -280,14 +281,14 @@ def test_flops_of_the_full_size_judge_are_those_of_its_matrices(full_judge):
         assert parts["update, reference"].counter.flops == judge_flops(150)
     # Two more products for each of the forward pass, five for the two of attention. The patches need no gradient; the head's
     # logits are made once more for its own, and that of its input is formed in the forward pass.
-    trained = judge_flops(150, text=3, down=3, attention=3.5, vision=3, windows=3.5, patches=2, head=4)
+    trained = judge_flops(150, text=3, down=3, attention=3.5, vision=3, vision_down=3, windows=3.5, merger=3, patches=2, head=4)
     assert whole[MATRICES].counter.flops == trained
     # frozen weights have no gradients, and the tower is passed forward only; the adapter adds a few products
     frozen = judge_flops(150, text=2, down=2, attention=3.5, head=2)
     assert frozen < adapter[MATRICES].counter.flops < 1.1 * frozen
     # of a block all is made again but its last product, whose output nobody needs
     again = full_judge[()].update(torch.bfloat16, 1, 150, True)[MATRICES].counter
-    assert again.flops - trained == judge_flops(150, down=0, vision=0, windows=0, patches=0, head=0)
+    assert again.flops - trained == judge_flops(150, down=0, vision_down=0, merger=0, patches=0, head=0)
     assert again.kept < whole[MATRICES].counter.kept / 4
 
 

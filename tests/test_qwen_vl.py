@@ -395,6 +395,46 @@ def test_one_pass_over_a_prompt_gives_the_logits_and_gradients_of_whole_sequence
         assert float((grads[group_hidden][name] - expected).norm()) < 1e-4 * float(expected.norm()), name
 
 
+@pytest.mark.parametrize("trained", ["all", "language"])
+def test_checkpointing_recomputes_what_is_trained_and_changes_no_bit_of_a_gradient(pair, trained, monkeypatch):
+    model = copy.deepcopy(pair[1]).requires_grad_(True)
+    model.visual.requires_grad_(trained == "all")
+    prompts = [model.processor(CONVERSATIONS[name]) for name in ("one picture", "several pictures")]
+    completions = torch.randint(model.config.image_token, (2, 2, 5), generator=torch.Generator().manual_seed(0))
+    recomputed, plain = [], qwen_vl.checkpoint
+    monkeypatch.setattr(qwen_vl, "checkpoint",
+                        lambda block, *args, **options: recomputed.append(block) or plain(block, *args, **options))
+    gradients = []
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        model.completion_hidden(prompts, completions).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert recomputed == [*(model.visual.blocks if trained == "all" else ()), *model.model.layers]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_with_checkpointing_the_vision_tower_keeps_little_for_its_backward_pass(pair):
+    model = copy.deepcopy(pair[1]).requires_grad_(True)
+    prompt = model.processor(CONVERSATIONS["several pictures"])
+    own = {p.data_ptr() for p in model.parameters()}
+
+    def kept(checkpointing):
+        sizes = {}  # {address: bytes}, as a tensor may be kept twice
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.itemsize
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = model.visual(prompt.pixels, prompt.grids, checkpointing)
+        assert features.requires_grad
+        return sum(size for address, size in sizes.items() if address not in own)
+
+    assert 0 < kept(True) < kept(False) / 2
+
+
 @torch.no_grad()
 def test_an_answer_may_contain_an_image_token_that_is_no_picture(pair):
     _, ours = pair
