@@ -576,23 +576,24 @@ class QwenVL(nn.Module):
         return layouts.qwen_lora_targets(self)
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=None):
+    def from_pretrained(cls, source, device="cpu", dtype=None, build=weights.build):
         """A folder or hub id of Qwen2.5-VL, or of an adapter, merged into the model it names.
 
-        Both published naming schemes are read. Raises UserError.
+        Both published naming schemes are read. build: what makes and fills the model, such as
+        sharding.build. Raises UserError.
         """
         folder = Path(weights.find(source))
         base = lora.base_of(folder)
         if base is not None:
-            model = cls.from_pretrained(base, device, dtype)
+            model = cls.from_pretrained(base, device, dtype, build)
             lora.load_lora(folder, model, model.lora_targets())
             return model
         config = QwenVLConfig(**layouts.qwen_fields(folder))
         processor = Processor.from_pretrained(folder, config.image_token)
         entries = weights.renamed(weights.index(folder), layouts.QWEN_NEWER)
         unused = ("lm_head.weight",) if config.tied else ()
-        return weights.build(functools.partial(cls, config, processor), layouts.qwen_views, entries,
-                             folder, device, dtype, unused)
+        make = functools.partial(cls, config, processor)
+        return build(make, layouts.qwen_views, entries, folder, device, dtype, unused)
 
     def save_pretrained(self, folder, dtype=None):
         """Write weights, configuration and tokenizer in the published layout."""

@@ -30,7 +30,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
-from parts import checkpoints, cli, lora, sharding
+from parts import checkpoints, cli, lora, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -296,19 +296,15 @@ def load_reference(model, args, processes):
         return None
     if args.lora:
         return model
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    return load_whole(args, processes, dtype)
+    return load_whole(args, processes)
 
 
-def load_whole(args, processes, dtype):
-    """A judge without an adapter, sharded if there are several processes."""
-    if processes.world == 1:
-        return qwen_vl.QwenVL.from_pretrained(args.model, processes.device, dtype)
-    # On the CPU at first: FSDP2 moves block by block, and no GPU need hold the whole model.
-    model = qwen_vl.QwenVL.from_pretrained(args.model, "cpu", dtype)
-    blocks = [*model.visual.blocks, *model.model.layers]
-    sharding.shard(model, blocks, processes.device, ("completion_hidden", "generate"))
-    return model
+def load_whole(args, processes, dtype=None):
+    """A judge without an adapter, sharded by FSDP2 if there are several processes."""
+    build = weights.build
+    if processes.world > 1:
+        build = partial(sharding.build, methods=("completion_hidden", "generate"))
+    return qwen_vl.QwenVL.from_pretrained(args.model, processes.device, dtype, build)
 
 
 def export(model, folder, args, processes):
@@ -317,9 +313,10 @@ def export(model, folder, args, processes):
         if processes.first:
             lora.save_lora(folder, model, args.model)
     else:
-        plain = sharding.whole(model, partial(qwen_vl.QwenVL, model.config, model.processor))
+        make = partial(qwen_vl.QwenVL, model.config, model.processor)
+        plain = sharding.whole(model, make, torch.bfloat16, processes.first)
         if processes.first:
-            plain.save_pretrained(folder, torch.bfloat16)
+            plain.save_pretrained(folder)
     processes.wait()
 
 

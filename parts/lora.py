@@ -19,7 +19,7 @@ from torch import nn
 from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
-from parts.weights import index, load, save
+from parts.weights import index, load, own_rows, save
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -104,7 +104,9 @@ def merge_lora(model):
     """Add every LoRA's change to its weight and take the LoRA away."""
     for path, layer in lora_layers(model).items():
         change = torch.cat([B @ A for _, A, B in layer.pairs()])  # [rows,in]
-        layer.weight.add_((layer.alpha / layer.rank * change).to(layer.weight.dtype))
+        change = (layer.alpha / layer.rank * change).to(layer.weight.dtype)
+        rows, before = own_rows(layer.weight)  # of sharded weights each process changes its own
+        rows.add_(change[before:before + len(rows)])
         model.set_submodule(path, layer.linear)
 
 

@@ -1,18 +1,21 @@
 """FSDP2: a model whose weights are divided among processes, and gathered a block at a time.
 
-    shard(model, model.blocks, device, ("generate",))
+    shard(model, model.blocks, device, ("generate",))    # or build(...), of a checkpoint
     with weights_gathered(model):
         model.generate(...)
-    whole(model, make).save_pretrained(...)
+    copy = whole(model, make, torch.bfloat16, processes.first)
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from parts import weights
 
 
 def shard(model, blocks, device, methods):
@@ -35,6 +38,48 @@ def shard(model, blocks, device, methods):
         fsdp.register_fsdp_forward_method(model, name)
 
 
+def build(make, views, entries, what, device, dtype, optional, methods):
+    """The model that weights.build would return, sharded: each process reads only its own rows.
+
+    A unit is each part of a ModuleList. methods: as for `shard`.
+    """
+    # 1. The whole model has shapes only, which say what must be in the file and where it belongs.
+    model = weights.without_memory(make, device, dtype)
+    targets_of = views(model)
+    weights.check(targets_of, entries, what, optional)
+    names = {tensor: name for name, tensor in model.state_dict(keep_vars=True).items()}
+    # 2. Memory is allocated for this process's part alone.
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    blocks = [block for each in lists for block in each]
+    shard(model, blocks, torch.device(device), methods)
+    model.to_empty(device=device)
+    # 3. What lies in it of each target is read as if it were a tensor of its own in the file.
+    parts = model.state_dict(keep_vars=True)
+    own_views = {}
+    own_entries = {}
+    for name, targets in targets_of.items():
+        entry = entries[name]
+        row = 0  # of the file's tensor, where the target begins
+        for target in targets:
+            owner = target if target._base is None else target._base  # of which it is some rows
+            part, before = weights.own_rows(parts[names[owner]])
+            width = owner[0].numel()
+            first = target.storage_offset() // width
+            # rows of the owner that lie in the target and in this process's part
+            begin = max(first, before)
+            end = min(first + len(target), before + len(part))
+            if begin < end:
+                rows = part[begin - before:end - before]
+                at = row + begin - first
+                start = entry.start + at * width * entry.dtype.itemsize
+                own_views[f"{name} from row {at} on"] = [rows]
+                own_entries[f"{name} from row {at} on"] = replace(
+                    entry, shape=tuple(rows.shape), start=start)
+            row += len(target)
+    weights.load(own_views, own_entries, what)
+    return model
+
+
 @contextmanager
 def weights_gathered(model):
     """Within it a block's weights are gathered once and stay, for a generation of many tokens."""
@@ -51,17 +96,23 @@ def weights_gathered(model):
             module.reshard()
 
 
-def whole(model, make):
-    """make(), on the CPU, with the weights of a model, sharded or not; all processes must call."""
-    weights = {}
+def whole(model, make, dtype, keep):
+    """make(), on the CPU, with the weights of a model, sharded or not, as `dtype`.
+
+    All processes must call it; those that do not keep the weights get None.
+    """
+    kept = {}
     for name, weight in model.named_parameters():
-        weight = weight.detach()
+        weight = weight.detach().to(dtype)  # before it is sent, so that half as much is sent
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()  # the processes give each other their parts
-        weights[name] = weight.cpu()
+        if keep:
+            kept[name] = weight.cpu()
+    if not keep:
+        return None
     with torch.device("meta"):
         copy = make()
-    copy.load_state_dict(weights, assign=True)
+    copy.load_state_dict(kept, assign=True)
     return copy
 
 

@@ -308,14 +308,19 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     views: function of the model that gives its views. entries, what, optional: as for `check`.
     dtype None: float32 on a CPU (bfloat16 is emulated there), bfloat16 elsewhere.
     """
-    device = torch.device(device)
-    with torch.device("meta"):  # shapes alone: no memory, and no random numbers drawn
-        model = make()
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     # Memory is allocated here, in its final type, and filled by `load`: no second copy ever is.
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = without_memory(make, device, dtype).to_empty(device=device)
     load(views(model), entries, what, optional)
     return model
+
+
+def without_memory(make, device, dtype):
+    """The model that `make()` returns, frozen, on the meta device; the rest is as for `build`."""
+    with torch.device("meta"):  # shapes alone: no memory, and no random numbers drawn
+        model = make()
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -352,6 +357,17 @@ def read_into(file, target, dtype, name):
         done += count
     if not direct:
         target.copy_(buffer)
+
+
+def own_rows(tensor):
+    """(the rows of a tensor that this process holds, the number of rows before them): all and 0,
+    unless FSDP2 has divided it."""
+    if not hasattr(tensor, "to_local"):  # a DTensor, known by its method: few programs import it
+        return tensor, 0
+    # FSDP2 divides as torch.chunk does: so many rows for each, the last ones get fewer or none.
+    each = math.ceil(tensor.shape[0] / tensor.device_mesh.size())
+    before = each * tensor.device_mesh.get_local_rank()
+    return tensor.to_local(), min(before, tensor.shape[0])
 
 
 def save(path, views, dtype=None):
