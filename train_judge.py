@@ -8,7 +8,7 @@
 One sample is one picture and one question: how much valence and arousal, or which of eight
 emotions. A step asks a batch of questions, samples a group of answers to each, rewards each answer
 for its form and for being right, and compares it with the rest of its group. Without `--lora` all
-weights are trained, on several GPUs sharded by FSDP2. A run started again with the same command
+weights are trained, on GPUs sharded by FSDP2. A run started again with the same command
 goes on after its last checkpoint.
 
 The order of this file: settings, rollout, update, evaluation, models, the loop (`train`). Shapes: P
@@ -300,9 +300,10 @@ def load_reference(model, args, processes):
 
 
 def load_whole(args, processes, dtype=None):
-    """A judge without an adapter, sharded by FSDP2 if there are several processes."""
+    """A judge without an adapter, sharded by FSDP2 except in one process on a CPU."""
     build = weights.build
-    if processes.world > 1:
+    # FSDP2 is also what lets one GPU keep float32 weights and compute in bfloat16.
+    if processes.world > 1 or processes.device.type == "cuda":
         build = partial(sharding.build, methods=("completion_hidden", "generate"))
     return qwen_vl.QwenVL.from_pretrained(args.model, processes.device, dtype, build)
 

@@ -121,7 +121,8 @@ def run_in_processes(work, args):
         try:
             return work(args, processes)
         finally:
-            if dist.is_initialized():  # also with one process, if torchrun started it
+            # also with one process, if torchrun started it or parts/sharding.py made it a group
+            if dist.is_initialized():
                 dist.destroy_process_group()
 
     return cli.run_program(

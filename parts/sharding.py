@@ -24,6 +24,12 @@ def shard(model, blocks, device, methods):
     On GPUs the weights stay float32 and compute in bfloat16. methods: names of those that, like
     forward, need the root's weights.
     """
+    if not dist.is_initialized():  # one process that nobody started as one of several
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # FSDP2 takes the current GPU
+        # A group of one. It meets nobody, so its store is a table in memory and needs no port.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     policy = fsdp.MixedPrecisionPolicy(cast_forward_inputs=False)  # angles stay float32
     if device.type == "cuda":
         policy = fsdp.MixedPrecisionPolicy(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 import qwen_vl
 import train_judge
@@ -42,6 +43,19 @@ def test_weights_lie_on_the_device_that_was_asked_for_also_beside_a_gpu(group, m
     assert [mesh.device_type for mesh in meshes] == ["cpu", "cpu"]
     assert all(p.device_mesh.device_type == "cpu" for p in model.parameters())
     assert model(torch.ones(1, 3)).shape == (1, 2)
+
+
+def test_one_process_that_nobody_started_as_one_of_several_makes_a_group_of_its_own():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    x = torch.rand(5, 3)
+    expected = model(x)
+    try:
+        sharding.shard(model, [model[0]], CPU, ())
+        assert dist.get_world_size() == 1
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        assert torch.equal(model(x), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import feedback
 import grpo
 import qwen_vl
 import train_judge
-from parts import chat
+from parts import chat, sharding, weights
 from parts import run as training
 from parts.files import read_records
 from tests import launch
@@ -243,6 +243,24 @@ def test_evaluate_prints_a_table_and_a_line_of_figures(dataset, capsys):
     figures = json.loads(line)
     assert table[0] == "| format | v_error | a_error | class_accuracy |" and figures["pictures"] == 4
     assert figures["model"] == str(train_judge.TINY) and 0 < figures["v_error"] < 3
+
+
+def test_one_sharded_process_trains_as_one_that_is_not_sharded(dataset, tmp_path, monkeypatch):
+    """What a GPU does; on a CPU both compute in float32."""
+    for name in ("plain", "sharded"):
+        flags = ["--data", str(dataset), "--out", str(tmp_path / name), *SMALL, "--steps", "1", "--checkpointing"]
+        assert train_judge.main(flags) == 0
+        assert not torch.distributed.is_initialized()
+        monkeypatch.setattr(weights, "build", partial(sharding.build, methods=("completion_hidden", "generate")))
+    plain, sharded = (log_of(tmp_path / name)[1] for name in ("plain", "sharded"))
+    for key in ("loss", "reward", "kl", "length", "grad_norm"):
+        assert plain[key] == pytest.approx(sharded[key], abs=1e-6, rel=1e-6), key
+    plain, sharded = (launch.checkpoint_of(tmp_path / name / "checkpoint-00000001") for name in ("plain", "sharded"))
+    assert plain.keys() == sharded.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], sharded[name], atol=1e-6, rtol=0)
+    plain, sharded = (load_file(tmp_path / name / "judge" / "model.safetensors") for name in ("plain", "sharded"))
+    assert all(torch.equal(plain[name], sharded[name]) for name in plain)
 
 
 def test_the_form_the_prompts_ask_for_is_the_form_that_is_rewarded():
