@@ -278,13 +278,14 @@ def show_figures(args, processes):
 
 
 def load_judge(args, processes):
-    """The judge with its trained parameters: a new adapter with --lora, else all, in float32."""
-    if args.lora:
+    """The judge with its trained parameters: all, in float32, an adapter, or none (--evaluate)."""
+    if args.lora or args.evaluate:  # on a GPU in bfloat16, which float32 weights are cast to, too
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
-        torch.manual_seed(args.seed)
-        lora.add_lora(model, model.lora_targets(), args.lora_rank, args.lora_alpha)
     else:
         model = load_whole(args, processes, torch.float32).requires_grad_(True)
+    if args.lora and not args.evaluate:
+        torch.manual_seed(args.seed)
+        lora.add_lora(model, model.lora_targets(), args.lora_rank, args.lora_alpha)
     model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
     model.checkpointing = args.checkpointing
     return model

@@ -17,7 +17,7 @@ import feedback
 import grpo
 import qwen_vl
 import train_judge
-from parts import chat, sharding, weights
+from parts import chat, lora, sharding, weights
 from parts import run as training
 from parts.files import read_records
 from tests import launch
@@ -243,6 +243,24 @@ def test_evaluate_prints_a_table_and_a_line_of_figures(dataset, capsys):
     figures = json.loads(line)
     assert table[0] == "| format | v_error | a_error | class_accuracy |" and figures["pictures"] == 4
     assert figures["model"] == str(train_judge.TINY) and 0 < figures["v_error"] < 3
+
+
+def test_evaluate_prints_the_figures_of_a_training_s_start_on_one_process_and_on_two(dataset, unbroken, tmp_path):
+    expected = {name: x for name, x in log_of(unbroken[0])[0].items() if name.startswith("eval_")}
+    for flags, processes in (((), 1), (("--lora",), 1), ((), 2)):
+        output = finish(start(dataset, tmp_path, *SMALL, "--evaluate", *flags, processes=processes))
+        figures = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        for name, x in expected.items():
+            assert figures[name.removeprefix("eval_")] == pytest.approx(x, rel=1e-5), (name, flags, processes)
+    assert not any(tmp_path.iterdir())
+
+
+def test_with_evaluate_the_judge_is_frozen_and_whole_but_sees_small_pictures(dataset):
+    for world in (1, 2):
+        args = train_judge.parse_args([*SMALL, "--evaluate", "--lora", "--max-pixels", "1000"])
+        model = train_judge.load_judge(args, training.Processes(0, world, torch.device("cpu")))
+        assert not any(p.requires_grad for p in model.parameters()) and not lora.lora_layers(model)
+        assert model.processor.image.max_pixels == 1000
 
 
 def test_one_sharded_process_trains_as_one_that_is_not_sharded(dataset, tmp_path, monkeypatch):
