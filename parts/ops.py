@@ -235,9 +235,13 @@ def fast_linear(weight, bias=None):
 def can_record(module):
     """Whether `as_graph` may record the launches of a module: its weights lie on a GPU, and whole,
     which they do under FSDP2 only while it keeps them gathered."""
-    # a weight that is divided is a DTensor, and has placements
-    whole = all(p.is_cuda and not hasattr(p, "placements") for p in module.parameters())
-    return whole and faster("graphs", "as_graph") is not None
+    on_gpu = all(p.is_cuda for p in module.parameters())
+    return on_gpu and is_whole(module) and faster("graphs", "as_graph") is not None
+
+
+def is_whole(module):
+    """Whether no weight of a module is divided at the moment: such a DTensor has placements."""
+    return not any(hasattr(p, "placements") for p in module.parameters())
 
 
 def as_graph(function, *inputs):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import qwen_vl
 import train_judge
-from parts import chat, lora, sharding, weights
+from parts import chat, lora, ops, sharding, weights
 from parts.cli import UserError
 from parts.run import Processes
 
@@ -56,6 +56,19 @@ def test_one_process_that_nobody_started_as_one_of_several_makes_a_group_of_its_
         assert torch.equal(model(x), expected)
     finally:
         dist.destroy_process_group()
+
+
+def test_answers_may_be_recorded_as_a_graph_only_while_weights_are_kept_gathered(group, tmp_path, monkeypatch):
+    write_judge(tmp_path)
+    model = qwen_vl.QwenVL.from_pretrained(tmp_path, CPU, None, SHARDED)
+    seen = []
+    monkeypatch.setattr(ops, "can_record", lambda layers: seen.append(ops.is_whole(layers)))
+    question = [{"role": "user", "content": [{"type": "text", "text": "how?"}]}]
+    model.generate([question], max_new_tokens=2)
+    with sharding.weights_gathered(model):
+        model.generate([question], max_new_tokens=2)
+        assert ops.is_whole(model.model.layers)
+    assert seen == [False, True] and not ops.is_whole(model.model.layers)
 
 
 # --------------------------------------------------------------------------------------------------
