@@ -167,13 +167,14 @@ def sde_settings(args, shift, step):
 
 
 def chunks_of(samples, args):
-    """[[index of a sample]]: at most args.micro in each, at least one for each update, and guided
-    samples apart from the others."""
-    size = min(args.micro, math.ceil(len(samples) / args.updates))
+    """[[index of a sample]]: at most args.micro in each, of one update, and all guided or none."""
     chunks = []
-    for guided in (True, False):
-        indices = [i for i, sample in enumerate(samples) if sample.guided == guided]
-        chunks += [indices[start:start + size] for start in range(0, len(indices), size)]
+    for turn in range(args.updates):
+        share = range(turn, len(samples), args.updates)
+        for guided in (True, False):
+            indices = [i for i in share if samples[i].guided == guided]
+            starts = range(0, len(indices), args.micro)
+            chunks += [indices[start:start + args.micro] for start in starts]
     return chunks
 
 
@@ -246,7 +247,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "picture_steps"), 0.0)
     deviation = None
     for turn in range(args.updates):
-        share = chunks[turn::args.updates]
+        share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
         pictures = sum(len(chunk.indices) for chunk in share)
         picture_steps = pictures * len(chunks[0].trajectory.steps)
         deviations = []

@@ -178,8 +178,8 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
         return work() or 0  # a program without an exit code of its own ended well
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0][:100]
-        say(f"error: the GPU has too little memory ({reason}); try smaller pictures or batches "
-            f"(--size, --micro), --checkpointing, or --device cpu")
+        say(f"error: the GPU has too little memory ({reason}); try what the program has of "
+            f"--checkpointing, a smaller --micro or --size, --encoders leave; or --device cpu")
         return 2
     except (UserError, OSError) as error:
         say(f"error: {error}")
