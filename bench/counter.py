@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 import grpo
 import qwen_vl
 from kernels import log_probs, lora_forms, shared_attention
-from parts import lora
+from parts import lora, ops
 
 aten = torch.ops.aten
 
@@ -29,8 +29,9 @@ class OperatorCounter(TorchDispatchMode):
 
     flops: of matrix products, convolutions and attention, two for a multiply-add, by the formulas
     of PyTorch's flop counter. traffic: bytes of each operator's inputs and outputs, as kernels that
-    are not fused move them. live, peak: bytes of the tensors that were made inside and are still
-    held, now and at most. kept: those between a forward and a backward pass. Only tensors on
+    are not fused move them. launches: operators that write memory, for each of which the host
+    launches one kernel or more. live, peak: bytes of the tensors that were made inside and are
+    still held, now and at most. kept: those between a forward and a backward pass. Only tensors on
     `device` count.
     """
 
@@ -39,6 +40,7 @@ class OperatorCounter(TorchDispatchMode):
         self.device = device
         self.flops = 0
         self.traffic = 0
+        self.launches = 0
         self.live = 0
         self.peak = 0
         self.kept = 0
@@ -63,6 +65,8 @@ class OperatorCounter(TorchDispatchMode):
             name = operator.overloadpacket.__name__.removesuffix("_")
             formula = flop_registry.get(getattr(aten, name, None))
             self.flops += formula(*args, **kwargs, out_val=out) if formula else 0
+            if read or made:
+                self.launches += 1
             for t in (*read, *made):
                 # an expanded tensor has more elements than memory
                 self.traffic += min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
@@ -99,6 +103,16 @@ def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None):
         q, k, v, mask, torch.is_grad_enabled(), scale=scale)[0]
 
 
+def gpu_logits(hidden, weight):
+    """ops.logits by the product that a GPU takes: into float32, without wide copies of its factors.
+
+    The meta device, left to itself, takes what a CPU does.
+    """
+    if hidden.dtype == torch.float32:
+        return F.linear(hidden, weight)
+    return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+
 def tiled_log_probs(hidden, weight, targets, temperature=1.0):
     """kernels.log_probs.token_log_probs without its look at the targets, which have no values."""
     if torch.is_grad_enabled():
@@ -112,6 +126,7 @@ def measure(work, device="meta"):
     with (
         OperatorCounter(device) as counter,
         mock.patch.object(F, "scaled_dot_product_attention", gpu_attention),
+        mock.patch.object(ops, "logits", gpu_logits),
         mock.patch.dict(grpo.token_log_probs.forms, meta=tiled_log_probs),
         mock.patch.dict(lora.add_change.forms, meta=lora_forms.add_change),
         mock.patch.dict(qwen_vl.attend_shared.forms, meta=shared_attention.attend_shared),

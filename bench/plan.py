@@ -25,6 +25,7 @@ import torch
 
 import data
 import feedback
+import train_gen
 from bench import step_parts
 from bench.counter import size_of
 from bench.step_parts import ANSWER, GENERATORS, JUDGES, SCORERS, Part
@@ -79,8 +80,10 @@ SETTINGS = {  # flag of train_gen.py: (paper's value, type or words to choose fr
     "batch": (16, integer(1, 4096), "prompts in a step, over all processes, P"),
     "steps": (1000, integer(1, 10**7), "training steps"),
     "sde_steps": (10, integer(1, 1000), "steps of the stochastic sampler, T"),
-    "window": (0, integer(0, 1000), "stochastic and trained ones of the T steps; 0: all"),
-    "guidance": (4.5, number(0, 100), "classifier-free guidance; above 1 it doubles the batch"),
+    "skip_last": (1, integer(0, 999), "of the T steps so many at the end are not trained"),
+    "window": (0, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
+    "guidance": (4.5, number(0, 100), "classifier-free guidance; above 1 a step has two halves"),
+    "guidance_gradient": ("conditional", ("conditional", "both"), "halves that are differentiated"),
     "size": (512, cli.picture_side, "side of the pictures in pixels"),
     "beta": (0.1, number(0, 1000), "weight of the KL; 0: no reference is computed"),
     "lora_rank": (32, integer(1, 4096), "of the adapter"),
@@ -186,7 +189,9 @@ class GeneratorPlan:
         self.args = args
         self.speeds = speeds(args.efficiency)
         self.models = models = step_parts.build(args)
-        self.rollout = functools.cache(functools.partial(step_parts.rollout_parts, models, args))
+        self.drawing = functools.cache(functools.partial(step_parts.drawing_parts, models, args))
+        self.judging = functools.cache(functools.partial(step_parts.judging_parts, models, args))
+        self.scoring = functools.cache(functools.partial(step_parts.scoring_parts, models, args))
         self.update = functools.cache(functools.partial(step_parts.update_parts, models, args))
         self.optimizer, self.moments = step_parts.optimizer_counter(models.trained, ema=True)
         self.chosen = peak_name(args.encoders != "gpu", args.checkpointing)  # of the peaks
@@ -202,10 +207,12 @@ class GeneratorPlan:
                 raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
                                 f"{args.batch} × --group {args.group}) cannot be shared by "
                                 f"{gpus}; choose a divisor")
-        if args.guided_pictures > args.group or args.window > args.sde_steps:
-            raise UserError(f"--guided-pictures {args.guided_pictures}, --window {args.window}: "
-                            f"expected at most --group {args.group} and --sde-steps "
-                            f"{args.sde_steps}")
+        limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
+                  "window": args.sde_steps - args.skip_last}  # as in train_gen.py
+        for name, most in limits.items():
+            if getattr(args, name) > most:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at "
+                                f"most {most}")
 
     def steps(self, gpus):
         return self.args.steps
@@ -232,17 +239,11 @@ class GeneratorPlan:
             "their contexts": size_of(step_parts.texts_of(models, args, pictures)),
         }
 
-        # 2. the rollout: a chunk is judged beside the drawing of the next one
-        cache = 0
-        if models.judge is not None:
-            keys_values = step_parts.judging_cache(models.judge, args, n)
-            cache = size_of([keys_values.prompts, keys_values.own])
-        most = {name: part.counter.peak for name, part in self.rollout(n).items()}
-        drawing = max(most["sampling"], most["VAE decoder"])
-        judging = [0]
-        for name in most.keys() - {"sampling", "VAE decoder"}:
-            judging.append(most[name] + (cache if name.startswith("judge") else 0))
-        rollout = drawing + max(judging)
+        # 2. the rollout: all pictures are drawn, then read by the judge, then scored
+        judging, cache = self.judging(min(pictures, train_gen.READ_AT_ONCE))
+        parts = self.drawing(n) | judging | self.scoring(pictures)
+        most = {name: part.counter.peak for name, part in parts.items()}
+        rollout = max(size + (cache if name in judging else 0) for name, size in most.items())
         rows = weights | held | {"judge's cache, while it answers": cache}
         rows |= {f"activations: {name}": size for name, size in most.items()}
 
@@ -270,12 +271,14 @@ class GeneratorPlan:
         if args.encoders == "gpu":
             encoders = Part(math.ceil(args.batch / gpus), self.models.encoder)
             rows["text encoders, first epoch"] = cost(encoders, self.speeds)
-        full, rest = divmod(args.batch * args.group // gpus, args.micro)
-        for n, chunks in ((args.micro, full), (rest, 1)):
-            if not n * chunks:
-                continue
+        pictures = args.batch * args.group // gpus
+        for n, chunks in shares(pictures, args.micro):
+            add_costs(rows, chunks, self.drawing(n), self.speeds)
+        for n, generations in shares(pictures, train_gen.READ_AT_ONCE):
+            add_costs(rows, generations, self.judging(n)[0], self.speeds)
+        add_costs(rows, 1, self.scoring(pictures), self.speeds)
+        for n, chunks in shares(pictures, args.micro):
             again = self.update(n, True) if args.checkpointing else None
-            add_costs(rows, chunks, self.rollout(n), self.speeds)
             add_update_costs(rows, chunks, self.update(n, False), again, self.speeds)
         rows["optimizer"] = cost(Part(1, self.optimizer, "memory"), self.speeds)
         sent = 2 * (gpus - 1) / gpus * size_of(self.models.trained)  # in a ring
@@ -289,14 +292,30 @@ class GeneratorPlan:
         times = [f"{1000 * seconds_of(encoder, speed):.0f} ms on {speed.name}"
                  for speed in self.speeds[:len(GPUS)]]
         weights = 2 * size_of([p for tower in models.encoders for p in tower.parameters()])
+        context = step_parts.texts_of(models, self.args, self.args.micro)[0]
+        side = self.args.size // models.vae.factor // models.mmdit.config.patch
+        without, fused, plain = step_parts.adapter_counters(models, self.args, self.args.micro)
         return (
-            f"On a GPU train_gen.py judges beside drawing: in memory the plan counts both at once, "
-            f"in time one after the other.\n"
+            f"A forward pass over {len(context)} × {side**2 + context.shape[1]:,} tokens moves "
+            f"{figure(without.traffic / 1e9)} GB by {without.launches:,} launches; the adapter "
+            f"adds {added(fused, without)}, and in its plain form {added(plain, without)}.\n"
             f"An encoded prompt takes {size_of(models.encoding) / 1e6:.2f} MB of host memory and "
             f"{', '.join(times)}, once. --encoders leave encodes all prompts of a process at the "
             f"start; gpu and cpu encode each when it comes; cpu needs {figure(weights / 1e9)} GB "
             f"for float32 weights in each process and computes {models.encoder.flops / 1e12:.1f} "
             f"TFLOP a prompt there.")
+
+
+def shares(count, size):
+    """[(n, times)]: batches of `size` that make up a count, and one of what is left of it."""
+    full, rest = divmod(count, size)
+    return [(n, times) for n, times in ((size, full), (rest, 1)) if n * times]
+
+
+def added(counter, other):
+    """What one OperatorCounter has more than another, in words."""
+    more = counter.traffic - other.traffic
+    return f"{figure(more / 1e9)} GB and {counter.launches - other.launches:,} launches"
 
 
 def add_costs(rows, times, parts, speeds):
@@ -433,7 +452,7 @@ class JudgePlan:
             held["its embedding and head, gathered"] = kept_gathered
 
         # 2. the answers
-        parts, cache = self.answers(self.dtype(gpus), questions, not self.sharded(gpus))
+        parts, cache = self.answers(self.dtype(gpus), questions)
         most = {name: part.counter.peak for name, part in parts.items()}
         rows = held | {"gathered weights, answers": whole, "keys and values of the answers": cache}
         rows |= {f"activations: {name}": size for name, size in most.items()}
@@ -470,14 +489,12 @@ class JudgePlan:
         dtype = self.dtype(gpus)
         questions = self.batch(gpus) // gpus
         rows = {}
-        parts, _ = self.answers(dtype, questions, not self.sharded(gpus))
+        parts, _ = self.answers(dtype, questions)
         add_costs(rows, 1, parts, self.speeds)
-        full, rest = divmod(questions, args.micro)
-        for n, chunks in ((args.micro, full), (rest, 1)):
-            if n * chunks:
-                update = self.update(dtype, n, args.answer, False)
-                again = self.update(dtype, n, args.answer, True) if args.checkpointing else None
-                add_update_costs(rows, chunks, update, again, self.speeds)
+        for n, chunks in shares(questions, args.micro):
+            update = self.update(dtype, n, args.answer, False)
+            again = self.update(dtype, n, args.answer, True) if args.checkpointing else None
+            add_update_costs(rows, chunks, update, again, self.speeds)
         optimizer = cost(Part(1, self.optimizer, "memory"), self.speeds)
         if self.sharded(gpus):
             # Each process gets all weights in bfloat16 for the answers, and for every pass of the
@@ -497,15 +514,15 @@ class JudgePlan:
     def notes(self):
         """What is true of the judge's training alone."""
         args = self.args
-        launches = step_parts.LAUNCHES * JUDGES[args.model].layers
+        recording = step_parts.RECORDING * JUDGES[args.model].layers
         return (
             f"Time is for answers of {args.answer} tokens, padding included: a step's longest "
             f"answer decides (--answer). A step of the decode reads the language model's weights "
-            f"once, whatever the number of answers. With --lora, or one GPU, it is a CUDA graph "
-            f"(--cuda-graphs); sharded weights allow none, and the host takes "
-            f"{1000 * launches:.0f} ms to launch it. On one GPU all weights would compute in "
-            f"float32. Each GPU has a question at least: above {args.batch} of them --batch grows "
-            f"with their number, and the steps of the same epochs become fewer.")
+            f"once, whatever the number of answers, and is one launch: a CUDA graph, which the "
+            f"host takes {1000 * recording:.0f} ms to record in each generation. On one GPU all "
+            f"weights would compute in float32. Each GPU has a question at least: above "
+            f"{args.batch} of them --batch grows with their number, and the steps of the same "
+            f"epochs become fewer.")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ flags. In order: models without weights, the generator's step, the judge's, the 
 n: pictures in one batch. P prompts or questions, G answers to each, C tokens of an answer.
 """
 
+import argparse
 import functools
 import math
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -19,6 +21,7 @@ import flow_grpo
 import grpo
 import mmdit
 import qwen_vl
+import train_gen
 from bench.counter import OperatorCounter, measure, size_of
 from kernels import lora_forms
 from parts import chat, clip, lora, ops, text_encoders, vae
@@ -26,9 +29,11 @@ from parts.pipeline import PAPER
 
 QUESTION = 149  # tokens of feedback.ask("regression", …) by Qwen's tokenizer, without the picture
 ANSWER = 150  # tokens of the judge's answer, assumed; the cache has room for ANSWER_LIMIT
-# Seconds a layer that the host takes to launch a step of the decode without a CUDA graph, measured
-# with an H200 (docs/gpu.md): 38 ms for 28 layers.
+# Seconds a layer that the host takes to launch the kernels of a step of the decode, measured with an
+# H200 (docs/gpu.md): 38 ms for 28 layers. A CUDA graph is recorded by two such steps, one of which
+# runs and one of which is only written down; replaying it launches nothing.
 LAUNCHES = 0.038 / 28
+RECORDING = 2 * LAUNCHES
 
 GENERATORS = {
     PAPER: mmdit.SD35_MEDIUM,
@@ -156,31 +161,39 @@ def texts_of(models, args, n):
 
 
 @torch.no_grad()
-def rollout_parts(models, args, n):
-    """{name: Part}: n pictures drawn, decoded one by one, judged and scored."""
+def drawing_parts(models, args, n):
+    """{name: Part}: n pictures drawn in one batch, and decoded one by one."""
     latents = latents_of(models, args, n)
     texts = texts_of(models, args, n)
+    settings = sde_settings(args)
     velocity = measure(lambda _: flow_grpo.guided_velocity(
-        models.mmdit, latents, 0.5, *texts, args.guidance))
+        models.mmdit, latents, 0.5, *texts, settings.guidance, settings.detach))
     # kept steps of guided pictures are evaluated once more, under the prompt to follow
-    again = (args.window or args.sde_steps) * args.guided_pictures / args.group
+    again = len(settings.trained) * args.guided_pictures / args.group
     decoder = measure(lambda _: models.vae.decode(latents[:1].bfloat16()).float())
-    parts = {"sampling": Part(args.sde_steps + again, velocity), "VAE decoder": Part(n, decoder)}
-    if models.judge is not None:
-        prompts = [judge_prompt(models.judge, args.size**2)] * n
-        cache = judging_cache(models.judge, args, n)
-        prefill, decode = answer_counters(models.judge, cache, prompts, 1, 0, ANSWER // 2 + 1)
-        parts["judge, prefill"] = Part(1, prefill)
-        parts["judge, decode"] = Part(
-            ANSWER - 1, decode, "memory", LAUNCHES * models.judge.config.layers)
-    if models.scorer is not None:
-        text_config, vision_config = SCORERS[args.pickscore]
-        side = vision_config.image_size
-        ids = empty(math.ceil(n / args.group), text_config.max_position_embeddings)
-        pixels = empty(n, 3, side, side, dtype=torch.bfloat16)
-        parts["PickScore"] = Part(1, measure(lambda _: (
-            models.scorer.embed_text(ids), models.scorer.embed_images(pixels))))
-    return parts
+    return {"sampling": Part(args.sde_steps + again, velocity), "VAE decoder": Part(n, decoder)}
+
+
+def judging_parts(models, args, n):
+    """({name: Part}, bytes of keys and values): n pictures read in one generation."""
+    if models.judge is None:
+        return {}, 0
+    prompts = [judge_prompt(models.judge, args.size**2)] * n
+    parts, cache = answer_parts(models.judge, prompts, 1, 0, feedback.ANSWER_LIMIT, ANSWER)
+    return {f"judge, {name}": part for name, part in parts.items()}, cache
+
+
+@torch.no_grad()
+def scoring_parts(models, args, n):
+    """{name: Part}: n pictures and the prompts of their groups scored in one batch."""
+    if models.scorer is None:
+        return {}
+    text_config, vision_config = SCORERS[args.pickscore]
+    side = vision_config.image_size
+    ids = empty(math.ceil(n / args.group), text_config.max_position_embeddings)
+    pixels = empty(n, 3, side, side, dtype=torch.bfloat16)
+    return {"PickScore": Part(1, measure(lambda _: (
+        models.scorer.embed_text(ids), models.scorer.embed_images(pixels))))}
 
 
 def update_parts(models, args, n, checkpointing):
@@ -204,14 +217,16 @@ def update_parts(models, args, n, checkpointing):
         counter.kept = counter.live
         loss.backward()
 
-    times = args.window or args.sde_steps
+    times = len(trajectory.settings.trained)
     parts = {"update, reference": Part(times, measure(reference))} if args.beta else {}
     return parts | {"update, forward and backward": Part(times, measure(gradients), "backward")}
 
 
 def sde_settings(args):
-    window = (0, args.window) if args.window else None  # where it lies makes no difference
-    return flow_grpo.SDESettings(args.sde_steps, args.guidance, window=window)
+    """What train_gen.py makes of the flags. Where a window lies and how much noise there is makes no
+    difference to the plan, which has no flags for that."""
+    complete = argparse.Namespace(window_within=0, seed=0, noise_level=0.7, **vars(args))
+    return train_gen.sde_settings(complete, shift=3.0, step=0)
 
 
 def trajectory_size(models, args):
@@ -223,6 +238,26 @@ def trajectory_size(models, args):
     for step in trajectory.steps:
         tensors += [step.before, step.after, step.log_prob]
     return size_of(tensors)
+
+
+@torch.no_grad()
+def adapter_counters(models, args, n):
+    """OperatorCounters of a forward pass over n pictures, both halves of guidance in one batch:
+    (without the adapter, with it, with its plain form)."""
+    mmdit = models.mmdit
+    texts = texts_of(models, args, n)
+    rows = len(texts[0])
+    latents = latents_of(models, args, rows).to(texts[0].dtype)
+    timestep = empty(rows, dtype=torch.float32)
+
+    def forward(_):
+        mmdit(latents, timestep, *texts)
+
+    with lora.lora_disabled(mmdit):
+        without = measure(forward)
+    fused = measure(forward)
+    with mock.patch.object(ops, "FUSED", False):
+        return without, fused, measure(forward)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,27 +275,18 @@ def judge_prompt(judge, pixels):
     return chat.Prompt(ids, patches, (grid,))
 
 
-def judge_cache(judge, prompts, group, limit):
-    lengths = [len(prompt.ids) for prompt in prompts]
-    return qwen_vl.StaticCache(judge.config, lengths, group, limit, judge.head_weight)
-
-
-def judging_cache(judge, args, n):
-    """Of the judge's answers about n pictures of the generator."""
-    prompts = [judge_prompt(judge, args.size**2)] * n
-    return judge_cache(judge, prompts, 1, feedback.ANSWER_LIMIT)
-
-
 @torch.no_grad()
-def answer_counters(judge, cache, prompts, group, temperature, room):
-    """OperatorCounters of the first pass over the prompts and of one more token of each of their
-    answers, as QwenVL.generate takes them; room: tokens of its answer that each attends to."""
+def answer_parts(judge, prompts, group, temperature, limit, length):
+    """({name: Part}, bytes of keys and values) of one QwenVL.generate: `group` answers to each
+    prompt, the longest of them of `length` tokens, with room for `limit`."""
     rows = len(prompts) * group
     last = empty(rows)
     uniforms = empty(rows, dtype=torch.float32)
-    inputs = qwen_vl.joined(prompts, judge.config, "meta")
+    lengths = [len(prompt.ids) for prompt in prompts]
+    cache = qwen_vl.StaticCache(judge.config, lengths, group, limit, judge.head_weight)
 
     def prefill(_):
+        inputs = qwen_vl.joined(prompts, judge.config, "meta")
         hidden = judge.trunk(cache.prefill, *inputs)[empty(len(prompts))]
         logits = ops.logits(hidden, judge.head_weight).repeat_interleave(group, dim=0)
         return qwen_vl.sample(logits, temperature, uniforms)
@@ -270,24 +296,20 @@ def answer_counters(judge, cache, prompts, group, temperature, room):
         hidden = judge.trunk(cache.decode, last, last.expand(3, -1))
         return qwen_vl.sample(ops.logits(hidden, judge.head_weight), temperature, uniforms)
 
+    # A CUDA graph needs equal shapes in all steps, so each of them reads the whole room.
     first = measure(prefill)
-    cache.room = room
-    return first, measure(decode)
+    token = measure(decode)
+    parts = {"prefill": Part(1, first),
+             "recording": Part(1, token, "memory", RECORDING * judge.config.layers),
+             "decode": Part(length - 1, token, "memory")}
+    return parts, size_of([cache.prompts, cache.own])
 
 
-def judge_answer_parts(models, args, questions, graph):
-    """({name: Part}, bytes of their keys and values) of G answers to each of so many questions."""
+def judge_answer_parts(models, args, questions):
+    """`answer_parts` of G answers to each of so many questions."""
     judge = models.policy
     prompts = [judge_prompt(judge, args.max_pixels)] * questions
-    cache = judge_cache(judge, prompts, args.group, args.max_new_tokens)
-    # A graph needs equal shapes in all steps, so it reads the whole room. Without one a token reads
-    # those before it, and the middle one reads as many as the mean.
-    room = args.max_new_tokens if graph else args.answer // 2 + 1
-    launches = 0.0 if graph else LAUNCHES * judge.config.layers
-    prefill, decode = answer_counters(judge, cache, prompts, args.group, 1, room)
-    parts = {"prefill": Part(1, prefill),
-             "decode": Part(args.answer - 1, decode, "memory", launches)}
-    return parts, size_of([cache.prompts, cache.own])
+    return answer_parts(judge, prompts, args.group, 1, args.max_new_tokens, args.answer)
 
 
 def judge_update_parts(models, args, n, length, checkpointing):

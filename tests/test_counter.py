@@ -1,5 +1,6 @@
 """The counter of operators: views, places and temporaries; the forms that it runs in place of plain ones."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -12,17 +13,18 @@ def test_the_counter_knows_views_places_and_temporaries():
     x = torch.zeros(256, 256)
     with counter.OperatorCounter("cpu") as counted:
         y = x + 1
-        assert counted.live == counted.peak == x.nbytes and counted.traffic == 2 * x.nbytes
+        assert counted.live == counted.peak == x.nbytes and counted.traffic == 2 * x.nbytes and counted.launches == 1
         z = y.t()[3:]
-        assert counted.live == x.nbytes and counted.traffic == 2 * x.nbytes  # views
+        assert counted.live == x.nbytes and counted.traffic == 2 * x.nbytes and counted.launches == 1  # views
         y.add_(x)
-        assert counted.live == x.nbytes and counted.traffic == 5 * x.nbytes  # in place: read twice, written once
+        # in place: read twice, written once
+        assert counted.live == x.nbytes and counted.traffic == 5 * x.nbytes and counted.launches == 2
         del y
         assert counted.live == x.nbytes  # the view holds it
         del z
         assert counted.live == 0 and counted.peak == x.nbytes and counted.flops == 0
         x @ x
-    assert counted.flops == 2 * 256**3 and counted.live == 0
+    assert counted.flops == 2 * 256**3 and counted.live == 0 and counted.launches == 3
 
 
 def test_rows_that_are_taken_or_written_are_not_the_whole_table():
@@ -51,6 +53,15 @@ def test_an_adapter_computes_in_the_type_of_its_model(monkeypatch):
     assert fused.flops == 2 * 7 * (5 * 4 + 4 * 12)  # B of both projections on the diagonal of one matrix
     monkeypatch.setattr(ops, "FUSED", False)
     assert counter.measure(lambda _: lora.add_change(y, x, A, B, 1.0)).flops == 2 * 7 * (5 * 4 + 2 * 2 * 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_are_one_product_into_float32(dtype):
+    N, D, V = 8, 32, 5000
+    hidden, head = (torch.empty(n, D, dtype=dtype, device="meta") for n in (N, V))
+    counted = counter.measure(lambda _: ops.logits(hidden, head))
+    assert counted.traffic == hidden.nbytes + head.nbytes + N * V * 4
+    assert counted.launches == 1 and counted.flops == 2 * N * D * V
 
 
 def test_attention_is_that_of_a_gpu_which_keeps_no_weights():
