@@ -366,20 +366,19 @@ def peak_name(without_encoders, checkpointing):
 class JudgePlan:
     """The measurements of the settings, each made once.
 
-    All weights of several GPUs are sharded by FSDP2: float32 masters, products in bfloat16. On one
-    GPU they compute in float32. With --lora every GPU holds the frozen model in bfloat16.
+    All weights are sharded by FSDP2, which also serves one GPU: float32 masters, products in
+    bfloat16. With --lora every GPU holds the frozen model in bfloat16.
     """
 
     def __init__(self, args):
         self.args = args
         self.speeds = speeds(args.efficiency)
-        self.models = functools.cache(functools.partial(step_parts.build_judge, args))
-        self.answers = functools.cache(lambda dtype, *how: step_parts.judge_answer_parts(
-            self.models(dtype), args, *how))
-        self.update = functools.cache(lambda dtype, *how: step_parts.judge_update_parts(
-            self.models(dtype), args, *how))
-        trained = self.models(torch.bfloat16).trained
-        self.optimizer, self.moments = step_parts.optimizer_counter(trained, ema=False)
+        self.models = models = step_parts.build_judge(args, torch.bfloat16)
+        self.answers = functools.cache(
+            functools.partial(step_parts.judge_answer_parts, models, args))
+        self.update = functools.cache(
+            functools.partial(step_parts.judge_update_parts, models, args))
+        self.optimizer, self.moments = step_parts.optimizer_counter(models.trained, ema=False)
         self.chosen = peak_name(False, args.checkpointing)
         self.title = (f"{args.batch} questions × {args.group} answers a step, pictures of "
                       f"{args.max_pixels:,} pixels, answers of at most {args.max_new_tokens} "
@@ -404,19 +403,12 @@ class JudgePlan:
         args = self.args
         return math.ceil(args.epochs * ROWS * len(args.tasks) / self.batch(gpus))
 
-    def sharded(self, gpus):
-        return gpus > 1 and not self.args.lora
-
-    def dtype(self, gpus):
-        whole = gpus == 1 and not self.args.lora
-        return torch.float32 if whole else torch.bfloat16
-
-    def gathered(self, gpus):
+    def gathered(self):
         """(bytes of bfloat16 weights that FSDP2 gathers while answers are sampled, those of weights
         and gradients while it trains, those that the reference keeps)."""
-        if not self.sharded(gpus):
+        if self.args.lora:
             return 0, 0, 0
-        policy = self.models(torch.bfloat16).policy
+        policy = self.models.policy
         whole = size_of(policy.parameters())
         blocks = [size_of(block.parameters())
                   for block in (*policy.visual.blocks, *policy.model.layers)]
@@ -430,13 +422,13 @@ class JudgePlan:
     def memory(self, gpus):
         """{what: bytes} of one of so many GPUs, and of the disk."""
         args = self.args
-        models = self.models(self.dtype(gpus))
+        models = self.models
         questions = self.batch(gpus) // gpus
         n = min(args.micro, questions)
-        shards = gpus if self.sharded(gpus) else 1
+        shards = 1 if args.lora else gpus
 
         # 1. what is held all the time
-        whole, training, kept_gathered = self.gathered(gpus)
+        whole, training, kept_gathered = self.gathered()
         count = sum(p.numel() for p in models.trained) / 1e9
         held = {
             f"{count:.2f} B trained parameters in float32": size_of(models.trained) / shards,
@@ -452,7 +444,7 @@ class JudgePlan:
             held["its embedding and head, gathered"] = kept_gathered
 
         # 2. the answers
-        parts, cache = self.answers(self.dtype(gpus), questions)
+        parts, cache = self.answers(questions)
         most = {name: part.counter.peak for name, part in parts.items()}
         rows = held | {"gathered weights, answers": whole, "keys and values of the answers": cache}
         rows |= {f"activations: {name}": size for name, size in most.items()}
@@ -462,7 +454,7 @@ class JudgePlan:
         rows["gathered weights and gradients, update"] = training
         peaks = {}
         for checkpointing in (False, True):
-            update = self.update(self.dtype(gpus), n, args.max_new_tokens, checkpointing)
+            update = self.update(n, args.max_new_tokens, checkpointing)
             counters = [part.counter for part in update.values()]
             most = max(counter.peak for counter in counters)
             name = "update, checkpointing" if checkpointing else "update"
@@ -475,8 +467,8 @@ class JudgePlan:
         trained = size_of(models.trained)
         checkpoint = 3 * trained
         return rows | peaks | {
-            # every process builds a whole judge before it is sharded, and one to export it
-            "host memory of each process, loading and exporting": 0 if args.lora else trained,
+            # a whole judge in bfloat16, and the copy of it that is written
+            "host memory of the first process, exporting": 0 if args.lora else trained,
             "disk: a checkpoint": checkpoint,
             f"disk: {KEEP} checkpoints and one being written": (KEEP + 1) * checkpoint,
             "disk: the exported judge": trained if args.lora else trained / 2,
@@ -486,27 +478,26 @@ class JudgePlan:
         """{part: array of FLOP, bytes moved and seconds at each of `speeds`}: a step's work of one
         of so many GPUs."""
         args = self.args
-        dtype = self.dtype(gpus)
         questions = self.batch(gpus) // gpus
         rows = {}
-        parts, _ = self.answers(dtype, questions)
+        parts, _ = self.answers(questions)
         add_costs(rows, 1, parts, self.speeds)
         for n, chunks in shares(questions, args.micro):
-            update = self.update(dtype, n, args.answer, False)
-            again = self.update(dtype, n, args.answer, True) if args.checkpointing else None
+            update = self.update(n, args.answer, False)
+            again = self.update(n, args.answer, True) if args.checkpointing else None
             add_update_costs(rows, chunks, update, again, self.speeds)
         optimizer = cost(Part(1, self.optimizer, "memory"), self.speeds)
-        if self.sharded(gpus):
+        if not args.lora:
             # Each process gets all weights in bfloat16 for the answers, and for every pass of the
             # reference, forward and backward; gradients are summed in float32.
             passes = math.ceil(questions / args.micro) * (2 + bool(args.beta))
-            weights = size_of(self.models(dtype).policy.parameters())
+            weights = size_of(self.models.policy.parameters())
             sent = (1 + passes) * weights + math.ceil(questions / args.micro) * 2 * weights
             rows["optimizer"] = optimizer / gpus
             name = "gathering weights, summing gradients"
             rows[name] = sending((gpus - 1) / gpus * sent, gpus, self.speeds)
         else:
-            sent = 2 * (gpus - 1) / gpus * size_of(self.models(dtype).trained)
+            sent = 2 * (gpus - 1) / gpus * size_of(self.models.trained)
             rows["optimizer"] = optimizer
             rows["all-reduce"] = sending(sent, gpus, self.speeds)
         return rows | {"a step": sum(rows.values())}
@@ -519,10 +510,9 @@ class JudgePlan:
             f"Time is for answers of {args.answer} tokens, padding included: a step's longest "
             f"answer decides (--answer). A step of the decode reads the language model's weights "
             f"once, whatever the number of answers, and is one launch: a CUDA graph, which the "
-            f"host takes {1000 * recording:.0f} ms to record in each generation. On one GPU all "
-            f"weights would compute in float32. Each GPU has a question at least: above "
-            f"{args.batch} of them --batch grows with their number, and the steps of the same "
-            f"epochs become fewer.")
+            f"host takes {1000 * recording:.0f} ms to record in each generation. Each GPU has a "
+            f"question at least: above {args.batch} of them --batch grows with their number, and "
+            f"the steps of the same epochs become fewer.")
 
 
 # --------------------------------------------------------------------------------------------------

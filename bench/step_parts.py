@@ -29,9 +29,9 @@ from parts.pipeline import PAPER
 
 QUESTION = 149  # tokens of feedback.ask("regression", …) by Qwen's tokenizer, without the picture
 ANSWER = 150  # tokens of the judge's answer, assumed; the cache has room for ANSWER_LIMIT
-# Seconds a layer that the host takes to launch the kernels of a step of the decode, measured with an
-# H200 (docs/gpu.md): 38 ms for 28 layers. A CUDA graph is recorded by two such steps, one of which
-# runs and one of which is only written down; replaying it launches nothing.
+# Seconds a layer that the host takes to launch the kernels of a step of the decode, measured with
+# an H200 (docs/gpu.md): 38 ms for 28 layers. A CUDA graph is recorded by two such steps, one of
+# which runs and one of which is only written down; replaying it launches nothing.
 LAUNCHES = 0.038 / 28
 RECORDING = 2 * LAUNCHES
 
@@ -223,8 +223,8 @@ def update_parts(models, args, n, checkpointing):
 
 
 def sde_settings(args):
-    """What train_gen.py makes of the flags. Where a window lies and how much noise there is makes no
-    difference to the plan, which has no flags for that."""
+    """The SDESettings that train_gen.py makes of the flags."""
+    # Where a window lies and how much noise there is makes no difference here.
     complete = argparse.Namespace(window_within=0, seed=0, noise_level=0.7, **vars(args))
     return train_gen.sde_settings(complete, shift=3.0, step=0)
 
