@@ -518,6 +518,7 @@ class QwenVL(nn.Module):
         cache = StaticCache(self.config, lengths, n, max_new_tokens, self.head_weight)
         with ops.fast_linears(self, copy=False):
             hidden = self.trunk(cache.prefill, ids, positions, pixels, grids)
+        del pixels  # in float32 6 MB a picture, and the decode is long
         last = torch.tensor(lengths, device=device).cumsum(0) - 1
         logits = ops.logits(hidden[last], self.head_weight).repeat_interleave(n, dim=0)  # [P·n,V]
         token, log_prob = sample(logits, temperature, uniforms[:, 0])

@@ -1,7 +1,7 @@
 """The change of a LoRA layer in three products, in the type of the model.
 
 Counted for one forward pass of SD3.5-Medium over 16 × 1,357 tokens, the plain form moves the tokens
-of each layer seven times, in float32, by some ten launches. Here the change is added to what the
+of each layer seven times, in float32, by eight launches. Here the change is added to what the
 frozen layer gave in place, by one product over all projections, whose B stand on the diagonal of
 one matrix: more multiplications than needed, but few beside the frozen layer's, and one pass over
 memory. The masters stay float32, and so do the sums of their gradients.

@@ -64,9 +64,10 @@ class LoRA(nn.Module):
         return self.linear.bias
 
     def forward(self, x):
-        y = self.linear(x)
         if not self.enabled:
-            return y
+            return self.linear(x)
+        x = x.contiguous()  # or both the layer and its change would make a copy of a slice
+        y = self.linear(x)
         return add_change(y, x, self.A, list(self.B), self.alpha / self.rank)
 
     def pairs(self):

@@ -182,13 +182,13 @@ def test_the_half_without_a_gradient_keeps_nothing_and_is_computed_once(small):
 
 
 def test_all_pictures_are_drawn_then_read_at_once_then_scored(small):
-    planned = small()
-    rows = planned.memory(1)  # of 128 pictures
+    planned = small("--batch", 8)
+    rows = planned.memory(1)  # of 64 pictures
     prompt = step_parts.judge_prompt(planned.models.judge, 128**2)
-    cache = 2 * JUDGE.layers * JUDGE.kv_heads * JUDGE.head_dim * 2 * 128 * (len(prompt.ids) + feedback.ANSWER_LIMIT)
+    cache = 2 * JUDGE.layers * JUDGE.kv_heads * JUDGE.head_dim * 2 * 64 * (len(prompt.ids) + feedback.ANSWER_LIMIT)
     assert rows["judge's cache, while it answers"] == cache
     # all their patches are there, in float32 and, for the first product, in bfloat16
-    assert rows["activations: judge, prefill"] > 128 * prompt.pixels.nbytes * 1.5
+    assert rows["activations: judge, prefill"] > 64 * prompt.pixels.nbytes * 1.5
     names = list(rows)
     held = sum(rows[name] for name in names[:names.index("judge's cache, while it answers")])
     busy = {name: size for name, size in rows.items() if name.startswith("activations") and "checkpointing" not in name}
@@ -196,7 +196,7 @@ def test_all_pictures_are_drawn_then_read_at_once_then_scored(small):
     in_turn |= {"optimizer": planned.optimizer.peak, "encoder": planned.models.encoder.peak}
     assert rows["peak"] == held + max(in_turn.values()) and max(in_turn, key=in_turn.get) == "activations: judge, prefill"
     # twice as many pictures are read by a generation after the other, and scored at once
-    twice = small("--batch", 32)
+    twice = small("--batch", 16)
     more = twice.memory(1)
     assert more["judge's cache, while it answers"] == cache
     assert more["activations: judge, prefill"] == rows["activations: judge, prefill"]
@@ -205,7 +205,7 @@ def test_all_pictures_are_drawn_then_read_at_once_then_scored(small):
     for name in ("judge, prefill", "judge, recording", "judge, decode"):
         assert again[name] == pytest.approx(2 * once[name])
     # a process of few pictures reads them at once, too, whatever --micro is
-    assert small("--micro", 3).costs(8)["judge, decode"] == pytest.approx(planned.costs(8)["judge, decode"])
+    assert small("--batch", 8, "--micro", 3).costs(8)["judge, decode"] == pytest.approx(planned.costs(8)["judge, decode"])
     assert once["judge, recording"][2] == pytest.approx(2 * 0.038 * JUDGE.layers / 28)
 
 
