@@ -110,23 +110,25 @@ def token_log_probs(hidden, lm_head_weight, targets, temperature=1.0):
     return log_probs.gather(1, targets.long()[:, None])[:, 0]  # [N,1] -> [N]
 
 
-def check_on_policy(sampled, computed, mask, limits, far=0.5):
+def check_on_policy(sampled, computed, mask, limits, rounding=1.0):
     """How far log-probabilities that training computes are from those of sampling, all [B,L].
 
     Before an update the two differ by rounding only. Returns {"mean": of |Δ log p| over the tokens,
-    "share": of the tokens with |ratio − 1| > far, "max": the greatest |ratio − 1|}. UserError if
-    one is above its limit in `limits`; but of 100,000 tokens in bfloat16 some are off by half.
+    "share": of the tokens with |ratio − 1| > 0.5, "max": the greatest |ratio − 1|}. UserError if
+    one is above its limit; but of 100,000 tokens in bfloat16 some are off by half. rounding: in
+    units of bfloat16's, 1e-3 for float32; mean and 0.5 are allowed that much of themselves.
     """
     difference = torch.where(mask, computed - sampled, 0.0)
     deviation = (difference.exp() - 1).abs()
-    too_far = ~(deviation <= far)  # true for NaN, too
-    sums = {"mean": difference.abs().sum(), "share": too_far.sum()}
+    far = ~(deviation <= 0.5 * rounding)  # true for NaN, too
+    sums = {"mean": difference.abs().sum(), "share": far.sum()}
     figures = {name: float(value / mask.sum()) for name, value in sums.items()}
     figures["max"] = float(deviation.max())
     for name, limit in limits.items():
+        limit = limit * rounding if name == "mean" else limit
         if not figures[name] <= limit:
             off = ", ".join(f"{part} {figure:.2g}" for part, figure in figures.items())
-            first = int(too_far.any(dim=0).int().argmax())
+            first = int(far.any(dim=0).int().argmax())
             raise UserError(f"before the first update training's log-probabilities differ from "
                             f"sampling's by {off} (allowed: {name} {limit:g}), from token {first} "
                             f"of an answer on; compare their prompts, adapter, positions, "

@@ -35,7 +35,6 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
-READ_AT_ONCE = 64  # pictures, by the judge: more would need more memory than an update
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
@@ -210,8 +209,7 @@ def rewards_of(images, rows, models, reward_weights):
     parts = {}
     readings = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
-        # A token's step reads all weights of the judge, for however many pictures it is.
-        judge = pipeline.judge_of(models.judge, READ_AT_ONCE, progress=False)
+        judge = pipeline.judge_of(models.judge, progress=False)
         # Read as strictly as in the judge's training. The paper gives no formula; ours is
         # 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1, and 0 for an answer that cannot be read.
         seen = feedback.judge_images(judge, images, strict=True)

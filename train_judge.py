@@ -203,26 +203,16 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, ch
                 greatest["ratio_max_deviation"].append(float(metrics["ratio_max_deviation"]))
         # 4. what sampling gave may only differ by rounding
         if turn == 0:
-            greatest |= sampling_mismatch(rollout, torch.cat(olds), args, processes, check)
+            figures = grpo.check_on_policy(
+                rollout.log_probs.flatten(0, 1), torch.cat(olds), rollout.mask.flatten(0, 1),
+                args.mismatch if check else {}, 1e-3 if processes.device.type == "cpu" else 1.0)
+            greatest |= {f"mismatch_{name}": [figure] for name, figure in figures.items()}
         # 5. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
         if args.lora:
             processes.average_gradients(trained)
         norm = sharding.clip_grad_norm(trained, args.max_grad_norm)
         optimizer.step()
     return sums, greatest, norm
-
-
-def sampling_mismatch(rollout, computed, args, processes, check):
-    """{metric: [value]} of `grpo.check_on_policy`; check: whether the limits hold."""
-    limits = dict(args.mismatch) if check else {}
-    far = 0.5
-    if processes.device.type == "cpu":
-        # It computes in float32, which rounds more than a thousand times finer than bfloat16.
-        far /= 1000
-        limits = {name: limit / 1000 if name == "mean" else limit for name, limit in limits.items()}
-    figures = grpo.check_on_policy(
-        rollout.log_probs.flatten(0, 1), computed, rollout.mask.flatten(0, 1), limits, far)
-    return {f"mismatch_{name}": [figure] for name, figure in figures.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -754,7 +754,7 @@ def programs(rows, s):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", "1"]
         short = [] if on_cuda(s) else ["--max-new-tokens", "16", "--group", "2"]
-        drawing = [] if on_cuda(s) else ["--size", "32", "--sde-steps", "2",
+        drawing = [] if on_cuda(s) else ["--size", "32", "--sde-steps", "3",
                                          "--window-within", "2", "--group", "2"]
         commands = {
             "train_gen.py": [sys.executable, "train_gen.py", *common, "--sample-steps", "4",

@@ -25,13 +25,12 @@ import torch
 
 import data
 import feedback
-import train_gen
 from bench import step_parts
 from bench.counter import size_of
 from bench.step_parts import ANSWER, GENERATORS, JUDGES, SCORERS, Part
 from parts import cli
 from parts.cli import UserError, integer, number
-from parts.pipeline import PAPER
+from parts.pipeline import PAPER, READ_AT_ONCE
 from parts.run import KEEP
 
 
@@ -240,7 +239,7 @@ class GeneratorPlan:
         }
 
         # 2. the rollout: all pictures are drawn, then read by the judge, then scored
-        judging, cache = self.judging(min(pictures, train_gen.READ_AT_ONCE))
+        judging, cache = self.judging(min(pictures, READ_AT_ONCE))
         parts = self.drawing(n) | judging | self.scoring(pictures)
         most = {name: part.counter.peak for name, part in parts.items()}
         rollout = max(size + (cache if name in judging else 0) for name, size in most.items())
@@ -274,7 +273,7 @@ class GeneratorPlan:
         pictures = args.batch * args.group // gpus
         for n, chunks in shares(pictures, args.micro):
             add_costs(rows, chunks, self.drawing(n), self.speeds)
-        for n, generations in shares(pictures, train_gen.READ_AT_ONCE):
+        for n, generations in shares(pictures, READ_AT_ONCE):
             add_costs(rows, generations, self.judging(n)[0], self.speeds)
         add_costs(rows, 1, self.scoring(pictures), self.speeds)
         for n, chunks in shares(pictures, args.micro):

@@ -7,7 +7,6 @@ flags. In order: models without weights, the generator's step, the judge's, the 
 n: pictures in one batch. P prompts or questions, G answers to each, C tokens of an answer.
 """
 
-import argparse
 import functools
 import math
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ import flow_grpo
 import grpo
 import mmdit
 import qwen_vl
-import train_gen
 from bench.counter import OperatorCounter, measure, size_of
 from kernels import lora_forms
 from parts import chat, clip, lora, ops, text_encoders, vae
@@ -223,10 +221,11 @@ def update_parts(models, args, n, checkpointing):
 
 
 def sde_settings(args):
-    """The SDESettings that train_gen.py makes of the flags."""
-    # Where a window lies and how much noise there is makes no difference here.
-    complete = argparse.Namespace(window_within=0, seed=0, noise_level=0.7, **vars(args))
-    return train_gen.sde_settings(complete, shift=3.0, step=0)
+    """The SDESettings that train_gen.py makes of the flags; a window may lie anywhere."""
+    stochastic = range(args.window or args.sde_steps)
+    trained = range(args.window or args.sde_steps - args.skip_last)
+    return flow_grpo.SDESettings(args.sde_steps, args.guidance, stochastic=stochastic,
+                                 trained=trained, detach=args.guidance_gradient == "conditional")
 
 
 def trajectory_size(models, args):

@@ -31,6 +31,9 @@ from parts.files import read_json
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
+# Answers in one generation of the judge: a token's step reads all of its weights, for however many
+# answers, but more of these would need more memory than an update of the generator.
+READ_AT_ONCE = 64
 
 
 @dataclass
@@ -196,7 +199,7 @@ def load_judge(source, device, size):
     return judge
 
 
-def judge_of(model, batch=32, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
+def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
     """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each

@@ -288,7 +288,7 @@ def test_training_must_see_the_probabilities_that_sampling_saw(spoil, message):
     figures = grpo.check_on_policy(x.masked_fill(~mask, math.nan), x + 1e-6, mask, limits)
     assert 0 < figures["mean"] < 1e-4 and figures["share"] == 0 and 0 < figures["max"] < 1e-4
     with pytest.raises(UserError, match=message):
-        grpo.check_on_policy(x, spoil(x), mask, limits, far=0.05)
+        grpo.check_on_policy(x, spoil(x), mask, limits, rounding=0.1)
     assert grpo.check_on_policy(x, x + 0.1, mask, {})["mean"] == pytest.approx(0.1, rel=1e-4)  # no limits, no error
 
 
