@@ -95,6 +95,22 @@ def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys)
     assert "rank 32 and alpha 64, not 8 and 64; give --lora-rank 32" in capsys.readouterr().err
 
 
+def test_a_new_adapter_is_on_eight_projections_and_one_that_is_there_keeps_its_own():
+    new, shipped = (train_gen.load_models(train_gen.parse_args(flags), torch.device("cpu")).generator.mmdit
+                    for flags in ([], ["--init-adapter", "tiny/weights/adapter"]))
+    names = {name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
+    assert names == {".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
+    files = load_file("tiny/weights/adapter/adapter_model.safetensors")
+    assert lora.lora_views(shipped).keys() == files.keys()
+    assert len(lora.lora_views(new)) < len(files) or not any(".attn2." in name for name in files)
+
+
+def test_the_average_takes_up_every_so_many_steps(dataset, tmp_path):
+    finish(start(dataset, tmp_path, *SMALL, "--steps", 1, "--ema-every", 2))
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(not t.any() for name, t in tensors.items() if "lora_B" in name)  # as it was before the first step
+
+
 def test_before_an_update_the_ratio_is_exactly_one(unbroken):
     assert all(r["ratio_max_deviation"] == 0 and r["ratio"] == 1 for r in without_times(log_of(unbroken[0]))[1:])
 
