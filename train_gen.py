@@ -80,7 +80,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
-CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "reward_std", "zero_spread",
+CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
+          "zero_spread",
           "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +223,11 @@ def rewards_of(images, rows, models, reward_weights):
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         readings["meter"] = torch.tensor(measured, dtype=torch.float64)
+    for name in reward_weights:
+        for i in parts[name].isfinite().logical_not().nonzero()[:1, 0].tolist():
+            raise UserError(f"the reward {name} of a picture is {float(parts[name][i])}, of row "
+                            f"{rows[i].id}, {rows[i].neutral!r}; is its model or the generator's "
+                            f"broken?")
     parts["total"] = sum(weight * parts[name] for name, weight in reward_weights.items())
     for reader, pairs in readings.items():
         parts[f"{reader}_v_error"], parts[f"{reader}_a_error"] = (pairs - targets).abs().T
@@ -239,11 +245,12 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     of the chunks.
 
     advantages [n]. check: see `check_on_policy`. Returns ({metric: sum over this process's
-    picture-steps}, greatest |ratio − 1| before the first update, norm of the last gradient).
+    picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "picture_steps"), 0.0)
     deviation = None
+    norms = []
     for turn in range(args.updates):
         share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
         pictures = sum(len(chunk.indices) for chunk in share)
@@ -278,9 +285,11 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
                 check_on_policy(deviation, args.mismatch, processes)
         # 5. step of the optimizer
         processes.average_gradients(trained)
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm))
-        optimizer.step()
-    return {name: float(value) for name, value in sums.items()}, deviation, norm
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)))
+        if math.isfinite(norms[-1]):  # else it is skipped, by all processes alike
+            optimizer.step()
+    sums = {name: float(value) for name, value in sums.items()}
+    return sums, deviation, sum(norms) / len(norms)
 
 
 def check_on_policy(deviation, limit, processes):
@@ -353,7 +362,8 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, Flow-GRPO")
+    settings = vars(args) | {"rows": data.digest(rows)}
+    run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -405,6 +415,9 @@ def train(args, processes):
             record = {"step": done, **summary(rewards, *updated, processes), "lr": lr,
                       "seconds_rollout": seconds_rollout, "seconds_update": timer.lap(),
                       "memory_gib": training.peak_memory(processes.device)}
+            record["skipped"] = run.count_skipped(record["grad_norm"], [
+                {"row": s.row.id, "prompt": s.prompt, "seed": s.seed} for s in samples])
+            run.warn("cannot be read", record.get("unreadable"))
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")})
             # 7. evaluate the averaged adapter, which is the one that is written in the end
             if training.evaluation_due(done, args):

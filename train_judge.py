@@ -70,9 +70,9 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
-CURVES = ("reward", "reward_format", "reward_va", "reward_class", "length", "kl", "clip_fraction",
-          "zero_spread", "grad_norm", "eval_v_error", "eval_a_error", "eval_class_accuracy",
-          "tokens_per_second")
+CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
+          "clip_fraction", "zero_spread", "grad_norm", "eval_v_error", "eval_a_error",
+          "eval_class_accuracy", "tokens_per_second")
 
 # --------------------------------------------------------------------------------------------------
 # Rollout: questions, answers, rewards
@@ -181,6 +181,7 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, ch
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl"), 0.0)
     greatest = {"ratio_max_deviation": []}
     olds = []
+    norms = []
     for turn in range(args.iterations):
         optimizer.zero_grad(set_to_none=True)
         for i, part in enumerate(parts):
@@ -210,9 +211,10 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, ch
         # 5. step of the optimizer; FSDP2 has averaged its gradients in the backward pass
         if args.lora:
             processes.average_gradients(trained)
-        norm = sharding.clip_grad_norm(trained, args.max_grad_norm)
-        optimizer.step()
-    return sums, greatest, norm
+        norms.append(sharding.clip_grad_norm(trained, args.max_grad_norm))
+        if math.isfinite(norms[-1]):  # else it is skipped, by all processes alike
+            optimizer.step()
+    return sums, greatest, sum(norms) / len(norms)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +324,8 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    run = training.Run(args.out, vars(args), processes, CURVES, f"{args.model}, GRPO")
+    settings = vars(args) | {"rows": data.digest(rows)}
+    run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, GRPO")
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -362,6 +365,9 @@ def train(args, processes):
                       "seconds_rollout": seconds_rollout, "seconds_update": seconds_update,
                       "memory_gib": training.peak_memory(processes.device)}
             record["tokens_per_second"] = record["tokens"] / (seconds_rollout + seconds_update)
+            record["skipped"] = run.count_skipped(record["grad_norm"], [
+                {"row": q.row.id, "task": q.task, "seed": q.seed} for q in questions])
+            run.warn("do not have the form that was asked for", 1 - record["parses"])
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "parses", "kl")})
             # 6. evaluate
             if training.evaluation_due(done, args):

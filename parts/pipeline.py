@@ -102,28 +102,34 @@ class Generator:
 class PromptCache:
     """Text encoders in the place of a Generator's, that encode each prompt once.
 
-    The results are kept in host memory. Prompts are encoded one by one, because in a batch the
-    rounding would depend on the others, and training on another number of processes, or going on
-    after a stop, would not give the same bits.
+    The results are kept in host memory, those of the last `limit` prompts. Prompts are encoded one
+    by one, because in a batch the rounding would depend on the others, and training on another
+    number of processes, or going on after a stop, would not give the same bits.
     """
 
-    def __init__(self, encoders, dtype):
+    def __init__(self, encoders, dtype, limit=2048):
         self.encoders = encoders
         self.dtype = dtype
-        self.known = {}
+        self.limit = limit  # of SD3.5's prompts, 2.7 MB each
+        self.known = {}  # the least used first
 
     def encode(self, prompts):
         """(context [B,L,D], pooled [B,·]) of B prompts, on the CPU."""
         # A run of training asks for the same few thousand prompts again and again.
-        for prompt in prompts:
-            if prompt not in self.known:
+        for prompt in dict.fromkeys(prompts):
+            if prompt in self.known:
+                self.known[prompt] = self.known.pop(prompt)  # now it is the last one
+            else:
                 encoded = self.encoders.encode([prompt])
                 self.known[prompt] = [z[0].to(self.dtype).cpu() for z in encoded]
         context, pooled = zip(*(self.known[prompt] for prompt in prompts))
+        while len(self.known) > self.limit:
+            del self.known[next(iter(self.known))]
         return torch.stack(context), torch.stack(pooled)
 
     def encode_and_free(self, prompts, progress):
         """Encode every prompt that will be needed; then free the memory of the encoders."""
+        self.limit = len(prompts)
         for prompt in tqdm(prompts, "prompts", leave=False, disable=not progress):
             self.encode([prompt])
         self.encoders = None

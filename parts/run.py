@@ -14,6 +14,7 @@ processes. No state of a random generator is stored: every step derives its seed
 seed and its own number.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -35,12 +36,15 @@ from tqdm import tqdm
 from parts import checkpoints, cli, lora
 from parts.cli import UserError
 from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
+from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
+DIGESTS = "digests.json"  # of a checkpoint's files
 NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
+SKIPS = 3  # steps in a row without a finite gradient that end a run
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
 
@@ -237,8 +241,9 @@ class Run:
     """A run's folder. Within `with run:` SIGTERM and Ctrl-C set a flag, so that the program can
     save the last whole step before it ends; a second one ends it at once.
 
-    settings: written to settings.json. A run that goes on must have the same values, but for those
-    of MAY_CHANGE; else UserError. curves: keys of the log. title: above the curves.
+    settings: written to settings.json, by `read_log`, when all that can fail at the start has been
+    done. A run that goes on must have the same values, but for those of MAY_CHANGE; else UserError,
+    as if another run is writing into the folder. curves: keys of the log. title: above the curves.
     """
 
     def __init__(self, folder, settings, processes, curves=(), title=""):
@@ -252,21 +257,35 @@ class Run:
         self.saved = 0  # steps of the newest checkpoint
         self.saved_at = time.monotonic()
         self.records = []  # the log's lines
+        self.skipped = 0  # steps in a row whose gradient was not finite
+        self.warned = set()  # of what has been warned already
+        self.lock()
         settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
-        settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
+        self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
         path = self.folder / "settings.json"
         if path.exists():
             before = read_json(path)
-            changed = [name for name in sorted(settings.keys() - MAY_CHANGE)
-                       if before.get(name) != settings[name]]
+            changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE)
+                       if before.get(name) != self.settings[name]]
             if changed:
                 held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-                given = ", ".join(repr(settings[name]) for name in changed)
+                given = ", ".join(repr(self.settings[name]) for name in changed)
                 raise UserError(f"{folder} holds a run with {held}, not {given}; choose another "
                                 f"--out, or repeat its settings to go on")
-        if processes.first:
-            write_json(path, settings)
-        processes.wait()
+
+    def lock(self):
+        """Make this run the only one that writes into its folder, until its process ends."""
+        held = False
+        if self.processes.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.folder / ".lock", "w")
+            try:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                held = True
+        if self.processes.total({"held": held})["held"]:
+            raise UserError(f"{self.folder}: another run is writing there; wait for its end, or "
+                            f"choose another --out")
 
     def __enter__(self):
         # those that stood before come back when the block ends, so that Ctrl-C works as usual then
@@ -332,11 +351,40 @@ class Run:
         of later steps, which a killed run wrote after its last checkpoint, go."""
         self.records = read_records(self.log_path, step)
         if self.processes.first:
+            write_json(self.folder / "settings.json", self.settings)
             if step:
                 cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
         self.processes.wait()
         return self.records[-1] if self.records else {"step": step}
+
+    def count_skipped(self, norm, batch):
+        """1 if a step was skipped because the norm of its gradient is not finite, else 0.
+
+        batch: what it was of, as a list of dicts, which is then kept in skipped.jsonl. Raises
+        UserError after SKIPS of them in a row; all processes see the same norm.
+        """
+        if math.isfinite(norm):
+            self.skipped = 0
+            return 0
+        self.skipped += 1
+        path = self.folder / "skipped.jsonl"
+        whole = self.processes.gather(batch)
+        if self.processes.first:
+            write_rows(path, whole)
+        if self.skipped == SKIPS:
+            raise UserError(f"{SKIPS} steps in a row had no finite gradient and were skipped; what "
+                            f"the last was of is in {path}; try a lower --lr, or go on from the "
+                            f"checkpoint of step {self.saved:,} with other data")
+        return 1
+
+    def warn(self, what, share, limit=0.2):
+        """Say once if a share of the answers is above the limit."""
+        if share is not None and share > limit and what not in self.warned:
+            self.warned.add(what)
+            if self.processes.first:
+                cli.say(f"{share:.0%} of the judge's answers {what}; look at the judge before the "
+                        f"rewards")
 
     def evaluations(self):
         """Markdown of the first and the last record that has figures of an evaluation, eval_…"""
@@ -387,11 +435,17 @@ class Run:
 
         The folder gets its final name, and so counts, when all processes have written their part.
         """
+        broken = sum(not bool(own_rows(tensor)[0].isfinite().all()) for tensor in state.values())
+        if self.processes.total({"broken": broken})["broken"]:
+            raise UserError(f"after step {step:,} the state of the training is not finite and was "
+                            f"not saved; {self.folder} has that of step {self.saved:,}")
         # eight digits, so that the order of names is that of steps
         final = self.folder / f"checkpoint-{step:08d}"
         temporary = final.with_suffix(".tmp")
         checkpoints.write(temporary, state)
+        digests = dict(self.processes.gather(checkpoints.digests(temporary, self.processes.rank)))
         if self.processes.first:
+            write_json(temporary / DIGESTS, digests)
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -406,8 +460,8 @@ class Run:
     def load(self, state, steps):
         """Fill a state from the last complete checkpoint; returns its step, or 0 without one.
 
-        Any number of processes may have written it. Raises UserError if it has more than `steps`
-        steps, or is damaged.
+        Any number of processes may have written it. One whose bytes have changed is passed over for
+        the one before. Raises UserError if it has more than `steps` steps, or none can be read.
         """
         # what a killed run left half written
         if self.processes.first:
@@ -417,13 +471,31 @@ class Run:
         found = self.checkpoints()
         if not found:
             return 0
-        folder = found[-1]
+        whole = [folder for folder in found if not self.damaged(folder)]
+        if not whole:
+            raise UserError(f"{self.folder}: all of its checkpoints are damaged; choose another "
+                            f"--out, or delete them to start over")
+        folder = whole[-1]
         self.saved = int(folder.name[-8:])
         if self.saved > steps:
             raise UserError(f"--steps {steps}: {folder} is further already; give as many or more, "
                             f"or choose another --out")
         checkpoints.read(folder, state)
         return self.saved
+
+
+    def damaged(self, folder):
+        """Whether a file of a checkpoint has other bytes than were written; says which. Each
+        process looks at its share of the files."""
+        path = folder / DIGESTS
+        if not path.exists():  # of a run before checkpoints had digests
+            return False
+        names = sorted(read_json(path).items())[self.processes.rank::self.processes.world]
+        changed = [name for name, digest in names if checkpoints.digest_of(folder / name) != digest]
+        changed = self.processes.gather(changed)
+        if changed and self.processes.first:
+            cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
+        return bool(changed)
 
 
 def draw_curves(records, keys, title):

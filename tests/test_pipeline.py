@@ -116,3 +116,33 @@ def test_encoders_may_leave_when_all_prompts_are_encoded():
     assert caches[0].encoders is None
     for ours, theirs in zip(caches[0].encode(prompts), caches[1].encode(prompts), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Counting:
+    """Text encoders that count what they are asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, prompts):
+        self.asked += prompts
+        return torch.full((1, 2, 3), float(len(prompts[0]))), torch.full((1, 4), float(len(prompts[0])))
+
+
+def test_a_prompt_is_encoded_once_while_it_is_among_the_last_that_were_used():
+    cache = PromptCache(Counting(), torch.float32, limit=3)
+    context, pooled = cache.encode(["a", "bb", "a"])
+    assert context[:, 0, 0].tolist() == pooled[:, 0].tolist() == [1, 2, 1]
+    cache.encode(["ccc"])
+    cache.encode(["a"])  # used again, so that "bb" is now the one that was not used for longest
+    cache.encode(["dddd"])
+    assert cache.encoders.asked == ["a", "bb", "ccc", "dddd"] and list(cache.known) == ["ccc", "a", "dddd"]
+    cache.encode(["bb", "a", "eeeee", "ffffff"])  # more than the limit at a time are no difficulty
+    assert cache.encoders.asked[4:] == ["bb", "eeeee", "ffffff"] and len(cache.known) == 3
+
+
+def test_prompts_that_are_encoded_ahead_all_stay():
+    cache = PromptCache(Counting(), torch.float32, limit=2)
+    prompts = ["a", "bb", "ccc", "dddd"]
+    cache.encode_and_free(prompts, progress=False)
+    assert cache.encode(prompts)[1][:, 0].tolist() == [1, 2, 3, 4] and cache.encoders is None

@@ -3,9 +3,11 @@
 import json
 import math
 import os
-import shutil
 import signal
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,21 +60,88 @@ def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
     assert not half.exists()
 
 
-def test_a_run_has_the_checkpoint_before_a_damaged_one(tmp_path):
+def flip(path, at, bit=3):
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= 1 << bit
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_bit_that_flipped_anywhere_makes_a_run_go_on_from_the_checkpoint_before(tmp_path, capsys, name):
     run = make(tmp_path)
     for step in (2, 4):
-        run.save(step, {"x": torch.full((1000,), step)})
-    path = tmp_path / "checkpoint-00000004" / "__0_0.distcp"
-    path.write_bytes(path.read_bytes()[:500])
-    state = {"x": torch.zeros(1000)}
-    with pytest.raises(UserError, match="checkpoint-00000004: damaged .*delete it to go on from the one before"):
-        run.load(state, 99)
-    shutil.rmtree(path.parent)
-    assert run.load(state, 99) == 2 and state["x"].tolist() == [2.0] * 1000
+        run.save(step, {"x": torch.full((1000,), float(step))})
+    path, rng = tmp_path / "checkpoint-00000004" / name, np.random.default_rng(0)
+    whole = path.read_bytes()
+    for at in rng.integers(len(whole), size=25).tolist():
+        flip(path, at)
+        state = {"x": torch.zeros(1000)}
+        assert run.load(state, 99) == 2 and state["x"].tolist() == [2.0] * 1000
+        assert f"checkpoint-00000004: {name} damaged; the checkpoint before is used" in capsys.readouterr().err
+        path.write_bytes(whole)
+    assert run.load(state, 99) == 4
+    path.write_bytes(whole[:-100])
+    assert run.load(state, 99) == 2
+    path.unlink()
+    assert run.load(state, 99) == 2
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path):
+    run = make(tmp_path)
+    run.save(2, {"x": torch.zeros(1000)})
+    flip(tmp_path / "checkpoint-00000002" / "__0_0.distcp", 300)
+    with pytest.raises(UserError, match="all of its checkpoints are damaged"):
+        run.load({"x": torch.zeros(1000)}, 99)
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    run = make(tmp_path)
+    run.save(2, {"x": torch.ones(3)})
+    for bad in (math.nan, math.inf):
+        with pytest.raises(UserError, match="after step 4 .* is not finite and was not saved; .* has that of step 2"):
+            run.save(4, {"x": torch.tensor([1.0, bad, 1.0])})
+    assert [folder.name for folder in run.checkpoints()] == ["checkpoint-00000002"]
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_the_third_in_a_row_ends_the_run(tmp_path):
+    run = make(tmp_path)
+    found = [run.count_skipped(norm, [{"row": "r7", "seed": 3}]) for norm in (0.5, math.nan, math.inf, 1.0, math.nan, math.nan)]
+    assert found == [0, 1, 1, 0, 1, 1]
+    with pytest.raises(UserError, match="3 steps in a row had no finite gradient .* is in .*skipped.jsonl"):
+        run.count_skipped(math.nan, [{"row": "r8", "seed": 4}])
+    assert read_records(tmp_path / "skipped.jsonl") == [{"row": "r8", "seed": 4}]
+
+
+def test_a_judge_that_answers_garbage_is_noticed_once(tmp_path, capsys):
+    run = make(tmp_path)
+    for share in (None, 0.1, 0.2, 0.35, 0.9):
+        run.warn("cannot be read", share)
+    assert capsys.readouterr().err == "35% of the judge's answers cannot be read; look at the judge before the rewards\n"
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path):
+    code = (f"import sys, torch; sys.path.insert(0, {str(Path.cwd())!r})\n"
+            "from parts.run import Processes, Run\n"
+            f"run = Run({str(tmp_path)!r}, {{}}, Processes(0, 1, torch.device('cpu')))\n"
+            "print('runs', flush=True); sys.stdin.read()\n")
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "runs\n"
+        with pytest.raises(UserError, match="another run is writing there"):
+            make(tmp_path)
+    finally:
+        other.communicate()
+    make(tmp_path)  # it has ended
+
+
+def test_a_start_that_fails_leaves_no_settings(tmp_path):
+    make(tmp_path, lr=0.2)  # models are loaded next, and one is missing
+    make(tmp_path).read_log(0)
+    assert json.loads((tmp_path / "settings.json").read_text())["lr"] == 0.1
 
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
-    make(tmp_path)
+    make(tmp_path).read_log(0)
     make(tmp_path, save_every=7)
     with pytest.raises(UserError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
         make(tmp_path, lr=0.2)

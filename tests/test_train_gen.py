@@ -121,6 +121,61 @@ def same_end(out, unbroken):
     assert without_times(log_of(out)) == without_times(log_of(unbroken))
 
 
+def broken_losses(monkeypatch, steps):
+    """Make the losses of some steps NaN: of the calls of `update`, counted from 0."""
+    plain, calls = train_gen.update, []
+
+    def update(*args):
+        bad = len(calls) in steps
+        calls.append(1)
+        with monkeypatch.context() as patch:
+            if bad:
+                patch.setattr(train_gen, "step_weight", lambda *_: float("nan"))
+            return plain(*args)
+
+    monkeypatch.setattr(train_gen, "update", update)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(dataset, tmp_path, monkeypatch):
+    broken_losses(monkeypatch, {1})
+    args = ["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--steps", "3"]
+    assert train_gen.main(args) == 0
+    assert [r.get("skipped") for r in log_of(tmp_path)] == [None, 0, 1, 0] and log_of(tmp_path)[2]["grad_norm"] is None
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert [row["row"] for row in read_records(tmp_path / "skipped.jsonl")]
+
+
+def test_a_run_whose_gradients_stay_broken_ends_and_keeps_what_it_had(dataset, tmp_path, monkeypatch, capsys):
+    broken_losses(monkeypatch, {2, 3, 4})
+    args = ["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--steps", "9"]
+    assert train_gen.main(args) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 steps in a row had no finite gradient" in error and "the checkpoint of step 4" in error
+    assert (tmp_path / "checkpoint-00000004").exists() and not (tmp_path / "adapter").exists()
+    batch = read_records(tmp_path / "skipped.jsonl")
+    assert len(batch) == 4 and set(batch[0]) == {"row", "prompt", "seed"}
+
+
+def test_a_reward_that_is_no_number_is_named_with_its_picture(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_gen.clip, "pick_score", lambda model, images, prompts: torch.full((len(images),), float("nan")))
+    assert train_gen.main(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--steps", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the reward pickscore of a picture is nan, of row test_" in error
+
+
+def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    shutil.copytree(dataset, tmp_path / "dataset")
+    path = tmp_path / "dataset" / "train.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    settings = tmp_path / "run" / "settings.json"
+    settings.write_text(settings.read_text().replace(str(dataset), str(tmp_path / "dataset")))  # the same path, other rows
+    args = ["--data", str(tmp_path / "dataset"), "--out", str(tmp_path / "run"), *SMALL, "--steps", "6"]
+    assert train_gen.main(args) == 2
+    assert "holds a run with rows '" in capsys.readouterr().err
+
+
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
     killed = launch.kill_inside_second_checkpoint("train_gen", dataset, out, *SMALL, "--steps", 5)

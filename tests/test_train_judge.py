@@ -174,6 +174,21 @@ def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset
                              "--mismatch", "mean=1000"]) == 0
 
 
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(dataset, tmp_path, monkeypatch):
+    plain, calls = train_judge.update, []
+
+    def update(model, reference, rollout, advantages, *rest, **named):
+        calls.append(1)
+        return plain(model, reference, rollout, advantages * (float("nan") if len(calls) == 1 else 1), *rest, **named)
+
+    monkeypatch.setattr(train_judge, "update", update)
+    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--steps", "2"]) == 0
+    assert [r.get("skipped") for r in log_of(tmp_path)] == [None, 1, 0]
+    judge = qwen_vl.QwenVL.from_pretrained(tmp_path / "judge")
+    assert all(p.isfinite().all() for p in judge.parameters())
+    assert {"row", "task", "seed"} == set(read_records(tmp_path / "skipped.jsonl")[0])
+
+
 def test_every_epoch_asks_every_question_once():
     args = train_judge.parse_args(["--batch", "4"])
     rows = [data.Row(str(i), Path(), "awe", 5, 5, "") for i in range(10)]
