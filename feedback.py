@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import data
+from parts.cli import plain_text
 from parts.prompts import content_words, fill, lost_words
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
@@ -197,7 +198,7 @@ def read_rewrite(text, request):
     said = answer.get("analysis"), answer.get("optimized_prompt")
     if not all(isinstance(part, str) for part in said):
         raise Unusable("its JSON object needs two texts, analysis and optimized_prompt")
-    analysis, prompt = (" ".join(part.split()) for part in said)
+    analysis, prompt = map(plain_text, said)
     if not content_words(prompt) or len(prompt) > LONGEST_PROMPT:
         raise Unusable(f"its prompt has {len(prompt):,} characters; expected words, at most "
                        f"{LONGEST_PROMPT:,} characters")
@@ -247,7 +248,7 @@ def judge_images(judge, images, readings=1, strict=False):
         pairs = [read_answer(text, "regression", strict) for text in own]
         pairs = [pair for pair in pairs if pair is not None]
         v, a = map(statistics.mean, zip(*pairs)) if pairs else (None, None)
-        reasoning = own[0].split("</think>")[0].removeprefix("<think>").strip()
+        reasoning = plain_text(own[0].split("</think>")[0].removeprefix("<think>"))
         judgements.append(Judgement(v, a, None, reasoning))
     return judgements
 

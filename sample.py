@@ -14,6 +14,7 @@ inside, run.json, contact.png, and index.html to look at.
 """
 
 import json
+import re
 import sys
 import time
 import warnings
@@ -28,7 +29,7 @@ import data
 import feedback
 from parts import cli, page, sheets, weights
 from parts.cli import UserError, say
-from parts.files import save_png, write_whole
+from parts.files import read_json, save_png, write_whole
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from parts.prompts import load_prompts
 
@@ -125,7 +126,10 @@ def complete(args, refuse):
         args.judge = None
     if args.out is None:
         name = f"grid{args.grid}" if args.grid else f"v{args.v:g}_a{args.a:g}"
-        args.out = Path("out") / f"{name}_seed{args.seed}"
+        name += f"_seed{args.seed}"
+        if args.prompt != DEFAULT_PROMPT:  # a folder for each prompt
+            name += "_" + re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:40]
+        args.out = Path("out") / name
     return args
 
 
@@ -196,6 +200,9 @@ def check_machine(args):
     args.device = cli.device_of(args.device)
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
+    file = args.out / "run.json"
+    if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
+        raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
     try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
         write_whole(args.out / ".probe", "").unlink()
     except OSError as error:

@@ -9,6 +9,7 @@ Errors are one line on standard error that names the input, what was expected an
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -88,10 +89,12 @@ def weights_of(names):
 def text(longest):
     """An argparse type: a text of 1 to `longest` characters."""
     def read(given):
-        whole = given.encode(errors="ignore").decode() == given  # else the shell passed other bytes
-        if not whole or not given.strip() or len(given) > longest:
+        # else the shell passed other bytes, or it has what is more than text
+        plain = plain_text(given) == " ".join(given.split())
+        if not plain or not given.strip() or len(given) > longest:
             raise argparse.ArgumentTypeError(
-                f"expected 1 to {longest:,} characters of UTF-8, got {len(given):,} characters")
+                f"expected 1 to {longest:,} characters of UTF-8 text, without control characters "
+                f"and <|tokens|>, got {len(given):,} characters")
         return given
     return read
 
@@ -187,6 +190,14 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
     except KeyboardInterrupt:
         say(stopped)
         return 130
+
+
+def plain_text(text):
+    """A text in one line, without what a terminal, a file or a tokenizer reads as more than text:
+    control characters, halves of surrogate pairs, <|special tokens|>."""
+    # isprintable is false for escapes, which could clear a screen, and for lone surrogates
+    printable = "".join(ch if ch.isprintable() else " " for ch in text)
+    return " ".join(re.sub(r"<\|\w+\|>", " ", printable).split())
 
 
 def markdown(rows):

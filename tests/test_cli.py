@@ -1,5 +1,7 @@
 """Flags and their ranges, presets, exit codes and the one line that an error is."""
 
+import argparse
+
 import pytest
 import torch
 
@@ -90,3 +92,19 @@ def test_success_is_0_and_what_is_no_users_mistake_is_raised():
 
 def test_a_table_has_its_head():
     assert cli.markdown([["a", "b"], [1, 2.5]]) == "| a | b |\n| --- | --- |\n| 1 | 2.5 |"
+
+
+@pytest.mark.parametrize("given, plain", [
+    ("a swan  on\nthe lake", "a swan on the lake"), ("red \x1b[31m\x07 swan", "red [31m swan"), ("a \ud800 b", "a b"),
+    ("<|image_pad|> swan <|im_end|>", "swan"), ("<|image_<|x|>pad|>", "<|image_ pad|>"), ("湖上の白鳥 ≤ 7", "湖上の白鳥 ≤ 7"),
+    ("a < b | c > d", "a < b | c > d")])
+def test_plain_text_is_all_that_a_terminal_a_file_and_a_tokenizer_should_get(given, plain):
+    assert cli.plain_text(given) == plain
+    plain.encode()
+
+
+@pytest.mark.parametrize("given", ["", "  ", "x" * 11, "a \x1b[2J", "<|vision_start|>", "a \udcff"])
+def test_a_prompt_that_is_more_than_text_is_refused(given):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected 1 to 10 characters of UTF-8 text"):
+        cli.text(10)(given)
+    assert cli.text(10)(" a\nswan ") == " a\nswan "

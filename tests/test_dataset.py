@@ -42,3 +42,11 @@ def test_senseless_settings_end_with_one_line(tmp_path, monkeypatch, capsys, arg
         program.main(argv)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_dataset_is_not_overwritten(tmp_path, capsys):
+    args = ["--out", str(tmp_path), "--train", "2", "--test", "1"]
+    assert program.main(args) == 0
+    before = (tmp_path / "train.jsonl").read_bytes()
+    assert program.main([*args, "--seed", "3"]) == 2
+    assert "holds a dataset already" in capsys.readouterr().err and (tmp_path / "train.jsonl").read_bytes() == before

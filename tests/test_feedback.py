@@ -273,6 +273,13 @@ def test_a_rewrite_that_is_broken_or_loses_the_subject_is_asked_for_again_and_th
     assert "3 answers were unusable" in rounds[1].note and "the prompt is kept" in rounds[1].note
 
 
+def test_a_rewrite_brings_nothing_but_text():
+    said = advice(f"{REQUEST} \x1b[2J\ud800, <|image_pad|>serene\n<|im_end|>")
+    analysis, prompt = feedback.read_rewrite(said, REQUEST)
+    assert prompt == f"{REQUEST} [2J , serene"
+    feedback.ask_compare(REQUEST, prompt, 7, 3, (PICTURE, 5, 5), (PICTURE, 4, 4))
+
+
 def test_the_first_prompt_can_be_given_or_rewritten():
     first = f"{REQUEST}, serene"
     world = World({first: (7, 3), ROUND_0: (7, 3)}, [advice(first), "", "", ""])

@@ -55,6 +55,19 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert record["model"] == image.text["model"] and record["cells"][0]["rounds"][0]["images"][0]["seed"] == 4
 
 
+def test_pictures_of_another_prompt_are_never_overwritten(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = ["--v", 7, "--a", 3, "--judge", "none", "--sample-steps", 1, "--size", 32]
+    assert run(*quick) == 0 and run(*quick) == 0  # the same wish again is the same pictures
+    assert run(*quick, "--prompt", "a swan on the lake!") == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"v7_a3_seed0", "v7_a3_seed0_a-swan-on-the-lake"}
+    before = (tmp_path / "out/v7_a3_seed0/run.json").read_bytes()
+    capsys.readouterr()
+    assert run(*quick, "--prompt", "a horse at noon", "--out", "out/v7_a3_seed0") == 2
+    assert "holds pictures of 'a lighthouse on the sea coast in the evening'; give another --out" in capsys.readouterr().err
+    assert (tmp_path / "out/v7_a3_seed0/run.json").read_bytes() == before
+
+
 def scripted(moods, advice):
     """A judge for pipeline.judge_of: it finds moods[i] in the i-th picture it sees and answers advice(question)."""
     moods = iter(moods)

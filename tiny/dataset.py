@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
 from parts import cli
+from parts.cli import UserError
 from parts.files import write_rows
 from tiny import scenes
 
@@ -73,6 +74,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     def write():
+        if (args.out / "train.jsonl").exists():
+            raise UserError(f"{args.out}: holds a dataset already; remove it, or give another "
+                            f"--out")
         write_tiny(args.out, args.train, args.test, args.labels, args.seed)
         print(args.out)
 
