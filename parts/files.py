@@ -5,7 +5,8 @@ import math
 import os
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from parts.cli import UserError
@@ -87,6 +88,8 @@ def whole_records(path):
 
 def to_rgb(image):
     """A PIL image in RGB; white shows through where it is transparent."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     # A palette image has no band for it but may name one of its colours as transparent.
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
@@ -95,13 +98,16 @@ def to_rgb(image):
 
 
 def open_picture(path):
-    """The picture in a file as an RGB PIL image, decoded whole. Raises UserError that names it."""
+    """The picture in a file as an RGB PIL image, decoded whole, upright as its EXIF says. Raises
+    UserError that names it."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        # Only formats that Pillow reads itself: for others it may start foreign programs.
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises many kinds for a damaged file
         reason = error if isinstance(error, OSError) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a picture ({reason}); make it again") from error
+        raise UserError(f"{path}: cannot be read as a picture ({reason}); make it again, as PNG, "
+                        f"JPEG or WebP") from error
 
 
 def save_png(image, path, **facts):

@@ -9,6 +9,7 @@
 fused layer here gets one change for each projection that it fuses.
 """
 
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -142,9 +143,18 @@ def base_of(folder):
     if not file.exists():
         return None
     base = read_json(file).get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise UserError(f"{file}: no base_model_name_or_path; add the folder or hub id of the "
                         f"model this adapter belongs to")
+    # The base may be an adapter itself, trained further, but not one that leads back to this one.
+    seen = {Path(folder).resolve()}
+    following = base
+    while (path := Path(following).expanduser() / "adapter_config.json").exists():
+        if path.parent.resolve() in seen:
+            raise UserError(f"{file}: base_model_name_or_path {base!r} leads back to an adapter; "
+                            f"give the model that it belongs to")
+        seen.add(path.parent.resolve())
+        following = str(read_json(path).get("base_model_name_or_path"))
     return base
 
 
@@ -172,12 +182,17 @@ def rank_and_alpha(folder):
     try:
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
+        if config.get("peft_type", "LORA") != "LORA":
+            raise ValueError(f"peft_type is {config['peft_type']!r}")
         # These change the formula without changing any tensor, so nothing else would notice them.
         for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
-        if rank < 1:
-            raise ValueError(f"r is {rank}")
+        ranks = {entry.shape[0] for name, entry in index(Path(folder) / ADAPTER_FILE).items()
+                 if ".lora_A." in name and entry.shape}
+        if {rank} != ranks or not math.isfinite(alpha):
+            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are "
+                             f"{sorted(ranks)}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"

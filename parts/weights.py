@@ -106,8 +106,24 @@ def download(hub_id, wanted):
             f"the network, or download it elsewhere and give its folder") from error
 
 
+LIMITS = {  # greatest values of a config.json that a model could have; 10⁹ layers would never end
+    "num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "layers_per_block": 100,
+    "num_attention_heads": 4096, "num_key_value_heads": 4096, "num_heads": 4096,
+    "attention_head_dim": 4096, "d_kv": 4096, "hidden_size": 10**6, "d_model": 10**6,
+    "intermediate_size": 10**7, "d_ff": 10**7, "vocab_size": 10**7, "in_channels": 10**4,
+    "patch_size": 4096, "image_size": 10**5, "pos_embed_max_size": 10**4}
+
+
 def read_config(folder):
-    return read_json(Path(folder) / "config.json")
+    """A folder's config.json. Raises UserError, also for sizes that no model has."""
+    raw = read_json(Path(folder) / "config.json")
+    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+        for name in LIMITS.keys() & (part.keys() if isinstance(part, dict) else ()):
+            value = part[name]  # null where a configuration leaves it to its model
+            if value is not None and (type(value) is not int or not 1 <= value <= LIMITS[name]):
+                raise UserError(f"{folder}/config.json: {name} is {value!r}, expected a whole "
+                                f"number in 1..{LIMITS[name]:,}; download it again")
+    return raw
 
 
 def fields_of(kind, raw):
@@ -308,8 +324,10 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     views: function of the model that gives its views. entries, what, optional: as for `check`.
     dtype None: float32 on a CPU (bfloat16 is emulated there), bfloat16 elsewhere.
     """
+    model = without_memory(make, device, dtype)
+    check(views(model), entries, what, optional)  # before memory is asked for
     # Memory is allocated here, in its final type, and filled by `load`: no second copy ever is.
-    model = without_memory(make, device, dtype).to_empty(device=device)
+    model = model.to_empty(device=device)
     load(views(model), entries, what, optional)
     return model
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, JSON lines that a killed run left, pictures of any kind."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -86,3 +87,38 @@ def test_a_png_carries_its_facts(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         assert image.info == {"prompt": "ein Baum, größer", "seed": "3"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_grey_of_16_bits_keeps_its_shades(tmp_path):
+    shades = np.array([[0, 257 * 100, 65535]], np.uint16)
+    Image.fromarray(shades).save(tmp_path / "grey.png")
+    assert np.asarray(files.open_picture(tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
+    image = Image.new("RGB", (30, 20), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: the camera was on its side
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert files.open_picture(tmp_path / "a.jpg").size == (20, 30)
+
+
+def test_only_formats_that_start_no_other_program_are_opened(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: started.append(args))
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n")
+    with pytest.raises(UserError, match="a.png: cannot be read as a picture .* as PNG, JPEG or WebP"):
+        files.open_picture(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.gif")
+    with pytest.raises(UserError, match="b.gif"):
+        files.open_picture(tmp_path / "b.gif")
+    assert not started
+    Image.new("RGB", (4, 4)).save(tmp_path / "c.webp")
+    assert files.open_picture(tmp_path / "c.webp").size == (4, 4)
+
+
+def test_a_picture_of_a_thousand_million_pixels_is_refused(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (30_000, 30_000)).save(path)
+    with pytest.raises(UserError, match="bomb.png: cannot be read as a picture"):
+        files.open_picture(path)

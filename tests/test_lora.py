@@ -1,5 +1,7 @@
 """The LoRA module, and adapters in peft's layout."""
 
+import json
+
 import pytest
 import torch
 
@@ -139,3 +141,24 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path):
     lora.save_lora(tmp_path, adapted(), "owner/name")
     with pytest.raises(UserError, match="unexpected 'base_model.model.at.last.lora_A.weight'"):
         lora.load_lora(tmp_path, Pair(), {"fused": TARGETS["fused"]})
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"r": 10**9}, "r is 1000000000"), ({"r": 3}, "the file's ranks are .2."), ({"r": 0}, "r is 0"), ({"lora_alpha": "NaN"}, "lora_alpha nan"),
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"x": 2}}, "alpha_pattern")])
+def test_an_adapter_that_would_be_merged_at_the_wrong_strength_is_refused(tmp_path, change, message):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        lora.load_lora(tmp_path, Pair(), TARGETS)
+
+
+def test_adapters_may_stand_on_adapters_but_not_on_themselves(tmp_path):
+    for name, base in (("first", "owner/name"), ("second", tmp_path / "first"), ("own", tmp_path / "own"),
+                       ("a", tmp_path / "b"), ("b", tmp_path / "a")):
+        lora.save_lora(tmp_path / name, adapted(), base)
+    assert lora.base_of(tmp_path / "second") == str(tmp_path / "first") and lora.base_of(tmp_path / "first") == "owner/name"
+    for name in ("own", "a", "b"):
+        with pytest.raises(UserError, match="leads back to an adapter"):
+            lora.base_of(tmp_path / name)

@@ -257,3 +257,20 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=Path(mmdit.__file__).parent,
                           capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"num_layers": 10**9}, "num_layers is 1000000000, expected a whole number in 1..1,000"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"vision_config": {"depth": 2.5}}, "depth is 2.5"),
+    ({"text_config": {"hidden_size": "wide"}}, "hidden_size is 'wide'"), ({"vocab_size": True}, "vocab_size is True")])
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        weights.read_config(tmp_path)
+
+
+def test_a_model_that_does_not_fit_its_file_is_refused_before_memory_is_asked_for(tmp_path, monkeypatch):
+    save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(torch.nn.Module, "to_empty", None)
+    with pytest.raises(UserError, match=r"weight is \[2, 3\], expected \[100000000, 100000000\]"):
+        weights.build(lambda: torch.nn.Linear(10**8, 10**8), weights.named_views, weights.index(tmp_path), tmp_path)
