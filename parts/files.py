@@ -11,6 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from parts.cli import UserError
 
+UMASK = os.umask(0o022)  # what new files leave out of their rights; asking for it sets it
+os.umask(UMASK)
+
 
 def write_whole(path, content):
     """Write text, bytes, or what content(temporary path) writes, and only then give it its name.
@@ -26,9 +29,22 @@ def write_whole(path, content):
         temporary.write_bytes(content)
     else:
         temporary.write_text(content, encoding="utf-8")
+    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
+    # On the disk before it has its name: after a power cut a file could else be there, and empty.
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
+    sync_folder(path.parent)
     return path
+
+
+def sync_folder(folder):
+    """Let a folder's names, too, be on the disk when this returns."""
+    if os.name == "posix":  # Windows does not open folders
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -35,7 +35,15 @@ from tqdm import tqdm
 
 from parts import checkpoints, cli, lora
 from parts.cli import UserError
-from parts.files import open_picture, read_json, read_records, save_png, write_json, write_rows
+from parts.files import (
+    open_picture,
+    read_json,
+    read_records,
+    save_png,
+    sync_folder,
+    write_json,
+    write_rows,
+)
 from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
@@ -449,6 +457,7 @@ class Run:
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
+            sync_folder(self.folder)
             for old in self.checkpoints()[:-KEEP]:
                 shutil.rmtree(old)
             title = f"{self.title}, step {step:,}"

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from parts import files
 from parts.cli import UserError
@@ -122,3 +124,20 @@ def test_a_picture_of_a_thousand_million_pixels_is_refused(tmp_path):
     Image.new("1", (30_000, 30_000)).save(path)
     with pytest.raises(UserError, match="bomb.png: cannot be read as a picture"):
         files.open_picture(path)
+
+
+def test_files_have_the_rights_that_new_files_have(tmp_path):
+    (tmp_path / "new").write_text("")
+    expected = (tmp_path / "new").stat().st_mode
+    files.write_whole(tmp_path / "a.txt", "a")
+    files.write_whole(tmp_path / "b.safetensors", lambda path: save_file({"x": torch.zeros(1)}, path))
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.safetensors").stat().st_mode == expected
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, replace = files.os.fsync, files.os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
+    monkeypatch.setattr(files.os, "replace", lambda *names: (order.append("name"), replace(*names)))
+    files.write_whole(tmp_path / "a.txt", "a")
+    assert order == ["sync", "name", "sync"]
