@@ -186,11 +186,13 @@ def steps_bar(title, start, steps, processes):
 
 
 def sizes(model, processes):
-    """What is trained, and where: "1.23 M trained of 45.6 M, on 2 × cpu"."""
+    """What is trained, and where: "1.23 M trained of 45.6 M, on 2 × cpu, 4 threads each"."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Sums are rounded otherwise by another number of threads, so the same bits need the same one.
+    threads = f", {torch.get_num_threads()} threads each" if processes.device.type == "cpu" else ""
     return (f"{trained / 1e6:,.2f} M trained of {total / 1e6:,.1f} M, on {processes.world} × "
-            f"{processes.device.type}")
+            f"{processes.device.type}{threads}")
 
 
 class Timer:
