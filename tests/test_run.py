@@ -24,6 +24,7 @@ from parts.run import (
     draw_curves,
     evaluation_due,
     linear,
+    sizes,
     start_processes,
 )
 
@@ -285,3 +286,10 @@ def test_what_is_appended_after_a_half_written_line_can_be_read(tmp_path, lines,
     with open(path, "a") as f:
         f.write('{"id": 9}\n')
     assert read_records(path) == [*kept, {"id": 9}]
+
+
+def test_a_run_says_how_much_is_trained_and_by_how_many_threads():
+    model = torch.nn.Sequential(torch.nn.Linear(999, 1000), torch.nn.Linear(1000, 999).requires_grad_(False))
+    said = sizes(model, ALONE)
+    assert said == f"1.00 M trained of 2.0 M, on 1 × cpu, {torch.get_num_threads()} threads each"
+    assert sizes(model, Processes(0, 8, torch.device("cuda"))) == "1.00 M trained of 2.0 M, on 8 × cuda"
