@@ -23,3 +23,14 @@ def pytest_generate_tests(metafunc):
 def forms(request, monkeypatch):
     """The forms that ops.py takes: as KERNELS=fused or KERNELS=plain would choose them."""
     monkeypatch.setattr(ops, "FUSED", request.param == "fused")
+
+
+# Files that take longest begin first, so that both workers end at about the same time.
+LONGEST = ("test_train_gen", "test_train_judge", "test_bench", "test_triton_forms", "test_gpu", "test_generator_study",
+           "test_judge_study", "test_feedback_study", "test_pretrain", "test_sharding", "test_evaluation", "test_plan",
+           "test_qwen_vl", "test_sample", "test_prepare", "test_checkpoints")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
