@@ -394,7 +394,7 @@ def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(
     assert parts["gap"][:2].tolist() == [1 + 2, 3 + 3] and parts["gap"][2].isnan() and parts["judge_a_error"][2].isnan()
 
 
-@pytest.mark.parametrize("flags", [["--encoders", "cpu"], ["--encoders", "leave"], ["--checkpointing"]])
+@pytest.mark.parametrize("flags", [["--encoders", "cpu"], ["--encoders", "leave", "--checkpointing"]])
 def test_where_the_encoders_live_and_recomputing_change_nothing(dataset, unbroken, tmp_path, flags):
     finish(start(dataset, tmp_path / "run", *SMALL, "--steps", 5, *flags))
     same_end(tmp_path / "run", unbroken[0])
