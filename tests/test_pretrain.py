@@ -29,7 +29,7 @@ def stage(name, folder, monkeypatch, *arguments):
 
 
 def test_all_stages_from_nothing_give_a_checkpoint_that_draws(tmp_path, monkeypatch, capsys):
-    assert stage("all", tmp_path, monkeypatch, "--rows", 160, "--samples", 128) == 0
+    assert stage("all", tmp_path, monkeypatch, "--rows", 160, "--samples", 256) == 0
     printed = capsys.readouterr().out
     assert "PSNR" in printed and "20 held-out captions" in printed and "52 held-out pictures" in printed
     for name in WEIGHT_FILES:
