@@ -192,11 +192,11 @@ def parse_lines(path, parse):
     Raises UserError at the first line that cannot be used, and if there is none that can.
     """
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                rows.append(parse(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+                rows.append(parse(json.loads(line.decode("utf-8-sig"))))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 # a KeyError's text is the bare name of the key
                 reason = f"no {error}" if isinstance(error, KeyError) else error
                 where = f"{path}, line {number}"
@@ -222,6 +222,12 @@ def load_rows(folder, split):
         # a missing picture is found now, not in the middle of a training run
         if not image.is_file():
             raise ValueError(f"no picture {image}")
+        if Path(raw["image"]).is_absolute() or ".." in Path(raw["image"]).parts:
+            raise ValueError(f"the picture {raw['image']!r} lies outside of the folder")
+        for key in ("neutral", "emotional"):
+            text = raw.get(key, "none")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{key!r} is {text!r}, expected a caption")
         return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
 
     path = Path(folder) / f"{split}.jsonl"

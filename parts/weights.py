@@ -172,8 +172,12 @@ def index(path, prefix=""):
     with `prefix` are kept. Raises UserError for a missing, truncated or foreign file.
     """
     entries = {}
-    for file in files_of(Path(path)):
+    files, shard_of = files_of(Path(path))
+    for file in files:
         for name, entry in read_header(file).items():
+            if shard_of.get(name, file.name) != file.name:
+                raise UserError(f"{file}: has {name!r}, which its index says is in "
+                                f"{shard_of[name]!r}; download both again")
             if not name.startswith(prefix):
                 continue
             name = name.removeprefix(prefix)
@@ -184,27 +188,29 @@ def index(path, prefix=""):
 
 
 def files_of(path):
-    """The safetensors files of a checkpoint; half-precision copies beside them are ignored."""
+    """(the safetensors files of a checkpoint, {tensor: name of the shard that should have it});
+    half-precision copies beside them are ignored."""
     if path.is_file():
-        return [path]
+        return [path], {}
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
         try:
-            shards = sorted(set(read_json(indexes[0])["weight_map"].values()))
             # A shard lies in this folder, whatever path a stranger's index names.
-            files = [path / Path(shard).name for shard in shards]
+            shard_of = {name: Path(shard).name
+                        for name, shard in read_json(indexes[0])["weight_map"].items()}
+            files = [path / shard for shard in sorted(set(shard_of.values()))]
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{indexes[0]}: no index of shards; download it again") from error
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise UserError(f"{indexes[0]}: missing shards {missing}; download them again")
-        return files
+        return files, shard_of
     files = [file for file in path.glob("*.safetensors") if not file.match("*.fp16.safetensors")]
     if len(files) != 1:
         found = ", ".join(repr(file.name) for file in sorted(files)) or "none"
         raise UserError(
             f"{path}: expected one .safetensors file or an index of shards, found {found}")
-    return files
+    return files, {}
 
 
 def read_header(file):

@@ -126,6 +126,37 @@ def test_an_unusable_row_is_named(dataset, tmp_path, change, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"image": "../a.png"}, "lies outside of the folder"), ({"neutral": ""}, "'neutral' is '', expected a caption"),
+    ({"neutral": 7}, "'neutral' is 7"), ({"emotional": ["sad"]}, r"'emotional' is ['sad']"), ({"v": 1e400}, "finite number"),
+    ({"v": None}, "must be a number"), ({"image": 3}, "")])
+def test_training_reads_rows_by_the_rules_of_the_check(dataset, tmp_path, change, message):
+    rows = [json.loads(line) for line in (dataset / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(dataset / "images")
+    (tmp_path / "a.png").write_bytes((dataset / rows[0]["image"]).read_bytes())
+    rows[3] |= change
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"train.jsonl, line 4: .*mend or remove") as caught:
+        data.load_rows(tmp_path / "data", "train")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe{", b"[" * 100_000, b"[]", b"7", b'"text"', b"null"])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "train.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=r"train.jsonl, line 1: "):
+        data.load_rows(tmp_path, "train")
+
+
+def test_a_mark_of_the_byte_order_is_no_difficulty(dataset, tmp_path):
+    (tmp_path / "images").symlink_to(dataset / "images")
+    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (dataset / "test.jsonl").read_bytes())
+    rows = data.load_rows(tmp_path, "test")
+    assert data.digest(rows) == data.digest(data.load_rows(dataset, "test"))
+    assert data.digest(rows[:-1]) != data.digest(rows)
+
+
 def test_a_missing_or_empty_dataset_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"python -m tiny.dataset --out"):
         data.load_rows(tmp_path, "train")

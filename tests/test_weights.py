@@ -136,7 +136,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         save_file({"a": torch.zeros(1)}, tmp_path / name)
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps(
         {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
-    with refused("'a' is in two files"):
+    with refused("2.safetensors: has 'a', which its index says is in '1.safetensors'"):
         weights.index(tmp_path)
 
 
