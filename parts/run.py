@@ -482,18 +482,17 @@ class Run:
         found = self.checkpoints()
         if not found:
             return 0
-        whole = [folder for folder in found if not self.damaged(folder)]
-        if not whole:
+        # from the newest on, and no further than need be: a checkpoint may have 100 GB
+        folder = next((each for each in reversed(found) if not self.damaged(each)), None)
+        if folder is None:
             raise UserError(f"{self.folder}: all of its checkpoints are damaged; choose another "
                             f"--out, or delete them to start over")
-        folder = whole[-1]
         self.saved = int(folder.name[-8:])
         if self.saved > steps:
             raise UserError(f"--steps {steps}: {folder} is further already; give as many or more, "
                             f"or choose another --out")
         checkpoints.read(folder, state)
         return self.saved
-
 
     def damaged(self, folder):
         """Whether a file of a checkpoint has other bytes than were written; says which. Each
