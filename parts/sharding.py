@@ -79,10 +79,9 @@ def build(make, views, entries, what, device, dtype, optional, methods):
                 at = row + begin - first
                 start = entry.start + at * width * entry.dtype.itemsize
                 own_views[f"{name} from row {at} on"] = [rows]
-                own_entries[f"{name} from row {at} on"] = replace(
-                    entry, shape=tuple(rows.shape), start=start)
+                own_entries[f"{name} from row {at} on"] = replace(entry, start=start)
             row += len(target)
-    weights.load(own_views, own_entries, what)
+    weights.fill(own_views, own_entries)
     return model
 
 

@@ -332,9 +332,9 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     """
     model = without_memory(make, device, dtype)
     check(views(model), entries, what, optional)  # before memory is asked for
-    # Memory is allocated here, in its final type, and filled by `load`: no second copy ever is.
+    # Memory is allocated here, in its final type, and filled in place: no second copy ever is.
     model = model.to_empty(device=device)
-    load(views(model), entries, what, optional)
+    fill(views(model), entries)
     return model
 
 
@@ -347,10 +347,15 @@ def without_memory(make, device, dtype):
     return model.to(dtype).eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def load(views, entries, what, optional=()):
     """Check, then fill every view from its file."""
     check(views, entries, what, optional)
+    fill(views, entries)
+
+
+@torch.no_grad()
+def fill(views, entries):
+    """Fill every view from its file; the two fit, as `check` has found."""
     by_file = {}
     for name in views:
         by_file.setdefault(entries[name].file, []).append(name)
