@@ -339,9 +339,11 @@ def evaluate(models, rows, args, run, step):
     # 2. figures of all processes
     own = [rows[i] for i in mine]
     parts = rewards_of(images, own, models, args.reward_weights)
-    for axis, name in enumerate(("v", "a") if models.meter else ()):
-        parts[f"target_{name}"] = torch.tensor([getattr(row, name) for row in own])
-        parts[f"meter_{name}"] = torch.tensor([models.meter(image)[axis] for image in images])
+    if models.meter:
+        measured = torch.tensor([models.meter(image) for image in images]).view(-1, 2)
+        for axis, name in enumerate(("v", "a")):
+            parts[f"target_{name}"] = torch.tensor([getattr(row, name) for row in own])
+            parts[f"meter_{name}"] = measured[:, axis]
     gathered = {name: processes.gather(part.tolist()) for name, part in parts.items()}
     for name in ("v", "a") if models.meter else ():
         measured = gathered.pop(f"meter_{name}")
