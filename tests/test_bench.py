@@ -1,6 +1,7 @@
 """The side-by-side programs run at a tiny size and print their tables."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -109,7 +110,12 @@ def test_the_mmdit_programs_refuse_sizes_they_cannot_build(program, wrong, capsy
 def test_a_step_prints_the_memory_of_one_alone(name, capsys):
     for program, size in ((flow_grpo_step, FLOW), (mmdit_lora_step, LORA)):
         assert program.main([*size, "--memory-of", name]) == 0
-        assert float(capsys.readouterr().out) >= 0
+        assert 0 <= float(capsys.readouterr().out) < 2000
+
+
+def test_the_peak_of_a_step_is_what_it_held_at_most():
+    assert memory.peak(lambda: bytearray(os.urandom(64 * 2**20)), times=3) > 60
+    assert 0 <= memory.peak(lambda: None) < 5
 
 
 def test_flow_grpo_step_says_when_the_two_differ(capsys, monkeypatch):
