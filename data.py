@@ -82,8 +82,8 @@ def nearest_emotion(v: float, a: float) -> str:
 # --------------------------------------------------------------------------------------------------
 # Words and numbers of a target
 
-# Seven levels from 1 to 9, each with synonyms. A phrase belongs to one level only, so that the
-# level can be read back from a prompt.
+# Seven levels from 1 to 9, each with synonyms and, in its lower and its upper third, a leaning: 21
+# steps a scale. A phrase belongs to one of them only, so that it can be read back from a prompt.
 VALENCE_WORDS = (
     ("miserable", "despairing", "tragic"),
     ("sorrowful", "bleak", "unhappy"),
@@ -102,6 +102,8 @@ AROUSAL_WORDS = (
     ("intense", "energetic", "agitated"),
     ("wildly intense", "explosive", "frantic"),
 )
+VALENCE_LEANINGS = ("leaning sadder", "", "leaning happier")
+AROUSAL_LEANINGS = ("leaning calmer", "", "leaning livelier")
 # Light, weather and colour: SCENERY_WORDS[third of V][third of A] are the synonyms.
 SCENERY_WORDS = (
     (  # unpleasant: calm, moderate, excited
@@ -133,19 +135,21 @@ def level(x: float, levels: int) -> int:
 
 
 def emotion_words(v: float, a: float, rng: np.random.Generator | None = None) -> str:
-    """6 to 14 words for (v, a): valence, arousal, then light and colour, with commas between.
+    """6 to 18 words for (v, a): valence, arousal, then light and colour, with commas between.
 
     Without `rng` these are the first synonyms of each level, with it random ones.
     """
     v, a = check_va(v, a)
     groups = (
-        VALENCE_WORDS[level(v, 7)],
-        AROUSAL_WORDS[level(a, 7)],
-        SCENERY_WORDS[level(v, 3)][level(a, 3)],
+        (VALENCE_WORDS[level(v, 7)], VALENCE_LEANINGS[level(v, 21) % 3]),
+        (AROUSAL_WORDS[level(a, 7)], AROUSAL_LEANINGS[level(a, 21) % 3]),
+        (SCENERY_WORDS[level(v, 3)][level(a, 3)], ""),
     )
-    if rng is None:
-        return ", ".join(group[0] for group in groups)
-    return ", ".join(group[int(rng.integers(len(group)))] for group in groups)
+    phrases = []
+    for synonyms, leaning in groups:
+        word = synonyms[0 if rng is None else int(rng.integers(len(synonyms)))]
+        phrases.append(f"{word} {leaning}".strip())
+    return ", ".join(phrases)
 
 
 def with_words(prompt: str, v: float, a: float) -> str:
@@ -157,6 +161,11 @@ def with_numbers(prompt: str, v: float, a: float) -> str:
     """The prompt followed by the figures of (v, a), one decimal each."""
     v, a = check_va(v, a)
     return f"{prompt}, valence {v:.1f}, arousal {a:.1f}"
+
+
+def with_both(prompt: str, v: float, a: float) -> str:
+    """The prompt followed by the graded words, then the figures of (v, a)."""
+    return with_numbers(with_words(prompt, v, a), v, a)
 
 
 # --------------------------------------------------------------------------------------------------
