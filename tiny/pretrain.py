@@ -12,10 +12,10 @@
 The result lies in tiny/weights in the diffusers layout: the miniature is just another checkpoint.
 Every stage takes --seed, --samples and --minutes, writes its state every minute and goes on from it
 when started again. Captions are mostly words; some carry V and A as numbers. The text towers, like
-those of SD3.5, know what a number says. The MMDiT sees numbers in a small share of its captions, and
-they are those of the paper's data: drawn from the Gaussians of the picture's class. So it follows
-emotion words well, and a number hardly better than its class. That is what reward feedback is to
-correct. Some pairs of subject and place are in no stage (`tiny.scenes.RESERVED`).
+those of SD3.5, know what a number says. The MMDiT sees numbers in few of its captions, and they are
+those of the paper's data: drawn from the Gaussians of the picture's class. So it follows emotion
+words well, and a number hardly better than its class. That is what reward feedback is to correct.
+Some pairs of subject and place are in no stage (`tiny.scenes.RESERVED`).
 """
 
 import json
@@ -147,8 +147,9 @@ def caption(row, rng, empty=0.1, numbers=0.15, exact=False):
         return scenes.neutral_caption(scene)
     if u < empty + 0.10 + numbers:
         said = (v, a) if exact else data.draw_va(data.nearest_emotion(v, a), rng)
-        words = rng.random() < BOTH
-        begin = scenes.emotional_caption(scene, v, a, rng) if words else scenes.neutral_caption(scene)
+        begin = scenes.neutral_caption(scene)
+        if rng.random() < BOTH:
+            begin = scenes.emotional_caption(scene, v, a, rng)
         return data.with_numbers(begin, *said)
     return scenes.emotional_caption(scene, v, a, rng)
 
