@@ -2,11 +2,12 @@
 
 Valence V (unpleasant to pleasant) and arousal A (calm to excited) lie on the scales 1..9 of
 Warriner et al. (2013). The paper draws V and A of each picture from the lexicon's Gaussians of its
-emotion label; `draw_va` does that. A target enters a prompt as numbers (`with_numbers`) or in
-plain graded English (`with_words`), in training, sampling and evaluation alike.
+emotion label; `draw_va` does that. A target enters a prompt as numbers (`with_numbers`), in plain
+graded English (`with_words`) or as both, in training, sampling and evaluation alike.
 
-A dataset is a folder with train.jsonl and test.jsonl, one row a picture: id, image (path within
-the folder), label, v, a, neutral and, in training rows only, emotional. `load_rows` reads it.
+A dataset is a folder with train.jsonl, test.jsonl and, if choices are to be made, validation.jsonl,
+one row a picture: id, image (path within the folder), label, v, a, neutral and, in training rows
+only, emotional. `load_rows` reads it.
 Datasets are made, and looked through, by
 
     python -m tiny.dataset --out tiny/cache/dataset          # rendered scenes, for the miniature
@@ -171,7 +172,9 @@ def with_both(prompt: str, v: float, a: float) -> str:
 # --------------------------------------------------------------------------------------------------
 # Rows of a dataset
 
-FORMS = ("numbers", "words", "emotional", "neutral")  # of a target in a prompt
+# How a target enters a prompt: the prompt for (neutral prompt, V, A).
+TARGET_FORMS = {"numbers": with_numbers, "words": with_words, "both": with_both}
+FORMS = (*TARGET_FORMS, "emotional", "neutral")  # of a row's prompt
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,11 @@ class Row:
 
     def prompt(self, form: str) -> str:
         """A prompt with the target in one of FORMS; without an emotional caption: in words."""
-        if form == "numbers":
-            return with_numbers(self.neutral, self.v, self.a)
         if form == "neutral":
             return self.neutral
-        if form == "emotional" and self.emotional:
-            return self.emotional
-        return with_words(self.neutral, self.v, self.a)
+        if form == "emotional":
+            return self.emotional or with_words(self.neutral, self.v, self.a)
+        return TARGET_FORMS[form](self.neutral, self.v, self.a)
 
 
 def parse_lines(path, parse):
@@ -222,7 +223,10 @@ def digest(rows):
 
 
 def load_rows(folder, split):
-    """The rows of a dataset folder's `split`, "train" or "test". Raises UserError."""
+    """The rows of a dataset folder's `split`, "train", "validation" or "test". Raises UserError.
+
+    A dataset without validation.jsonl is watched, in training, by its test rows.
+    """
     def parse(raw):
         v, a = check_va(raw["v"], raw["a"])
         image = Path(folder) / raw["image"]
@@ -240,6 +244,8 @@ def load_rows(folder, split):
         return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
 
     path = Path(folder) / f"{split}.jsonl"
+    if split == "validation" and not path.is_file():
+        path = Path(folder) / "test.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: missing; give a dataset folder, or make the miniature's with "
                         f"`python -m tiny.dataset --out {folder}`")

@@ -285,7 +285,8 @@ class RefineOptions:
     rewrite: bool = False  # the judge's VA-change rewrite of the request is the first prompt
     tolerance: float = 0.0  # no further round once a picture's loss, 0..16, is at most this
     seed: int = 0  # of the first picture; the next ones count up, over all rounds
-    start: str | None = None  # the first prompt; default: the request with the target in words
+    form: str = "numbers"  # of the target in the first prompt, of data.TARGET_FORMS
+    start: str | None = None  # the first prompt, in place of the request with the target
     readings: int = 1  # answers of the judge for each picture, as in `judge_images`
 
 
@@ -311,7 +312,7 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
     if rounds < 1 or options.readings < 1 or images_per_round < fewest:
         raise ValueError(f"expected rounds and readings >= 1 and images_per_round >= {fewest}, got "
                          f"{rounds}, {options.readings} and {images_per_round}")
-    text = options.start or data.with_words(prompt, v, a)
+    text = options.start or data.TARGET_FORMS[options.form](prompt, v, a)
     note = ""
     rewrite_seconds = 0.0
     if options.rewrite:

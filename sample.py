@@ -7,7 +7,7 @@
     python sample.py --v 7 --a 3 --no-adapter           # the generator before reward feedback
     python sample.py --v 7 --a 3 --preset paper         # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
-The target enters the prompt as words. The judge says what valence and arousal it sees and why; in
+The target enters the prompt as numbers (`--form`). The judge says what valence and arousal it sees and why; in
 each further round it has compared the best and the worst picture and rewritten the prompt
 (feedback.py). A run is a folder: the PNGs, each with its prompt, V, A, seed, model and judgement
 inside, run.json, contact.png, and index.html to look at.
@@ -41,6 +41,7 @@ PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL
                "GPU with 48 GB, or 12 GB with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
+    "form": ("numbers", "numbers", tuple(data.TARGET_FORMS), "how the target enters the prompt"),
     "sample_steps": (25, 25, cli.integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, cli.number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "size": (512, 128, cli.picture_side, "side in pixels"),
@@ -152,10 +153,11 @@ def run(args):
     record = {
         "prompt": args.prompt, **settings, "judge": args.judge and name_of(args.judge),
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
-        "rewrite": args.rewrite, "tolerance": args.tolerance, "readings": args.readings,
+        "form": args.form, "rewrite": args.rewrite, "tolerance": args.tolerance,
+        "readings": args.readings,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
-    options = feedback.RefineOptions(
-        rewrite=args.rewrite, tolerance=args.tolerance, seed=args.seed, readings=args.readings)
+    options = feedback.RefineOptions(rewrite=args.rewrite, tolerance=args.tolerance, form=args.form,
+                                     seed=args.seed, readings=args.readings)
 
     # 3. for each target draw, judge, and improve the prompt (Algorithm 1)
     # With one picture a target, a row of the grid is one batch, drawn ahead of its targets.
@@ -248,7 +250,7 @@ def draw(generator, args, prompts, seeds):
 
 def draw_row(generator, args, targets):
     """{prompt: PIL image} of a row of a grid, all of one seed: only the emotion differs."""
-    prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
+    prompts = [data.TARGET_FORMS[args.form](args.prompt, v, a) for v, a in targets]
     images = draw(generator, args, prompts, [args.seed] * len(prompts))
     return dict(zip(prompts, images, strict=True))
 

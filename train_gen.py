@@ -363,7 +363,7 @@ def train(args, processes):
     """Train the adapter, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
-    held_out = data.load_rows(args.data, "test")[:args.eval_rows]
+    held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     settings = vars(args) | {"rows": data.digest(rows)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)

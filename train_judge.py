@@ -322,7 +322,7 @@ def train(args, processes):
     """Train the judge, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, the model and its reference
     rows = data.load_rows(args.data, "train")
-    held_out = data.load_rows(args.data, "test")[:args.eval_rows]
+    held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
     settings = vars(args) | {"rows": data.digest(rows)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, GRPO")

@@ -54,14 +54,18 @@ def load_cases(path):
     return data.parse_lines(path, parse)
 
 
-def held_out_cases(count, seed=0):
-    """Cases of the miniature: scenes that no training row shows, V and A uniform on 1..9."""
-    rng = np.random.default_rng([seed, 4242])  # no dataset draws from this pair of seeds
+def held_out_cases(count, seed=0, split="test"):
+    """Cases of the miniature, V and A uniform on 1..9.
+
+    "test": of the pairs of subject and place that no training has. "validation", for choices: other
+    scenes than in training, of its pairs.
+    """
+    rng = np.random.default_rng([seed, 4242, split == "test"])  # no dataset has such seeds
     cases = []
     for i in range(count):
-        neutral = scenes.neutral_caption(scenes.random_scene(rng))
+        scene = scenes.random_scene(rng, reserved=split == "test")
         v, a = rng.uniform(data.VA_MIN, data.VA_MAX, 2).tolist()
-        cases.append(Case(f"scene{seed}_{i}", neutral, v, a))
+        cases.append(Case(f"{split}{seed}_{i}", scenes.neutral_caption(scene), v, a))
     return cases
 
 

@@ -34,11 +34,7 @@ from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
-FORMS = {  # how a generator gets the target: the prompt for (neutral prompt, V, A)
-    "numbers": data.with_numbers,
-    "words": data.with_words,
-    "feedback": None,  # the judge writes it: Algorithm 1
-}
+FORMS = (*data.TARGET_FORMS, "feedback")  # how a generator gets the target
 SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of a generator"),
     "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str, "the scores' CLIP, or none"),
@@ -46,7 +42,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "size": (512, 128, cli.picture_side, "side in pixels"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
-    "forms": (("numbers", "words"), ("numbers", "words"), cli.some_of(FORMS),
+    "forms": (("numbers",), ("numbers", "words"), cli.some_of(FORMS),
               f"how the target is given: {', '.join(FORMS)}, or several of them"),
     "rounds": (3, 3, integer(1, 1000), "rounds of --forms feedback"),
     "n": (8, 8, integer(2, 1000), "pictures a round of --forms feedback"),
@@ -65,7 +61,8 @@ def draw_with(generator, form, args, judge, cases, seeds):
         return to_images(pixels)
 
     if form != "feedback":
-        return generate([FORMS[form](case.neutral, case.v, case.a) for case in cases], seeds)
+        with_target = data.TARGET_FORMS[form]
+        return generate([with_target(case.neutral, case.v, case.a) for case in cases], seeds)
     images = []
     for case, seed in zip(cases, seeds, strict=True):
         rounds = feedback.refine(
@@ -191,6 +188,8 @@ def parse_args(argv):
     add("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of what follows")
     add("--cases", default="200",
         help="a file of cases, or how many of the miniature's (default: %(default)s)")
+    add("--split", choices=["test", "validation"], default="test",
+        help="of the miniature's cases; choices are made by the second (default: %(default)s)")
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
         help="folder or hub id of a judge, once for each; the first one also gives the feedback")
@@ -237,7 +236,7 @@ def evaluate(args, command):
     if not args.cases.isdecimal():
         cases = load_cases(args.cases)
     elif int(args.cases) >= 2:
-        cases = held_out_cases(int(args.cases), args.seed)
+        cases = held_out_cases(int(args.cases), args.seed, args.split)
     else:
         raise UserError(f"--cases {args.cases}: expected at least 2, or a file of cases")
     if args.images:

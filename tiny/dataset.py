@@ -1,7 +1,10 @@
 """The miniature's dataset: rendered scenes with known V and A, labelled with the nearest class.
 
-    python -m tiny.dataset --out tiny/cache/dataset                    # 4,000 + 500 scenes
-    python -m tiny.dataset --out tiny/cache/drawn --labels drawn       # labelled as in the paper
+    python -m tiny.dataset --out tiny/cache/dataset         # 4,000 + 500 + 500 scenes
+    python -m tiny.dataset --out tiny/cache/drawn --labels drawn    # labelled as in the paper
+
+The test rows are of the pairs of subject and place that no training has (`tiny.scenes.RESERVED`).
+Choices are made by the validation rows, which are new scenes of the other pairs.
 """
 
 import os
@@ -23,7 +26,7 @@ from tiny import scenes
 def tiny_row(out, split, labels, seed):
     """Draw one scene, V and A uniform on 1..9, into the folder `out`; its row as a dict."""
     rng = np.random.default_rng([seed, 30])  # other scenes than in pretraining
-    scene = scenes.random_scene(rng)
+    scene = scenes.random_scene(rng, reserved=split == "test")
     v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
     row = {
         "id": f"{split}_{seed}",
@@ -43,14 +46,16 @@ def tiny_row(out, split, labels, seed):
 
 
 def write_tiny(out, train, test, labels="true", seed=0):
-    """Write the dataset into the folder `out`, `train` and `test` rows.
+    """Write the dataset into the folder `out`: `train` training rows, `test` rows of either other
+    split.
 
     labels: V and A of the training rows; "true" those of the scene, "drawn" from the Gaussians of
-    its class, as the paper labels its pictures (§4.1). Those of the test rows are always true.
+    its class, as the paper labels its pictures (§4.1). Those of the other rows are always true.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
-    for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
+    for split, start, count in (("test", first, test), ("train", first + 1_000_000, train),
+                                ("validation", first + 2_000_000, test)):
         draw = partial(tiny_row, out, split, labels)
         # processes, because drawing holds the interpreter lock
         with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -66,7 +71,7 @@ def main(argv=None):
     add("--train", type=cli.integer(1, 10**6), default=4000,
         help="training pictures (default: %(default)s)")
     add("--test", type=cli.integer(1, 10**6), default=500,
-        help="test pictures (default: %(default)s)")
+        help="test pictures, and validation pictures (default: %(default)s)")
     add("--labels", choices=("true", "drawn"), default="true",
         help="V and A of training rows: the scene's own, or drawn from its class as in the paper")
     add("--seed", type=cli.integer(0, 2**31), default=0,
