@@ -1,0 +1,104 @@
+"""How should the judge be read for a reward? Four ways, on pictures of the generator.
+
+    python -m tiny.reading_study        # 32 groups of 8 pictures, about 4 minutes on two cores
+
+A reward compares the pictures of a group, so a reading must tell them apart, and be right. Each
+group is drawn from one prompt of a validation case, with the target as numbers, by the sampler that
+reward feedback draws with. The meter says what valence and arousal each picture really has.
+
+- answer: the likeliest answer, thought and all
+- mean of 8: the mean of that answer and seven that are drawn at random
+- logits: the expected value over the number's digits, in one forward pass without a thought
+- thought, then logits: the same after the thought of the likeliest answer
+"""
+
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch
+
+import data
+import feedback
+import flow_grpo
+from evaluation.cases import held_out_cases
+from evaluation.metrics import spearman
+from parts import cli
+from parts.pipeline import TINY, judge_of, load_generator, load_judge, seeded, to_images
+from parts.reading import expected_va
+from tiny import scenes
+
+SIZE = 128
+DRAWING = flow_grpo.SDESettings(  # as train_gen.py draws the miniature's pictures
+    num_steps=6, noise_level=0.7, stochastic=range(6), trained=range(0))
+
+
+@torch.no_grad()
+def draw_group(generator, case, group, seed):
+    """PIL images of one prompt, each from its own noise."""
+    prompt = data.with_numbers(case.neutral, case.v, case.a)
+    texts = generator.encode_prompts([prompt] * group, DRAWING.guidance)
+    noises = seeded(range(seed, seed + group))
+    start = generator.starting_noise(noises, SIZE)
+    trajectory = flow_grpo.sample_sde(generator.mmdit, start, *texts, DRAWING, noises)
+    return to_images(generator.decode(trajectory.latents))
+
+
+def by_answers(model, images, readings):
+    seen = feedback.judge_images(judge_of(model, progress=False), images, readings, strict=True)
+    return [each.va for each in seen]
+
+
+def after_thoughts(model, images):
+    seen = feedback.judge_images(judge_of(model, progress=False), images, strict=True)
+    return expected_va(model, images, [each.reasoning for each in seen])
+
+
+def figures_of(readings, truths, targets, seconds):
+    """{column: figure} of readings and truths [groups,G,2], targets [groups,2]."""
+    rewards = -np.abs(readings - targets[:, None]).sum(-1)  # [groups,G], but for a constant
+    best = -np.abs(truths - targets[:, None]).sum(-1)
+    ties = [1 - len(set(group)) / len(group) for group in rewards.round(6).tolist()]
+    order = [spearman(*pair) for pair in zip(rewards, best, strict=True)]
+    errors = np.nanmean(np.abs(readings - truths), axis=(0, 1))
+    return {"V to the meter ↓": errors[0], "A to the meter ↓": errors[1],
+            "ties in a group ↓": np.mean(ties), "Spearman in a group ↑": np.nanmean(order),
+            "seconds a picture ↓": seconds / readings[..., 0].size}
+
+
+def study(args):
+    generator = load_generator(TINY, adapter=args.adapter)
+    judge = load_judge(args.judge, "cpu", SIZE)
+    cases = held_out_cases(args.groups, seed=0, split="validation")
+    groups = [draw_group(generator, case, args.group, i * args.group)
+              for i, case in enumerate(cases)]
+    images = [image for group in groups for image in group]
+    targets = np.array([(case.v, case.a) for case in cases])
+    shape = (args.groups, args.group, 2)
+    truths = np.array([scenes.measure_va(image) for image in images]).reshape(shape)
+    ways = {"answer": partial(by_answers, readings=1), "mean of 8": partial(by_answers, readings=8),
+            "logits": expected_va, "thought, then logits": after_thoughts}
+    rows = []
+    for name, read in ways.items():
+        began = time.perf_counter()
+        readings = np.array(read(judge, images)).reshape(shape)
+        figures = figures_of(readings, truths, targets, time.perf_counter() - began)
+        rows = rows or [["reading", *figures]]
+        rows.append([name, *(f"{figure:.2f}" for figure in figures.values())])
+    print(cli.markdown(rows))
+
+
+def main(argv=None):
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--groups", type=cli.integer(1, 10**5), default=32, help="(default: %(default)s)")
+    add("--group", type=cli.integer(2, 1024), default=8, help="pictures (default: %(default)s)")
+    add("--judge", default=str(TINY / "judge"), help="folder of the judge (default: %(default)s)")
+    add("--adapter", help="of the generator (default: none)")
+    args = parser.parse_args(argv)
+    return cli.run_program(lambda: study(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
