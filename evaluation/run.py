@@ -33,11 +33,13 @@ from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
+from tiny.examiner import Examiner, subject_of
 
 FORMS = (*data.TARGET_FORMS, "feedback")  # how a generator gets the target
 SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of a generator"),
     "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str, "the scores' CLIP, or none"),
+    "other_clip": ("none", str(TINY / "other_clip"), str, "one that gave no rewards, or none"),
     "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str, "LAION's head for it, or none"),
     "size": (512, 128, cli.picture_side, "side in pixels"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
@@ -84,6 +86,8 @@ def read_pictures(folder, cases, seeds):
 class Instruments:
     readers: dict  # {name: read(images) -> [(V, A)]}, as of readers_of
     scorer: clip.CLIP | None = None  # of CLIP-Score and CLIP-IQA
+    other: clip.CLIP | None = None  # of a second CLIP-Score: the first may have given rewards
+    examiner: Examiner | None = None  # of the miniature: does a picture show its subject?
     head: list | None = None  # of the aesthetic score, from metrics.aesthetic_head; needs a scorer
 
 
@@ -108,6 +112,14 @@ def scores_of(instruments, images, cases):
         cosines = clip.cosines(scorer, embedded, [case.neutral for case in cases])
         scores["clip_score"] = 100 * cosines  # torchmetrics cuts off at 0 their mean, not each
         scores["clip_iqa"] = metrics.clip_iqa(scorer, embedded)
+    if instruments.other is not None:
+        cosines = clip.cosines(instruments.other, clip.embed_pictures(instruments.other, images),
+                               [case.neutral for case in cases])
+        scores["other_clip_score"] = 100 * cosines
+    if instruments.examiner is not None:
+        found = instruments.examiner.recognise(images)
+        scores["content"] = [100.0 * (subject == subject_of(case.neutral))
+                             for (subject, _), case in zip(found, cases, strict=True)]
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
     return scores
@@ -164,7 +176,8 @@ def open_run(args, command, cases, generator):
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
-        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "clip": stamp(args.clip), "other_clip": stamp(args.other_clip),
+        "aesthetic": stamp(args.aesthetic),
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
     if generator is not None:
         facts["name"] = args.name or generator.name
@@ -222,8 +235,9 @@ def complete(args):
     _, own_head, *_ = SETTINGS["aesthetic"]
     if args.aesthetic == own_head and args.clip != own_clip:
         args.aesthetic = "none"  # the miniature's head reads the embeddings of its own CLIP only
-    args.clip = None if args.clip == "none" else args.clip
-    args.aesthetic = None if args.aesthetic == "none" else args.aesthetic
+    for flag in ("clip", "other_clip", "aesthetic"):
+        if getattr(args, flag) == "none":
+            setattr(args, flag, None)
     if args.aesthetic and not args.clip:
         raise UserError("--aesthetic: needs the CLIP that its head belongs to, --clip")
     if args.clip and not args.aesthetic:
@@ -247,10 +261,12 @@ def evaluate(args, command):
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)
         judges[name] = judge_of(model, args.micro, limit, progress=False)
+    scorers = {name: source and clip.CLIP.from_pretrained(source, args.device)
+               for name, source in (("scorer", args.clip), ("other", args.other_clip))}
     instruments = Instruments(
-        readers_of(judges, meter=args.preset == "tiny"),
-        clip.CLIP.from_pretrained(args.clip, args.device) if args.clip else None,
-        metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None)
+        readers_of(judges, meter=args.preset == "tiny"), **scorers,
+        examiner=Examiner.from_pretrained() if args.preset == "tiny" else None,
+        head=metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None)
     generator = None
     if not args.images:
         generator = load_generator(args.model, args.device, adapter=args.adapter)

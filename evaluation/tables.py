@@ -27,7 +27,8 @@ from parts.cli import UserError, markdown
 from parts.files import read_json, read_records, write_json, write_whole
 
 RESAMPLES = 2000  # bootstrap samples behind an interval
-SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
+SCORES = {"clip_score": "CLIP-Score", "other_clip_score": "CLIP-Score, other CLIP",
+          "content": "content, %", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
 HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward", "all": "method"}
 
 

@@ -37,7 +37,7 @@ SEED = 50  # other scenes than those of pretraining (20), of datasets (30) and o
 class Examiner(nn.Module):
     """A picture [B,3,64,64] in -1..1 -> logits of its subject [B,13] and of its place [B,8]."""
 
-    def __init__(self, widths=(24, 48, 96, 128)):
+    def __init__(self, widths=(16, 32, 64, 96)):
         super().__init__()
         layers = []
         before = 3
