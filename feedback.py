@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import data
@@ -234,13 +234,17 @@ def judge_images(judge, images, readings=1, strict=False):
     """The Judgement of each PIL image, without its emotion. Without a judge (None) all are empty.
 
     readings: answers for each picture, whose mean counts: a trained judge says few different
-    numbers, so many pictures of one prompt would tie. strict: see `read_answer`; for rewards, True.
+    numbers, so many pictures of one prompt would tie. Or "logits", the expected values over the
+    digits that it may say without thinking, or "thought", those after its thought: a judge of
+    pipeline.judge_of can tell. strict: see `read_answer`; for rewards, True.
     """
     if judge is None:
         return [Judgement()] * len(images)
+    if readings == "logits":
+        return [Judgement(v, a) for v, a in judge.expected_va(images)]
     questions = [ask("regression", image) for image in images]
     texts = [[text] for text in judge(questions)]  # of each image
-    if readings > 1:
+    if readings != "thought" and readings > 1:
         for number, text in enumerate(judge(questions, 1, readings - 1)):
             texts[number // (readings - 1)].append(text)
     judgements = []
@@ -250,6 +254,11 @@ def judge_images(judge, images, readings=1, strict=False):
         v, a = map(statistics.mean, zip(*pairs)) if pairs else (None, None)
         reasoning = plain_text(own[0].split("</think>")[0].removeprefix("<think>"))
         judgements.append(Judgement(v, a, None, reasoning))
+    if readings == "thought":
+        expected = judge.expected_va(images, [said.reasoning for said in judgements])
+        # what could not be read is no answer, whatever its digits might have been
+        return [said if said.v is None else replace(said, v=v, a=a)
+                for said, (v, a) in zip(judgements, expected, strict=True)]
     return judgements
 
 
@@ -287,7 +296,7 @@ class RefineOptions:
     seed: int = 0  # of the first picture; the next ones count up, over all rounds
     form: str = "numbers"  # of the target in the first prompt, of data.TARGET_FORMS
     start: str | None = None  # the first prompt, in place of the request with the target
-    readings: int = 1  # answers of the judge for each picture, as in `judge_images`
+    readings: int | str = 1  # how the judge is read, as in `judge_images`
 
 
 def refine(prompt, v, a, generate, judge, rounds=3, images_per_round=8, **options):
@@ -309,9 +318,10 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
     options = options or RefineOptions()
     v, a = data.check_va(v, a)
     fewest = 2 if rounds > 1 else 1  # best and worst must differ to be compared
-    if rounds < 1 or options.readings < 1 or images_per_round < fewest:
+    answers = options.readings if isinstance(options.readings, int) else 1
+    if rounds < 1 or answers < 1 or images_per_round < fewest:
         raise ValueError(f"expected rounds and readings >= 1 and images_per_round >= {fewest}, got "
-                         f"{rounds}, {options.readings} and {images_per_round}")
+                         f"{rounds}, {answers} and {images_per_round}")
     text = options.start or data.TARGET_FORMS[options.form](prompt, v, a)
     note = ""
     rewrite_seconds = 0.0

@@ -7,10 +7,10 @@
     python sample.py --v 7 --a 3 --no-adapter           # the generator before reward feedback
     python sample.py --v 7 --a 3 --preset paper         # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
-The target enters the prompt as numbers (`--form`). The judge says what valence and arousal it sees and why; in
-each further round it has compared the best and the worst picture and rewritten the prompt
-(feedback.py). A run is a folder: the PNGs, each with its prompt, V, A, seed, model and judgement
-inside, run.json, contact.png, and index.html to look at.
+The target enters the prompt as numbers (`--form`). The judge says what valence and arousal it sees
+and why; in each further round it has compared the best and the worst picture and rewritten the
+prompt (feedback.py). A run is a folder: the PNGs, each with its prompt, V, A, seed, model and
+judgement inside, run.json, contact.png, and index.html to look at.
 """
 
 import json
@@ -51,7 +51,7 @@ SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
 FEEDBACK = {
     "rounds": (1, 1, cli.integer(1, 100), "the judge rewrites the prompt between two"),
     "tolerance": (0.0, 0.0, cli.number(0, 16), "a loss |ΔV| + |ΔA| that ends the rounds"),
-    "readings": (1, 1, cli.integer(1, 100), "answers of the judge, whose mean is taken"),
+    "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
 }
 
 

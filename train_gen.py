@@ -40,6 +40,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
     "reward_weights": (REWARDS, REWARDS, cli.weights_of(REWARDS), "e.g. emotion=1,pickscore=0.5"),
+    "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
     "form": (("numbers",), ("numbers", "numbers", "words"), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
     "group": (8, 4, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
@@ -150,7 +151,7 @@ def roll_out(models, samples, args, run, step):
     if None in images:
         return chunks, {}
     rows = [sample.row for sample in samples]
-    return chunks, rewards_of(images, rows, models, args.reward_weights)
+    return chunks, rewards_of(images, rows, models, args.reward_weights, args.readings)
 
 
 def sde_settings(args, shift, step):
@@ -200,7 +201,7 @@ def draw(generator, samples, size, settings):
     return trajectory, texts
 
 
-def rewards_of(images, rows, models, reward_weights):
+def rewards_of(images, rows, models, reward_weights, readings):
     """{part: [N] float64} of N PIL images and the rows they were drawn for.
 
     emotion, pickscore and their weighted sum, total, are the rewards. The rest is only watched:
@@ -208,31 +209,31 @@ def rewards_of(images, rows, models, reward_weights):
     """
     targets = torch.tensor([(row.v, row.a) for row in rows], dtype=torch.float64)  # [N,2]
     parts = {}
-    readings = {}  # {reader: V̂, Â [N,2]}
+    read = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
         judge = pipeline.judge_of(models.judge, progress=False)
         # Read as strictly as in the judge's training. The paper gives no formula; ours is
         # 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1, and 0 for an answer that cannot be read.
-        seen = feedback.judge_images(judge, images, strict=True)
-        readings["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)
-        distance = (readings["judge"] - targets).abs().sum(dim=1)
+        seen = feedback.judge_images(judge, images, readings, strict=True)
+        read["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)
+        distance = (read["judge"] - targets).abs().sum(dim=1)
         parts["emotion"] = (1 - distance / 16).nan_to_num(0.0)
     if models.scorer is not None:
         scores = clip.pick_score(models.scorer, images, [row.neutral for row in rows])
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
-        readings["meter"] = torch.tensor(measured, dtype=torch.float64)
+        read["meter"] = torch.tensor(measured, dtype=torch.float64)
     for name in reward_weights:
         for i in parts[name].isfinite().logical_not().nonzero()[:1, 0].tolist():
             raise UserError(f"the reward {name} of a picture is {float(parts[name][i])}, of row "
                             f"{rows[i].id}, {rows[i].neutral!r}; is its model or the generator's "
                             f"broken?")
     parts["total"] = sum(weight * parts[name] for name, weight in reward_weights.items())
-    for reader, pairs in readings.items():
+    for reader, pairs in read.items():
         parts[f"{reader}_v_error"], parts[f"{reader}_a_error"] = (pairs - targets).abs().T
-    if len(readings) == 2:
-        parts["gap"] = (readings["judge"] - readings["meter"]).abs().sum(dim=1)
+    if len(read) == 2:
+        parts["gap"] = (read["judge"] - read["meter"]).abs().sum(dim=1)
     return parts
 
 
@@ -338,7 +339,7 @@ def evaluate(models, rows, args, run, step):
         return {}
     # 2. figures of all processes
     own = [rows[i] for i in mine]
-    parts = rewards_of(images, own, models, args.reward_weights)
+    parts = rewards_of(images, own, models, args.reward_weights, args.readings)
     if models.meter:
         measured = torch.tensor([models.meter(image) for image in images]).view(-1, 2)
         for axis, name in enumerate(("v", "a")):

@@ -86,6 +86,11 @@ def weights_of(names):
     return read
 
 
+def readings(text):
+    """An argparse type: how the judge is read, as `feedback.judge_images` takes it."""
+    return text if text in ("logits", "thought") else integer(1, 100)(text)
+
+
 def text(longest):
     """An argparse type: a text of 1 to `longest` characters."""
     def read(given):

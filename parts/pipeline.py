@@ -28,6 +28,7 @@ import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import read_json
+from parts.reading import expected_va
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
@@ -206,7 +207,8 @@ def load_judge(source, device, size):
 
 
 def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
-    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
+    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each,
+    and judge.expected_va(images, thoughts), see parts/reading.py.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
     from its own seed. batch: answers in one generation.
@@ -226,6 +228,7 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
             texts += [completion.text for each in answers for completion in each]
         return texts
 
+    judge.expected_va = partial(expected_va, model)
     return judge
 
 

@@ -228,7 +228,7 @@ def parse_args(argv=None):
         default=[0, 1, 2], help="of the pictures (default: 0,1,2)")
     add("--n", type=cli.integer(2, 1000), default=4,
         help="pictures a round (default: %(default)s)")
-    add("--readings", type=cli.integer(1, 100), default=8,
+    add("--readings", type=cli.readings, default=8,
         help="answers of the judge a picture (default: %(default)s)")
     add("--sample-steps", type=cli.integer(1, 1000), default=12,
         help="steps of the sampler (default: %(default)s)")

@@ -14,7 +14,6 @@ reward feedback draws with. The meter says what valence and arousal each picture
 
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -26,10 +25,10 @@ from evaluation.cases import held_out_cases
 from evaluation.metrics import spearman
 from parts import cli
 from parts.pipeline import TINY, judge_of, load_generator, load_judge, seeded, to_images
-from parts.reading import expected_va
 from tiny import scenes
 
 SIZE = 128
+WAYS = {"answer": 1, "mean of 8": 8, "logits": "logits", "thought, then logits": "thought"}
 DRAWING = flow_grpo.SDESettings(  # as train_gen.py draws the miniature's pictures
     num_steps=6, noise_level=0.7, stochastic=range(6), trained=range(0))
 
@@ -43,16 +42,6 @@ def draw_group(generator, case, group, seed):
     start = generator.starting_noise(noises, SIZE)
     trajectory = flow_grpo.sample_sde(generator.mmdit, start, *texts, DRAWING, noises)
     return to_images(generator.decode(trajectory.latents))
-
-
-def by_answers(model, images, readings):
-    seen = feedback.judge_images(judge_of(model, progress=False), images, readings, strict=True)
-    return [each.va for each in seen]
-
-
-def after_thoughts(model, images):
-    seen = feedback.judge_images(judge_of(model, progress=False), images, strict=True)
-    return expected_va(model, images, [each.reasoning for each in seen])
 
 
 def figures_of(readings, truths, targets, seconds):
@@ -69,7 +58,7 @@ def figures_of(readings, truths, targets, seconds):
 
 def study(args):
     generator = load_generator(TINY, adapter=args.adapter)
-    judge = load_judge(args.judge, "cpu", SIZE)
+    judge = judge_of(load_judge(args.judge, "cpu", SIZE), progress=False)
     cases = held_out_cases(args.groups, seed=0, split="validation")
     groups = [draw_group(generator, case, args.group, i * args.group)
               for i, case in enumerate(cases)]
@@ -77,12 +66,11 @@ def study(args):
     targets = np.array([(case.v, case.a) for case in cases])
     shape = (args.groups, args.group, 2)
     truths = np.array([scenes.measure_va(image) for image in images]).reshape(shape)
-    ways = {"answer": partial(by_answers, readings=1), "mean of 8": partial(by_answers, readings=8),
-            "logits": expected_va, "thought, then logits": after_thoughts}
     rows = []
-    for name, read in ways.items():
+    for name, readings in WAYS.items():
         began = time.perf_counter()
-        readings = np.array(read(judge, images)).reshape(shape)
+        seen = feedback.judge_images(judge, images, readings, strict=True)
+        readings = np.array([each.va for each in seen]).reshape(shape)
         figures = figures_of(readings, truths, targets, time.perf_counter() - began)
         rows = rows or [["reading", *figures]]
         rows.append([name, *(f"{figure:.2f}" for figure in figures.values())])
