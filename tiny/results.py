@@ -1,0 +1,152 @@
+"""The tables of docs/results.md, written from the records in docs/records.
+
+    python -m tiny.results            # writes every table anew
+    python -m tiny.results --check    # only says whether the page has what the records say
+
+A study of the miniature evaluates each of its runs case by case and keeps the cases here, as JSON
+lines: the run's own line (row of the table, seed, commands, digest of its data), then a line for
+each case. On the page a table stands between two comments that name its records:
+
+    <!-- table reward_feedback -->
+    <!-- end -->
+
+A figure is the mean over cases, with its 95 % interval over cases: what another set of prompts
+might have given. A row of several seeds first takes the mean of a case over its seeds.
+"""
+
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.metrics import mean, spearman
+from evaluation.tables import estimate, resamples
+from parts import cli
+from parts.cli import UserError
+from parts.files import read_json, read_records, write_rows, write_whole
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+RECORDS = DOCS / "records"
+PAGE = DOCS / "results.md"
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = {  # head: (figure of a case's record, digits)
+    "V-Error ↓": (lambda r: abs(r["meter"][0] - r["v"]), 2),
+    "A-Error ↓": (lambda r: abs(r["meter"][1] - r["a"]), 2),
+    "V-Error by judge ↓": (lambda r: error_by_judge(r, 0), 2),
+    "A-Error by judge ↓": (lambda r: error_by_judge(r, 1), 2),
+    "content, % ↑": (lambda r: r["content"], 1),
+    "CLIP-Score ↑": (lambda r: r["clip_score"], 1),
+    "other CLIP-Score ↑": (lambda r: r["other_clip_score"], 1),
+}
+
+
+def error_by_judge(record, axis):
+    if record["judge"] is None:
+        return float("nan")
+    return abs(record["judge"][axis] - record["va"[axis]])
+
+
+# --------------------------------------------------------------------------------------------------
+# Records
+
+
+def add_run(table, row, run, seed, folder, form, commands, data):
+    """Put an evaluation's cases into the records of a table, in place of the run's older ones.
+
+    folder: of `python -m evaluation run`; form: of the target; data: digest of the training rows.
+    """
+    path = RECORDS / f"{table}.jsonl"
+    kept = [record for record in read_records(path) if record["run"] != run]
+    head = {"run": run, "row": row, "seed": seed, "form": form, "commands": commands, "data": data,
+            "cases": read_json(folder / "settings.json")["cases"][1]}
+    lines = [head]
+    for record in read_records(folder / f"{form}.jsonl"):
+        read = record["read"]
+        case = {"run": run, "id": record["id"], "v": record["v"], "a": record["a"],
+                "meter": read["meter"], "judge": read.get("judge")}
+        for name in ("content", "clip_score", "other_clip_score"):
+            case[name] = record.get(name)
+        lines.append({name: rounded(value) for name, value in case.items()})
+    write_rows(path, kept + lines)
+
+
+def rounded(value):
+    """Numbers with three decimals: a record is for the table, and pixels have 256 levels."""
+    if isinstance(value, list):
+        return [round(x, 3) for x in value]
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def rows_of(table):
+    """{row: {run: [its cases' records]}} of a table's records. Raises UserError."""
+    path = RECORDS / f"{table}.jsonl"
+    if not path.exists():
+        raise UserError(f"{path}: missing, but {PAGE} has a table of it; run its study")
+    rows = {}
+    row_of = {}
+    for record in read_records(path):
+        if "row" in record:
+            row_of[record["run"]] = record["row"]
+            rows.setdefault(record["row"], {})[record["run"]] = []
+        else:
+            rows[row_of[record["run"]]][record["run"]].append(record)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def cells_of(runs):
+    """A row's cells: the figures of COLUMNS with intervals, and rank correlations."""
+    runs = [sorted(records, key=lambda record: record["id"]) for records in runs.values()]
+    samples = resamples([None] * len(runs[0]))
+    cells = []
+    for figure, digits in COLUMNS.values():
+        if runs[0][0].get("content") is None and digits == 1:
+            cells.append("–")
+            continue
+        values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n]
+        found = estimate(values.mean(axis=0), mean, samples)
+        cells.append("{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits))
+    for axis in (0, 1):
+        ranks = [spearman([record["va"[axis]] for record in records],
+                          [record["meter"][axis] for record in records]) for records in runs]
+        cells.append(f"{statistics.mean(ranks):.2f}")
+    return cells
+
+
+def table_of(name):
+    """Markdown of a table."""
+    lines = [["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
+    for row, runs in rows_of(name).items():
+        lines.append([row, len(runs), *cells_of(runs)])
+    return cli.markdown(lines)
+
+
+def page():
+    """docs/results.md with every table as its records have it."""
+    text = PAGE.read_text(encoding="utf-8")
+    return TABLE.sub(lambda found: f"{found[1]}{table_of(found[2])}\n{found[3]}", text)
+
+
+def main(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if it differs")
+    args = parser.parse_args(argv)
+
+    def work():
+        new = page()
+        if new == PAGE.read_text(encoding="utf-8"):
+            return
+        if args.check:
+            raise UserError(f"{PAGE}: differs from docs/records; run `python -m tiny.results`")
+        write_whole(PAGE, new)
+
+    return cli.run_program(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
