@@ -35,11 +35,12 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
+PARTS = (*REWARDS, "meter")  # the miniature's meter as a reward is the ceiling of all judges
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
-    "reward_weights": (REWARDS, REWARDS, cli.weights_of(REWARDS), "e.g. emotion=1,pickscore=0.5"),
+    "reward_weights": (REWARDS, REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,pickscore=0.5"),
     "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
     "form": (("numbers",), ("numbers", "numbers", "words"), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
@@ -95,6 +96,7 @@ class Models:
     judge: qwen_vl.QwenVL | None
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
+    examiner: object | None  # the miniature's, of content: does a picture show its subject?
 
 
 @dataclass(frozen=True)
@@ -204,26 +206,27 @@ def draw(generator, samples, size, settings):
 def rewards_of(images, rows, models, reward_weights, readings):
     """{part: [N] float64} of N PIL images and the rows they were drawn for.
 
-    emotion, pickscore and their weighted sum, total, are the rewards. The rest is only watched:
-    |ΔV| and |ΔA| by judge and meter and the gap between these two, NaN for unreadable answers.
+    The rewards are PARTS and their weighted sum, total. The rest is only watched: |ΔV| and |ΔA| by
+    judge and meter, the gap between these two, NaN for unreadable answers, and content.
     """
     targets = torch.tensor([(row.v, row.a) for row in rows], dtype=torch.float64)  # [N,2]
     parts = {}
     read = {}  # {reader: V̂, Â [N,2]}
     if models.judge is not None:
         judge = pipeline.judge_of(models.judge, progress=False)
-        # Read as strictly as in the judge's training. The paper gives no formula; ours is
-        # 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1, and 0 for an answer that cannot be read.
+        # read as strictly as in the judge's training
         seen = feedback.judge_images(judge, images, readings, strict=True)
         read["judge"] = torch.tensor([each.va for each in seen], dtype=torch.float64)
-        distance = (read["judge"] - targets).abs().sum(dim=1)
-        parts["emotion"] = (1 - distance / 16).nan_to_num(0.0)
+        parts["emotion"] = nearness(read["judge"], targets)
     if models.scorer is not None:
         scores = clip.pick_score(models.scorer, images, [row.neutral for row in rows])
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         read["meter"] = torch.tensor(measured, dtype=torch.float64)
+        parts["meter"] = nearness(read["meter"], targets)
+    if models.examiner is not None:
+        parts["content"] = models.examiner.shows(images, [row.neutral for row in rows])
     for name in reward_weights:
         for i in parts[name].isfinite().logical_not().nonzero()[:1, 0].tolist():
             raise UserError(f"the reward {name} of a picture is {float(parts[name][i])}, of row "
@@ -235,6 +238,12 @@ def rewards_of(images, rows, models, reward_weights, readings):
     if len(read) == 2:
         parts["gap"] = (read["judge"] - read["meter"]).abs().sum(dim=1)
     return parts
+
+
+def nearness(read, targets):
+    """Emotion reward [N] of readings and targets [N,2]: 1 − (|V̂ − V| + |Â − A|)/16, from 0 to 1,
+    and 0 for an answer that cannot be read. The paper gives no formula."""
+    return (1 - (read - targets).abs().sum(dim=1) / 16).nan_to_num(0.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,11 +463,13 @@ def train(args, processes):
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
     judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
-    scorer = meter = None
+    scorer = meter = examiner = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)
     if args.preset == "tiny":
+        from tiny.examiner import Examiner
         from tiny.scenes import measure_va as meter
+        examiner = Examiner.from_pretrained()
     generator = load_generator(args.model, device, use_t5=not args.no_t5,
                                encoders_device="cpu" if args.encoders == "cpu" else None)
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
@@ -471,7 +482,7 @@ def load_models(args, device):
     lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
     if args.init_adapter != "none":
         lora.fill_lora(adapter, generator.mmdit)
-    return Models(generator, judge, scorer, meter)
+    return Models(generator, judge, scorer, meter, examiner)
 
 
 def prompts_needed(start, rows, held_out, args, processes):

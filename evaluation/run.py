@@ -33,7 +33,7 @@ from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
-from tiny.examiner import Examiner, subject_of
+from tiny.examiner import Examiner
 
 FORMS = (*data.TARGET_FORMS, "feedback")  # how a generator gets the target
 SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
@@ -117,9 +117,8 @@ def scores_of(instruments, images, cases):
                                [case.neutral for case in cases])
         scores["other_clip_score"] = 100 * cosines
     if instruments.examiner is not None:
-        found = instruments.examiner.recognise(images)
-        scores["content"] = [100.0 * (subject == subject_of(case.neutral))
-                             for (subject, _), case in zip(found, cases, strict=True)]
+        scores["content"] = 100 * instruments.examiner.shows(
+            images, [case.neutral for case in cases])
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
     return scores

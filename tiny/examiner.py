@@ -66,6 +66,12 @@ class Examiner(nn.Module):
                 found.append((SUBJECTS[s], PLACES[p]))
         return found
 
+    def shows(self, images, prompts):
+        """[N] float64: 1 where a picture shows the subject that its prompt names, else 0."""
+        found = [subject for subject, _ in self.recognise(images)]
+        wanted = [subject_of(prompt) for prompt in prompts]
+        return torch.tensor([a == b for a, b in zip(found, wanted, strict=True)]).double()
+
     @classmethod
     def from_pretrained(cls, path=FILE):
         """Raises UserError for a file of another model."""
