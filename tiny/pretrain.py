@@ -530,7 +530,8 @@ def judge_processor(rows, rng):
     texts = [*feedback.PROMPTS.values()] * 20 + [lessons.DESCRIBE]
     for scene, v, a in rows:
         texts += [lessons.answer(task, scene, v, a, rng) for task in feedback.TASKS]
-        texts += [scenes.emotional_caption(scene, v, a, rng), lessons.rewrite(scene, (v, a))]
+        texts += [scenes.emotional_caption(scene, v, a, rng), lessons.rewrite(scene, (v, a)),
+                  lessons.description(scene, v, a)]
     learner = chat.byte_bpe({}, [], special=())
     learner.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1200, show_progress=False,
@@ -550,7 +551,7 @@ def judging(material, task, i, rng):
     pixels, _ = chat.image_patches(picture, material.processor.image)
     prompt = replace(material.questions[task], pixels=pixels)  # all pictures have the same size
     if task == "describe":
-        return prompt, [lessons.thought(*row)]
+        return prompt, [lessons.description(*row)]
     return prompt, [lessons.answer(task, *row, rng) for _ in range(3)]
 
 
