@@ -83,16 +83,6 @@ def group_advantages(rewards, eps=1e-4, global_std=False):
     return torch.where(differs, (r - mean) / (std + eps), 0.0).to(dtype)
 
 
-def clamp_guided(advantages, guided):
-    """The advantages [n], at least 0 where `guided`, a list of n bools, is True.
-
-    A guided sample that is better than its group is an example to follow. It was not drawn by the
-    policy, though: lowering its probability has no bound, so negative advantages become 0.
-    """
-    guided = torch.tensor(guided, device=advantages.device)
-    return torch.where(guided, advantages.clamp(min=0), advantages)
-
-
 # --------------------------------------------------------------------------------------------------
 # Log-probabilities of the tokens
 

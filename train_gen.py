@@ -35,33 +35,33 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
+TINY_REWARDS = {"emotion": 1.0, "pickscore": 0.5}
 PARTS = (*REWARDS, "meter")  # the miniature's meter as a reward is the ceiling of all judges
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
-    "reward_weights": (REWARDS, REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,pickscore=0.5"),
+    "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
     "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
-    "form": (("numbers",), ("numbers", "numbers", "words"), cli.some_of(data.FORMS),
+    "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
-    "group": (8, 4, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
-    "guided_pictures": (0, 2, integer(0, 1024), "of these, drawn with the row's emotional prompt"),
-    "batch": (16, 16, integer(1, 4096), "prompts in a step, over all processes, P"),
-    "steps": (1000, 36, integer(1, 10**7), cli.STEPS_HELP),
+    "group": (8, 8, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
+    "batch": (16, 8, integer(1, 4096), "prompts in a step, over all processes, P"),
+    "steps": (1000, 40, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
     "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
-    "noise_level": (0.7, 0.1, number(1e-6, 100), "of the stochastic sampler"),
+    "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
                           "halves of guidance that are differentiated"),
     "size": (512, 128, cli.picture_side, "side of the pictures in pixels"),
     "lr": (3e-4, 1.5e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
-    "lr_end": (3e-4, 1e-4, number(0, 1), "and at the end, linear in between"),
-    "beta": (0.1, 0.1, number(0, 1000), "weight of the KL to the model without the adapter"),
+    "lr_end": (3e-4, 1.5e-3, number(0, 1), "and at the end, linear in between"),
+    "beta": (0.1, 0.02, number(0, 1000), "weight of the KL to the model without the adapter"),
     "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
     "advantage_std": ("group", "group", ("group", "global"), "std that advantages are divided by"),
     "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
@@ -104,9 +104,7 @@ class Sample:
     """One picture to draw."""
     seed: int  # of all its noise
     row: data.Row
-    prompt: str  # that the model is trained to follow
-    drawn: str  # that the picture is drawn with
-    guided: bool  # whether the two differ
+    prompt: str
 
 
 @dataclass
@@ -114,7 +112,7 @@ class Chunk:
     """Pictures that are drawn, and later trained on, in one batch."""
     indices: list[int]  # among this process's n samples
     trajectory: flow_grpo.Trajectory
-    texts: tuple  # (context, pooled) of the prompts that the model is trained to follow
+    texts: tuple  # (context, pooled) of the prompts
 
 
 def samples_of(step, rows, args):
@@ -128,9 +126,7 @@ def samples_of(step, rows, args):
         form = random.Random(f"form {args.seed} {step} {p}").choice(args.form)
         prompt = rows[i].prompt(form)
         for g in range(args.group):
-            drawn = rows[i].prompt("emotional") if g < args.guided_pictures else prompt
-            seed = training.noise_seed(args.seed, step, p, g)
-            samples.append(Sample(seed, rows[i], prompt, drawn, drawn != prompt))
+            samples.append(Sample(training.noise_seed(args.seed, step, p, g), rows[i], prompt))
     return samples
 
 
@@ -170,37 +166,22 @@ def sde_settings(args, shift, step):
 
 
 def chunks_of(samples, args):
-    """[[index of a sample]]: at most args.micro in each, of one update, and all guided or none."""
+    """[[index of a sample]]: at most args.micro in each, and all of one update."""
     chunks = []
     for turn in range(args.updates):
-        share = range(turn, len(samples), args.updates)
-        for guided in (True, False):
-            indices = [i for i in share if samples[i].guided == guided]
-            starts = range(0, len(indices), args.micro)
-            chunks += [indices[start:start + args.micro] for start in starts]
+        indices = list(range(turn, len(samples), args.updates))
+        starts = range(0, len(indices), args.micro)
+        chunks += [indices[start:start + args.micro] for start in starts]
     return chunks
 
 
 def draw(generator, samples, size, settings):
-    """(Trajectory, (context, pooled)) of samples in one batch: all of them guided, or none.
-
-    Guided pictures are drawn from their emotional prompts by the model without its adapter, so that
-    what guides does not move with what is trained. Their steps then count with the probability that
-    the model to be trained, given its own prompt, has of taking them.
-    """
-    model = generator.mmdit
-    texts = generator.encode_prompts([s.prompt for s in samples], settings.guidance)
+    """(Trajectory, (context, pooled)) of samples in one batch."""
+    texts = generator.encode_prompts([sample.prompt for sample in samples], settings.guidance)
     # the noise of a picture's start and that of its steps come from one random generator, its own
     noises = seeded(sample.seed for sample in samples)
     start = generator.starting_noise(noises, size).to(generator.device)  # [N,C,h,w]
-    if not samples[0].guided:
-        return flow_grpo.sample_sde(model, start, *texts, settings, noises), texts
-    emotional = generator.encode_prompts([s.drawn for s in samples], settings.guidance)
-    with lora.lora_disabled(model):
-        trajectory = flow_grpo.sample_sde(model, start, *emotional, settings, noises)
-    for k, kept in enumerate(trajectory.steps):
-        kept.log_prob = flow_grpo.evaluate_step(model, trajectory, k, *texts).log_prob
-    return trajectory, texts
+    return flow_grpo.sample_sde(generator.mmdit, start, *texts, settings, noises), texts
 
 
 def rewards_of(images, rows, models, reward_weights, readings):
@@ -414,7 +395,6 @@ def train(args, processes):
                 rewards["total"], global_std=args.advantage_std == "global")  # [P,G]
             advantages = advantages.flatten().float()  # [P·G]
             advantages = processes.share(advantages.to(processes.device))  # [n]
-            advantages = grpo.clamp_guided(advantages, [sample.guided for sample in samples])
             # 4. update
             lr = training.linear(args.lr, args.lr_end, step, args.steps)
             optimizer.param_groups[0]["lr"] = lr
@@ -490,7 +470,7 @@ def prompts_needed(start, rows, held_out, args, processes):
     needed = [""]
     for step in range(start, args.steps):
         for sample in processes.share(samples_of(step, rows, args)):
-            needed += [sample.prompt, sample.drawn]
+            needed.append(sample.prompt)
     own = held_out[processes.rank::processes.world]
     return list(dict.fromkeys(needed + [row.prompt(args.form[0]) for row in own]))
 
@@ -514,7 +494,7 @@ def parse_args(argv=None):
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     args = cli.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last
-    limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
+    limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,
               "updates": args.batch * args.group}
     for name, most in limits.items():

@@ -75,7 +75,6 @@ SETTINGS = {  # flag of train_gen.py: (paper's value, type or words to choose fr
     "pickscore": ("yuvalkirstain/PickScore_v1", (*SCORERS, "none"), "PickScore"),
     "form": (("numbers",), cli.some_of(data.FORMS), "how the target enters the prompt"),
     "group": (8, integer(2, 1024), "pictures of each prompt, G"),
-    "guided_pictures": (0, integer(0, 1024), "of these, drawn with the emotional prompt"),
     "batch": (16, integer(1, 4096), "prompts in a step, over all processes, P"),
     "steps": (1000, integer(1, 10**7), "training steps"),
     "sde_steps": (10, integer(1, 1000), "steps of the stochastic sampler, T"),
@@ -206,7 +205,7 @@ class GeneratorPlan:
                 raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
                                 f"{args.batch} × --group {args.group}) cannot be shared by "
                                 f"{gpus}; choose a divisor")
-        limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
+        limits = {"skip_last": args.sde_steps - 1,
                   "window": args.sde_steps - args.skip_last}  # as in train_gen.py
         for name, most in limits.items():
             if getattr(args, name) > most:

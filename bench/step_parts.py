@@ -166,10 +166,8 @@ def drawing_parts(models, args, n):
     settings = sde_settings(args)
     velocity = measure(lambda _: flow_grpo.guided_velocity(
         models.mmdit, latents, 0.5, *texts, settings.guidance, settings.detach))
-    # kept steps of guided pictures are evaluated once more, under the prompt to follow
-    again = len(settings.trained) * args.guided_pictures / args.group
     decoder = measure(lambda _: models.vae.decode(latents[:1].bfloat16()).float())
-    return {"sampling": Part(args.sde_steps + again, velocity), "VAE decoder": Part(n, decoder)}
+    return {"sampling": Part(args.sde_steps, velocity), "VAE decoder": Part(n, decoder)}
 
 
 def judging_parts(models, args, n):

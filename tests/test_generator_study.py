@@ -10,7 +10,7 @@ from parts.pipeline import TINY, load_generator
 from tiny import generator_study
 from tiny.dataset import write_tiny
 
-SMALL = ("--cases 4 --steps 1 --group 2 --guided-pictures 1 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 "
+SMALL = ("--cases 4 --steps 1 --group 2 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 "
          "--eval-rows 4 --size 64 --window 1 --window-within 1").split()
 
 

@@ -227,8 +227,6 @@ def test_the_settings_are_respected(small):
     assert whole.costs(8)["sampling"][0] == base["sampling"][0]
     for name in (MATRICES, "update, reference"):
         assert whole.costs(8)[name] == pytest.approx(base[name] * 10 / 9)
-    guided = small("--window", 2, "--guided-pictures", 4).costs(8)["sampling"][0]  # half of two kept steps once more
-    assert guided == pytest.approx(base["sampling"][0] * 11 / 10)
     assert "update, reference" not in small("--beta", 0).costs(8)
     assert small("--guidance", 1).costs(8)["sampling"][0] == pytest.approx(base["sampling"][0] / 2)
     assert small("--group", 16).costs(8)["VAE decoder"][0] == 2 * base["VAE decoder"][0]
@@ -498,7 +496,7 @@ def test_the_program_prints_the_plan_without_network_weights_or_data(tmp_path):
     (["--gpus", "3"], "--gpus 3: the 128 pictures"), (["--gpus", "0"], "--gpus: expected a whole number"),
     (["--group", "1"], "--group: expected"), (["--judge", "./mine"], "--judge: invalid choice: './mine'"),
     (["--preset", "tiny"], "--preset: invalid choice: 'tiny'"), (["--window", "10"], "--window 10: expected at most 9"),
-    (["--skip-last", "10"], "--skip-last 10: expected at most 9"), (["--guided-pictures", "9"], "expected at most 8"),
+    (["--skip-last", "10"], "--skip-last 10: expected at most 9"),
     (["--what", "painter"], "--what: invalid choice: 'painter'"), (["--efficiency", "0.9"], "--efficiency: expected"),
     (["--what", "judge", "--gpus", "3"], "--gpus 3: the 16 questions"),
     (["--what", "judge", "--answer", "600"], "--answer 600: expected at most --max-new-tokens 512"),

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import data
 import feedback
-import grpo
 import train_gen
 from parts import lora, pipeline
 from parts.files import read_json, read_records
@@ -24,7 +23,7 @@ from tests import launch
 from tests.launch import finish, log_of, without_times
 from tiny.dataset import write_tiny
 
-SMALL = ("--group 2 --guided-pictures 1 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
+SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
          "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
 
 
@@ -260,7 +259,7 @@ def test_the_judge_reads_all_pictures_of_a_step_in_one_generation(ready, monkeyp
 
 def changes(models, rows, args, **settings):
     """The change of an adapter's parameters by the first update of a step, and the sums of its metrics."""
-    args = Namespace(**vars(args) | {"window": 0, "guided_pictures": 0, "lr": 1.0} | settings)
+    args = Namespace(**vars(args) | {"window": 0, "lr": 1.0} | settings)
     chunks, rewards = train_gen.roll_out(models, train_gen.samples_of(0, rows, args), args, RUN, 0)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -313,7 +312,7 @@ def test_a_gpu_that_rounds_is_told(capsys):
 
 
 def test_the_pictures_of_a_group_start_from_different_noise(ready):
-    chunks, _ = roll_out(*ready, window=1, window_within=1, guided_pictures=0)
+    chunks, _ = roll_out(*ready, window=1, window_within=1)
     for chunk in chunks:  # a chunk of two is a group here
         assert [kept.index for kept in chunk.trajectory.steps] == [0]
         kept = chunk.trajectory.steps[0]
@@ -333,27 +332,19 @@ def test_windows_lie_where_they_are_asked_for_and_resumed_runs_get_the_same(read
     assert set(starts) == {0, 1, 2}
 
 
-def test_guided_pictures_are_drawn_apart_and_rewards_keep_the_order_of_the_samples(ready):
+def test_rewards_are_in_the_order_of_the_samples(ready):
     models, rows, args = ready
     samples = train_gen.samples_of(0, rows, args)
-    chunks, rewards = roll_out(*ready)
-    assert [chunk.indices for chunk in chunks] == [[0, 2], [1, 3]]  # the first of each group of two is guided
+    chunks, rewards = roll_out(*ready, updates=2)
+    assert [chunk.indices for chunk in chunks] == [[0, 2], [1, 3]]
     for chunk in chunks:
         own = [samples[i] for i in chunk.indices]
         images = to_images(models.generator.decode(chunk.trajectory.latents))
-        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights)
+        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights, 1)
         for name in again:
             torch.testing.assert_close(rewards[name][chunk.indices], again[name], rtol=1e-5, atol=1e-5, equal_nan=True)
-        followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)  # guided or not
+        followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)
         assert torch.equal(chunk.texts[1], followed[1])
-
-
-def test_guided_pictures_are_followed_if_better_and_never_fled_from(ready):
-    _, rows, args = ready
-    samples = train_gen.samples_of(0, rows, args)
-    assert [s.guided for s in samples] == [True, False, True, False]
-    advantages = grpo.clamp_guided(torch.tensor([-1.0, 1.0, 0.5, -0.5]), [s.guided for s in samples])
-    assert advantages.tolist() == [0.0, 1.0, 0.5, -0.5]
 
 
 def test_every_seed_that_is_allowed_can_be_drawn_from(ready):
@@ -386,8 +377,8 @@ def test_rewards_are_those_of_judge_and_pickscore_and_the_meter_is_only_watched(
             feedback.Judgement(None, None, None, "")]
     monkeypatch.setattr(feedback, "judge_images", lambda *_, strict: seen if strict else None)
     monkeypatch.setattr(train_gen.clip, "pick_score", lambda *_: torch.tensor([13.0, 26.0, 20.8]))
-    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0))
-    parts = train_gen.rewards_of([None] * 3, rows, models, {"emotion": 2.0, "pickscore": 0.5})
+    models = train_gen.Models(None, object(), object(), lambda image: (4.0, 4.0), None)
+    parts = train_gen.rewards_of([None] * 3, rows, models, {"emotion": 2.0, "pickscore": 0.5}, 1)
     assert parts["emotion"].tolist() == [1 - 1 / 16, 1 - 4 / 16, 0.0]
     assert parts["total"].tolist() == pytest.approx([2 * 15 / 16 + 0.25, 1.5 + 0.5, 0.4])
     assert parts["meter_v_error"].tolist() == [1, 1, 2] and parts["judge_v_error"][:2].tolist() == [0, 4]
@@ -411,7 +402,7 @@ def test_a_process_needs_the_prompts_of_its_own_share(dataset):
     train, test = (data.load_rows(dataset, split) for split in ("train", "test"))
     shares = [train_gen.prompts_needed(0, train, test, args, Processes(rank, 2, torch.device("cpu")))
               for rank in range(2)]
-    drawn = {p for step in range(3) for s in train_gen.samples_of(step, train, args) for p in (s.prompt, s.drawn)}
+    drawn = {s.prompt for step in range(3) for s in train_gen.samples_of(step, train, args)}
     assert set().union(*shares) == {"", *drawn, *(row.prompt("words") for row in test)}
     assert all(len(own) == len(set(own)) <= 1 + 3 * 2 * 2 + 2 for own in shares)
 
@@ -437,7 +428,7 @@ def test_the_weight_of_a_reward_may_be_left_out():
 @pytest.mark.parametrize("flags, message", [
     (["--group", "1"], "--group/--num-generations: expected a whole number in 2"),
     (["--window", "5"], "--window 5: at most 3"), (["--form", "verse"], "--form: expected some of numbers, words"),
-    (["--guided-pictures", "3"], "--guided-pictures 3: at most 2"), (["--skip-last", "4"], "--skip-last 4: at most 3"),
+    (["--skip-last", "4"], "--skip-last 4: at most 3"),
     (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),

@@ -1,70 +1,105 @@
-"""Reward feedback in the miniature: the generator before and after it, three seeds, two ablations.
+"""Reward feedback in the miniature, beside all that might explain it without its rewards.
 
-    python -m tiny.generator_study        # trains what is missing, measures, prints a table
+    python -m tiny.generator_study        # trains what is missing, measures, writes the records
 
-The rows are the base, reward feedback by judge and PickScore, by the judge alone (appendix E.1.1:
-what a generator learns that only has to please the judge), and with the judge as it was before its
-own GRPO (table 10). Each adapter draws the same 200 held-out cases with V and A as numbers in the
-prompt. The meter and the trained judge read the pictures, whichever judge gave the rewards, and
-CLIP-Score compares them with the neutral prompt. Further flags go to train_gen.py. A killed study
-goes on where it was. The runs lie in tiny/cache/generator_study; the adapter of the first one is
-copied to tiny/weights/adapter.
+Each row is a generator that draws the same 200 test cases, of pairs of subject and place that no
+training has, with V and A as numbers in the prompt; ROWS says how it was trained. The meter reads
+the mood of the pictures and the examiner their subject; neither is a reward, but for the row that
+is called a ceiling. Of a training the adapter counts that was best on the validation rows: the
+least error by the meter among those whose content is within 5 points of the base's.
+
+Further flags go to train_gen.py. A killed study goes on where it was. The runs lie in
+tiny/cache/generator_study; the cases go to docs/records, from where `python -m tiny.results` writes
+the page, and the adapter of the first rewarded run to tiny/weights/adapter.
 """
 
+import hashlib
+import shlex
 import shutil
-import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from parts import cli
-from parts.files import read_json
+from parts.files import read_records, write_whole
+from tiny import results
 from tiny.dataset import write_tiny
 from tiny.judge_study import check_supervised, run_missing
 
 HERE = Path(__file__).resolve().parent
 DATASET = HERE / "cache" / "dataset"
 SUPERVISED = HERE / "cache" / "judge"
+DRAWN_JUDGE = HERE / "cache" / "study" / "drawn" / "judge"
 STUDY = HERE / "cache" / "generator_study"
 JUDGE = HERE / "weights" / "judge"
 SHIPPED = HERE / "weights" / "adapter"
-SEEDS = (0, 1, 2)
-ROWS = {  # row of the table: (folder, flags of train_gen.py, or None for the base)
-    "base": ("base", None),
-    "judge and PickScore": ("both", []),
-    "judge only (appendix E.1.1)": ("judge_only", ["--reward-weights", "emotion=1"]),
-    "judge before GRPO, and PickScore (table 10)": ("general", ["--judge", str(SUPERVISED)]),
+TABLE = "reward_feedback"
+CONTENT = 0.05  # so much of the base's content a chosen adapter may lose
+EVALUATED = Path("evaluation", "evaluate.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: how its generators were trained, and with which seeds."""
+    folder: str
+    flags: tuple | None  # of train_gen.py, or of tiny.imitation; None: not at all
+    seeds: tuple = (0,)
+    program: str = "train_gen.py"
+    form: str = "numbers"
+
+
+ROWS = {
+    "base": Row("base", None),
+    "base, given words": Row("base_words", None, form="words"),
+    "emotion and PickScore": Row("both", (), (0, 1, 2)),
+    "emotion only": Row("emotion", ("--reward-weights", "emotion=1"), (0, 1, 2)),
+    "guided imitation, no judge": Row("imitation", (), (0, 1, 2), "imitation"),
+    "PickScore only": Row("pickscore", ("--reward-weights", "pickscore=1")),
+    "judge before GRPO": Row("general", ("--judge", str(SUPERVISED))),
+    "judge trained on drawn labels": Row("drawn", ("--judge", str(DRAWN_JUDGE))),
+    "guided and rewarded, as it was": Row("guided", ("--rewarded",), program="imitation"),
+    "the meter as reward (a ceiling)": Row("meter", ("--reward-weights", "meter=1,pickscore=0.5")),
 }
-FIGURES = {  # of an evaluation: column of the table
-    "meter_v_error": "V-Error ↓", "meter_a_error": "A-Error ↓",
-    "meter_v_spearman": "Spearman V ↑", "meter_a_spearman": "Spearman A ↑",
-    "judge_v_error": "V-Error by judge ↓", "judge_a_error": "A-Error by judge ↓",
-    "clip_score": "CLIP-Score ↑",
-}
-RESULT = Path("evaluation", "evaluate.json")
 
 
-def run_of(folder, flags, seed, cases, extra):
-    """(folder, product, commands) of one run: training, unless it is the base, and evaluation."""
-    out = STUDY / f"{folder}_seed{seed}"
-    measure = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--seed", seed,
-               "--forms", "numbers", "--judge", JUDGE, "--out", out / RESULT.parent]
-    if flags is None:  # the base has nothing to train
-        return out, RESULT, [measure]
-    train = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--out", out,
-             "--judge", JUDGE, "--seed", seed, "--eval-every", 0, *flags, *extra]
-    return out, RESULT, [train, [*measure, "--adapter", out / "adapter"]]
+def training(row, seed, extra):
+    """The command that trains a row's generator."""
+    out = STUDY / f"{row.folder}_seed{seed}"
+    common = ["--data", DATASET, "--out", out, "--seed", seed, *row.flags]
+    if row.program == "imitation":
+        return [sys.executable, "-m", "tiny.imitation", *common]
+    judge = [] if "--judge" in row.flags else ["--judge", JUDGE]
+    return [sys.executable, HERE.parent / "train_gen.py", *common, *judge, *extra]
 
 
-def table_row(name, results):
-    """A row of the table: mean ± standard deviation over the seeds."""
-    cells = [name]
-    for key in FIGURES:
-        values = [result[key] for result in results]
-        cell = f"{statistics.mean(values):.2f}"
-        if len(values) > 1:
-            cell += f" ± {statistics.stdev(values):.2f}"
-        cells.append(cell)
-    return cells
+def chosen(out):
+    """(folder, step) of a run's best adapter on the validation rows."""
+    log = [record for record in read_records(out / "log.jsonl") if "eval_content" in record]
+    if not log:  # imitation is not watched
+        return out / "adapter", None
+    enough = log[0]["eval_content"] - CONTENT
+    kept = [record for record in log[1:] if record["eval_content"] >= enough] or log[-1:]
+    best = min(kept, key=lambda record: record["eval_meter_v_error"] + record["eval_meter_a_error"])
+    return out / "adapters" / f"{best['step']:08d}", best["step"]
+
+
+def evaluation(row, seed, cases):
+    """The command that measures a row's generator."""
+    out = STUDY / f"{row.folder}_seed{seed}"
+    command = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--forms", row.form,
+               "--judge", JUDGE, "--out", out / EVALUATED.parent]
+    return command if row.flags is None else [*command, "--adapter", chosen(out)[0]]
+
+
+def ship(adapter):
+    """Copy an adapter into the miniature, in bfloat16."""
+    shutil.copytree(adapter, SHIPPED, dirs_exist_ok=True)
+    file = SHIPPED / "adapter_model.safetensors"
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
+    write_whole(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
 
 
 def study(args, extra):
@@ -72,30 +107,47 @@ def study(args, extra):
     check_supervised(SUPERVISED)
     if not (DATASET / "train.jsonl").exists():
         write_tiny(DATASET, 4000, 500)
+    rows = {name: row for name, row in ROWS.items() if not args.rows or row.folder in args.rows}
+    runs = [(name, row, seed) for name, row in rows.items() for seed in row.seeds]
 
-    # 2. the runs
-    runs = []  # seed by seed, so that a study that is stopped has whole rows
-    for seed in SEEDS:
-        for folder, flags in ROWS.values():
-            runs.append(run_of(folder, flags, seed, args.cases, extra))
-    run_missing(runs, args.jobs, "generators")
-    # the adapter that sample.py draws with
-    shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True)
+    # 2. trainings, then evaluations
+    trainings = [(STUDY / f"{row.folder}_seed{seed}", Path("adapter/adapter_config.json"),
+                  [training(row, seed, extra)]) for _, row, seed in runs if row.flags is not None]
+    run_missing(trainings, args.jobs, "generators")
+    measured = [(STUDY / f"{row.folder}_seed{seed}", EVALUATED,
+                 [evaluation(row, seed, args.cases)]) for _, row, seed in runs]
+    run_missing(measured, args.jobs, "evaluations")
 
-    # 3. the table
-    rows = [("rewards", *FIGURES.values())]
-    for name, (folder, _) in ROWS.items():
-        files = [STUDY / f"{folder}_seed{seed}" / RESULT for seed in SEEDS]
-        rows.append(table_row(name, [read_json(file)["results"]["numbers"] for file in files]))
-    print(cli.markdown(rows))
+    # 3. records, and the adapter that sample.py draws with
+    digest = hashlib.sha256((DATASET / "train.jsonl").read_bytes()).hexdigest()[:16]
+    for name, row, seed in runs:
+        out = STUDY / f"{row.folder}_seed{seed}"
+        commands = [evaluation(row, seed, args.cases)]
+        if row.flags is not None:
+            commands.insert(0, training(row, seed, extra))
+            print(f"{out.name}: step {chosen(out)[1]}")
+        lines = [shown(command) for command in commands]
+        results.add_run(
+            TABLE, name, out.name, seed, out / EVALUATED.parent, row.form, lines, digest)
+    if "both" in {row.folder for row in rows.values()}:
+        ship(chosen(STUDY / "both_seed0")[0])
+    print(results.table_of(TABLE))
+
+
+def shown(command):
+    """A command as one would type it in the project's root."""
+    text = shlex.join(["python", *map(str, command[1:])])
+    return text.replace(f"{HERE.parent}/", "")
 
 
 def main(argv=None):
     parser = cli.parser(__doc__)
+    folders = tuple(row.folder for row in ROWS.values())
+    parser.add_argument("--rows", type=cli.some_of(folders), help=f"only {', '.join(folders)}")
     parser.add_argument("--jobs", type=cli.integer(1, 1000), default=2,
                         help="runs at a time (default: %(default)s)")
     parser.add_argument("--cases", type=cli.integer(2, 10**6), default=200,
-                        help="held-out cases (default: %(default)s)")
+                        help="test cases (default: %(default)s)")
     args, extra = parser.parse_known_args(argv)
     return cli.run_program(lambda: study(args, extra))
 
