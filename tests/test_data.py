@@ -15,8 +15,13 @@ from tiny.dataset import write_tiny
 scale = st.floats(1, 9)
 
 
-def level_of(phrase: str, levels) -> int:
-    return next(i for i, words in enumerate(levels) if phrase in words)
+def step_of(phrase: str, levels, leanings) -> int:
+    """Which of the 21 steps of a scale a phrase stands for."""
+    for i, words in enumerate(levels):
+        for j, leaning in enumerate(leanings):
+            if phrase in [f"{word} {leaning}".strip() for word in words]:
+                return 3 * i + j
+    raise AssertionError(phrase)
 
 
 def test_the_eight_classes_have_lexicon_entries_on_the_scale():
@@ -58,14 +63,14 @@ def test_word_levels_never_fall_as_valence_or_arousal_rises(v1, v2, a1, a2, seed
     phrases = []
     for v, a in (low, high):
         phrases.append(data.emotion_words(v, a, None if seed is None else np.random.default_rng(seed)).split(", "))
-    for column, levels in ((0, data.VALENCE_WORDS), (1, data.AROUSAL_WORDS)):
-        assert level_of(phrases[0][column], levels) <= level_of(phrases[1][column], levels)
+    for column, *words in ((0, data.VALENCE_WORDS, data.VALENCE_LEANINGS), (1, data.AROUSAL_WORDS, data.AROUSAL_LEANINGS)):
+        assert step_of(phrases[0][column], *words) <= step_of(phrases[1][column], *words)
 
 
 def test_every_level_of_both_scales_is_reached():
-    grid = np.linspace(1, 9, 81)
-    assert len({data.emotion_words(v, 5).split(", ")[0] for v in grid}) == 7
-    assert len({data.emotion_words(5, a).split(", ")[1] for a in grid}) == 7
+    grid = np.linspace(1, 9, 161)
+    assert len({data.emotion_words(v, 5).split(", ")[0] for v in grid}) == 21
+    assert len({data.emotion_words(5, a).split(", ")[1] for a in grid}) == 21
 
 
 def test_no_phrase_serves_two_levels():
@@ -75,13 +80,15 @@ def test_no_phrase_serves_two_levels():
 
 
 @given(scale, scale, st.integers(0, 10**6))
-def test_the_phrase_has_six_to_fourteen_words(v, a, seed):
+def test_the_phrase_has_six_to_eighteen_words(v, a, seed):
     for words in (data.emotion_words(v, a), data.emotion_words(v, a, np.random.default_rng(seed))):
-        assert 6 <= len(words.split()) <= 14
+        assert 6 <= len(words.split()) <= 18
 
 
 def test_without_a_generator_the_words_are_the_first_synonyms():
-    assert data.emotion_words(9, 9) == "blissful, wildly intense, brilliant sun, vivid colours"
+    assert data.emotion_words(9, 9) == (
+        "blissful leaning happier, wildly intense leaning livelier, brilliant sun, vivid colours")
+    assert data.emotion_words(5, 5) == "neutral, steady, scattered clouds, plain daylight"
     assert data.emotion_words(1, 9).endswith("storm and lightning, harsh contrast")
     varied = {data.emotion_words(9, 9, np.random.default_rng(k)) for k in range(40)}
     assert len(varied) > 5
@@ -90,6 +97,9 @@ def test_without_a_generator_the_words_are_the_first_synonyms():
 def test_prompts_carry_words_or_numbers():
     assert data.with_words("a lake", 9, 9) == "a lake, " + data.emotion_words(9, 9)
     assert data.with_numbers("a lake", 7, 3) == "a lake, valence 7.0, arousal 3.0"
+    assert data.with_both("a lake", 7, 3) == data.with_words("a lake", 7, 3) + ", valence 7.0, arousal 3.0"
+    numbers = {data.with_numbers("a lake", v / 10, 5) for v in range(60, 71)}
+    assert len(numbers) == 11  # a step of 0.1 is another prompt
 
 
 @pytest.mark.parametrize("bad", [0.99, 9.01, float("nan"), float("inf"), "much", None])

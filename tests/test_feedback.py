@@ -234,7 +234,7 @@ def advice(prompt, analysis="darker"):
     return json.dumps({"analysis": analysis, "optimized_prompt": prompt})
 
 
-ROUND_0 = data.with_words(REQUEST, 7, 3)
+ROUND_0 = data.with_numbers(REQUEST, 7, 3)
 
 
 def test_refine_draws_judges_compares_best_and_worst_and_goes_on_with_the_new_prompt():
