@@ -42,7 +42,7 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert paths[0].read_bytes() == paths[1].read_bytes()
     image = Image.open(paths[0])
     assert image.size == (128, 128)
-    assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
+    assert image.text["prompt"] == data.with_numbers(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
     assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
@@ -66,6 +66,20 @@ def test_pictures_of_another_prompt_are_never_overwritten(tmp_path, capsys, monk
     assert run(*quick, "--prompt", "a horse at noon", "--out", "out/v7_a3_seed0") == 2
     assert "holds pictures of 'a lighthouse on the sea coast in the evening'; give another --out" in capsys.readouterr().err
     assert (tmp_path / "out/v7_a3_seed0/run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("form, expected", [("words", data.with_words), ("both", data.with_both), ("numbers", data.with_numbers)])
+def test_the_target_enters_the_prompt_in_the_form_that_is_asked_for(tmp_path, form, expected):
+    assert run("--v", 6.8, "--a", 3, "--form", form, "--judge", "none", "--sample-steps", 1, "--size", 32, "--out", tmp_path) == 0
+    record = read(tmp_path)
+    assert record["form"] == form and record["cells"][0]["rounds"][0]["prompt"] == expected(sample.DEFAULT_PROMPT, 6.8, 3)
+
+
+def test_a_tenth_is_another_picture(tmp_path):
+    for v in (6.8, 6.9):
+        assert run("--v", v, "--a", 3, "--judge", "none", "--sample-steps", 4, "--size", 64, "--out", tmp_path / str(v)) == 0
+    pictures = [(tmp_path / str(v) / "round0_seed0.png").read_bytes() for v in (6.8, 6.9)]
+    assert pictures[0] != pictures[1]
 
 
 def scripted(moods, advice):
@@ -156,7 +170,7 @@ def test_the_shipped_judge_rewrites_the_prompt_and_keeps_its_subject(tmp_path):
     first, second = read(tmp_path)["cells"][0]["rounds"]
     assert first["note"] == second["note"] == "" and first["analysis"].startswith("The first has")
     for prompt in (first["prompt"], second["prompt"]):
-        assert prompt != data.with_words(sample.DEFAULT_PROMPT, 2, 7) and prompt.startswith(sample.DEFAULT_PROMPT)
+        assert prompt != data.with_numbers(sample.DEFAULT_PROMPT, 2, 7) and prompt.startswith(sample.DEFAULT_PROMPT)
 
 
 def test_several_pictures_and_the_grid(tmp_path, capsys):
