@@ -94,6 +94,11 @@ def evaluation(row, seed, cases):
     return command if row.flags is None else [*command, "--adapter", chosen(out)[0]]
 
 
+def digest_of(dataset):
+    """What tells the training rows of a dataset from others."""
+    return hashlib.sha256((dataset / "train.jsonl").read_bytes()).hexdigest()[:16]
+
+
 def ship(adapter):
     """Copy an adapter into the miniature, in bfloat16."""
     shutil.copytree(adapter, SHIPPED, dirs_exist_ok=True)
@@ -119,7 +124,7 @@ def study(args, extra):
     run_missing(measured, args.jobs, "evaluations")
 
     # 3. records, and the adapter that sample.py draws with
-    digest = hashlib.sha256((DATASET / "train.jsonl").read_bytes()).hexdigest()[:16]
+    digest = digest_of(DATASET)
     for name, row, seed in runs:
         out = STUDY / f"{row.folder}_seed{seed}"
         commands = [evaluation(row, seed, args.cases)]

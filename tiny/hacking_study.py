@@ -1,0 +1,182 @@
+"""Does the generator learn to please the judge only? The miniature's appendix E.1.1.
+
+    python -m tiny.hacking_study        # trains what is missing, measures, draws docs/hacking.png
+
+Each arm is a training that is much longer than it need be, by the judge's score alone or with a
+share of PickScore, with and without a KL to the base. Every 20 steps its averaged adapter draws 64
+validation cases. The judge, who gave the rewards, is asked how near they are, and those who gave
+none are asked too: the meter, the examiner of content and a CLIP of another seed. Hacking is when
+the first goes on rising and the others fall.
+
+Further flags go to train_gen.py. A killed study goes on where it was; the runs lie in
+tiny/cache/hacking_study, the cases in docs/records/hacking.jsonl.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from parts import cli
+from parts.files import open_picture, save_png
+from tiny import results
+from tiny.generator_study import DATASET, EVALUATED, HERE, JUDGE, digest_of, shown
+from tiny.judge_study import run_missing
+
+STUDY = HERE / "cache" / "hacking_study"
+PICTURE = results.DOCS / "hacking.png"
+TABLE = "hacking"
+ARMS = {  # name: ((rewards, β), seeds, colour in the plot)
+    "emotion, β 0": (("emotion=1", "0"), (0, 1, 2), (200, 40, 40)),
+    "emotion + 0.5 PickScore, β 0.02": (
+        ("emotion=1,pickscore=0.5", "0.02"), (0, 1, 2), (30, 90, 200)),
+    "emotion, β 0.02": (("emotion=1", "0.02"), (0,), (230, 140, 40)),
+    "emotion + 1 PickScore, β 0.02": (("emotion=1,pickscore=1", "0.02"), (0,), (40, 150, 160)),
+    "emotion + 0.5 PickScore, β 0.1": (("emotion=1,pickscore=0.5", "0.1"), (0,), (90, 60, 160)),
+}
+PANELS = {  # title: figure of a case's record
+    "judge: |ΔV| + |ΔA|": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
+    "meter: |ΔV| + |ΔA|": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
+    "content, %": lambda r: r["content"],
+    "CLIP-Score of another seed": lambda r: r["other_clip_score"],
+}
+SHOWN = 4  # watched prompts in the picture of strips
+
+
+def folder_of(arm, seed):
+    return STUDY / f"arm{list(ARMS).index(arm)}_seed{seed}"
+
+
+def training(arm, seed, args, extra):
+    (rewards, beta), _, _ = ARMS[arm]
+    return [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--judge", JUDGE,
+            "--out", folder_of(arm, seed), "--seed", seed, "--steps", args.steps, "--eval-every",
+            args.every, "--reward-weights", rewards, "--beta", beta, *extra]
+
+
+def evaluation(arm, seed, step, args):
+    """(folder, product, commands) of what is measured of a run after `step`."""
+    out = folder_of(arm, seed) / f"step{step}"
+    command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
+               args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
+    if step:
+        command += ["--adapter", folder_of(arm, seed) / "adapters" / f"{step:08d}"]
+    return out, EVALUATED, [command]
+
+
+def study(args, extra):
+    # 1. trainings, then evaluations; all arms start from one base
+    runs = [(arm, seed) for arm, (_, seeds, _) in ARMS.items() for seed in seeds]
+    run_missing([(folder_of(*run), Path("adapter/adapter_config.json"),
+                  [training(*run, args, extra)]) for run in runs], args.jobs, "generators")
+    steps = range(args.every, args.steps + 1, args.every)
+    points = [(*runs[0], 0)] + [(*run, step) for run in runs for step in steps]
+    run_missing([evaluation(*point, args) for point in points], args.jobs, "evaluations")
+
+    # 2. records
+    for arm, seed, step in points:
+        out, _, commands = evaluation(arm, seed, step, args)
+        lines = [shown(training(arm, seed, args, extra)), *map(shown, commands)]
+        name = f"{folder_of(arm, seed).name}_step{step}"
+        results.add_run(TABLE, f"{arm}|{step}" if step else "base|0", name, seed,
+                        out / EVALUATED.parent, "numbers", lines, digest_of(DATASET))
+
+    # 3. the picture: curves, and what the watched prompts look like
+    curves = draw_curves(points_of(results.rows_of(TABLE)))
+    save_png(stacked(curves, draw_strips([runs[0], runs[len(ARMS["emotion, β 0"][1])]])), PICTURE)
+    print(PICTURE)
+
+
+def points_of(rows):
+    """{arm: {step: [a mean for each panel]}} of the records' rows, the base in every arm."""
+    arms = {}
+    for row, runs in rows.items():
+        arm, step = row.rsplit("|", 1)
+        cases = [record for records in runs.values() for record in records]
+        means = [float(np.nanmean([figure(case) for case in cases])) for figure in PANELS.values()]
+        arms.setdefault(arm, {})[int(step)] = means
+    base = arms.pop("base")
+    return {arm: base | points for arm, points in arms.items()}
+
+
+def draw_curves(arms):
+    """Four panels over the steps, a line for each arm, and a legend."""
+    sheet = Image.new("RGB", (900, 560), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for number, title in enumerate(PANELS):
+        # 1. the panel's frame and scale
+        left = 60 + 450 * (number % 2)
+        top = 30 + 220 * (number // 2)
+        right = left + 360
+        bottom = top + 170
+        values = [points[step][number] for points in arms.values() for step in points]
+        low = min(values)
+        high = max(values)
+        last = max(step for points in arms.values() for step in points)
+        draw.rectangle((left, top, right, bottom), outline=(190, 190, 190))
+        draw.text((left, top - 17), title, "black", font)
+        # 2. a line for each arm
+        for arm, points in arms.items():
+            line = []
+            for step in sorted(points):
+                share = (points[step][number] - low) / ((high - low) or 1)
+                line.append((left + step / last * 360, bottom - share * 170))
+            draw.line(line, ARMS[arm][2], 2)
+        # 3. the ends of both axes
+        draw.text((left - 5, top), f"{high:.3g}", (90, 90, 90), font, anchor="rt")
+        draw.text((left - 5, bottom), f"{low:.3g}", (90, 90, 90), font, anchor="rb")
+        draw.text((right, bottom + 3), f"{last} steps", (90, 90, 90), font, anchor="rt")
+    for number, arm in enumerate(arms):
+        at = (60 + 290 * (number % 3), 475 + 22 * (number // 3))
+        draw.line((*at, at[0] + 20, at[1]), ARMS[arm][2], 3)
+        draw.text((at[0] + 26, at[1]), arm, "black", font, anchor="lm")
+    return sheet
+
+
+def draw_strips(runs):
+    """The watched prompts of two runs over the steps: a row for each prompt, a column a step."""
+    font = ImageFont.load_default(12)
+    parts = []
+    for arm, seed in runs:
+        files = sorted((folder_of(arm, seed) / "strips").glob("*.png"))
+        files = files[::max(1, (len(files) - 1) // 6)]
+        strips = [np.asarray(open_picture(file)) for file in files]  # each [128, 6·128, 3]
+        columns = [np.vstack([strip[:, 128 * i:128 * (i + 1)] for i in range(SHOWN)])
+                   for strip in strips]
+        sheet = Image.new("RGB", (128 * len(columns), 128 * SHOWN + 40), "white")
+        sheet.paste(Image.fromarray(np.hstack(columns)), (0, 40))
+        draw = ImageDraw.Draw(sheet)
+        draw.text((4, 4), arm, "black", font)
+        for i, file in enumerate(files):
+            draw.text((128 * i + 4, 22), f"step {int(file.stem)}", (90, 90, 90), font)
+        parts.append(sheet)
+    return stacked(*parts)
+
+
+def stacked(*images):
+    """The pictures one below the other."""
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height
+    return sheet
+
+
+def main(argv=None):
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=cli.integer(1, 10**6), default=200, help="(default: %(default)s)")
+    add("--every", type=cli.integer(1, 10**6), default=20,
+        help="steps between evaluations (default: %(default)s)")
+    add("--cases", type=cli.integer(2, 10**6), default=64,
+        help="validation cases (default: %(default)s)")
+    add("--jobs", type=cli.integer(1, 1000), default=2, help="at a time (default: %(default)s)")
+    args, extra = parser.parse_known_args(argv)
+    return cli.run_program(lambda: study(args, extra))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
