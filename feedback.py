@@ -240,9 +240,9 @@ def judge_images(judge, images, readings=1, strict=False):
     """
     if judge is None:
         return [Judgement()] * len(images)
-    if readings == "logits":
-        return [Judgement(v, a) for v, a in judge.expected_va(images)]
     questions = [ask("regression", image) for image in images]
+    if readings == "logits":
+        return [Judgement(v, a) for v, a in judge.expected_va(questions)]
     texts = [[text] for text in judge(questions)]  # of each image
     if readings != "thought" and readings > 1:
         for number, text in enumerate(judge(questions, 1, readings - 1)):
@@ -255,7 +255,7 @@ def judge_images(judge, images, readings=1, strict=False):
         reasoning = plain_text(own[0].split("</think>")[0].removeprefix("<think>"))
         judgements.append(Judgement(v, a, None, reasoning))
     if readings == "thought":
-        expected = judge.expected_va(images, [said.reasoning for said in judgements])
+        expected = judge.expected_va(questions, [said.reasoning for said in judgements])
         # what could not be read is no answer, whatever its digits might have been
         return [said if said.v is None else replace(said, v=v, a=a)
                 for said, (v, a) in zip(judgements, expected, strict=True)]

@@ -208,7 +208,7 @@ def load_judge(source, device, size):
 
 def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
     """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each,
-    and judge.expected_va(images, thoughts), see parts/reading.py.
+    and judge.expected_va(conversations, thoughts), see parts/reading.py.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
     from its own seed. batch: answers in one generation.

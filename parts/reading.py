@@ -1,42 +1,44 @@
 """Valence and arousal of a picture as the judge expects them, by its probabilities.
 
-    expected_va(judge, images)  # [(V, A)], in one forward pass
-    expected_va(judge, images, thoughts)  # after what the judge has thought of each
+    expected_va(judge, questions)  # [(V, A)], in one forward pass
+    expected_va(judge, questions, thoughts)  # after what the judge has thought of each
 
 A judge that answers in text says one of a few numbers that it likes, so many pictures of one prompt
 tie. Its probabilities say more. The answer's opening is put into its mouth, up to the first digit
 of the valence, and the expected value over all digits is taken, then over the tenths, and the same
 of the arousal. Nothing is decoded, and nothing can be unreadable.
 
-Shapes: P pictures, 9 first digits, L tokens of an opening, D width.
+Shapes: P questions, 9 first digits, L tokens of an opening, D width.
 """
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import feedback
 from parts import ops
 
 OPENING = '<think>{thought}</think><answer>{{"valence": {digit}.5, "arousal": {digit}.5'
 
 
 @torch.no_grad()
-def expected_va(model, images, thoughts=None, batch=32, progress=False):
-    """[(V, A)] in 1..9 of PIL images, by a QwenVL. thoughts: of each image; default: none."""
-    thoughts = thoughts or [""] * len(images)
+def expected_va(model, questions, thoughts=None, batch=32, progress=False):
+    """[(V, A)] in 1..9, by a QwenVL, of conversations that each ask for both of a picture.
+
+    thoughts: of each question; default: none.
+    """
+    thoughts = thoughts or [""] * len(questions)
     found = []
-    starts = tqdm(range(0, len(images), batch), "reading", leave=False, disable=not progress)
+    starts = tqdm(range(0, len(questions), batch), "reading", leave=False, disable=not progress)
     for start in starts:
         part = slice(start, start + batch)
-        found += read_batch(model, images[part], thoughts[part])
+        found += read_batch(model, questions[part], thoughts[part])
     return found
 
 
-def read_batch(model, images, thoughts):
+def read_batch(model, questions, thoughts):
     tokenizer = model.processor.tokenizer
     device = model.head_weight.device
-    prompts = [model.processor(feedback.ask("regression", image)) for image in images]
+    prompts = [model.processor(question) for question in questions]
     P = len(prompts)
     # 1. nine openings of each, one for each first digit of both numbers, share a prompt's pass
     openings = []

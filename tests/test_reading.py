@@ -19,6 +19,7 @@ def judge():
 
 
 PICTURES = [scenes.render(scene, v, a) for scene, v, a in zip(some_scenes(3), (2, 5, 8), (7, 3, 5))]
+QUESTIONS = [feedback.ask("regression", picture) for picture in PICTURES]
 
 
 def log_probability(model, prompt, text, start):
@@ -31,13 +32,13 @@ def log_probability(model, prompt, text, start):
 
 def thoughts_of(judge):
     """What the judge thinks of the pictures, by its likeliest tokens."""
-    answers = judge.generate([feedback.ask("regression", picture) for picture in PICTURES], temperature=0)
+    answers = judge.generate(QUESTIONS, temperature=0)
     return [answer.text.split("</think>")[0].removeprefix("<think>") for answer, in answers]
 
 
 def test_the_valence_is_the_mean_over_all_numbers_that_can_be_said(judge):
     thoughts = thoughts_of(judge)
-    prompt = judge.processor(feedback.ask("regression", PICTURES[0]))
+    prompt = judge.processor(QUESTIONS[0])
     before = f'<think>{thoughts[0]}</think><answer>{{"valence": '
     start = len(judge.processor.tokenizer.encode(before).ids)
     values, weights = [], []
@@ -46,16 +47,16 @@ def test_the_valence_is_the_mean_over_all_numbers_that_can_be_said(judge):
             values.append(min(9.0, digit + tenth / 10))
             weights.append(log_probability(judge, prompt, f"{before}{digit}.{tenth}", start))
     weights = torch.tensor(weights, dtype=torch.float64).softmax(0)
-    (v, _), *_ = reading.expected_va(judge, PICTURES, thoughts)
+    (v, _), *_ = reading.expected_va(judge, QUESTIONS, thoughts)
     # after its thought the judge hardly ever says anything but such a number
     assert v == pytest.approx(float((weights * torch.tensor(values, dtype=torch.float64)).sum()), abs=0.01)
 
 
 def test_readings_are_on_the_scale_follow_the_picture_and_do_not_depend_on_the_batch(judge):
     thoughts = thoughts_of(judge)
-    together = reading.expected_va(judge, PICTURES, thoughts)
-    alone = [reading.expected_va(judge, [picture], [own])[0] for picture, own in zip(PICTURES, thoughts)]
-    assert all(1 <= x <= 9 for pair in (*together, *reading.expected_va(judge, PICTURES)) for x in pair)
+    together = reading.expected_va(judge, QUESTIONS, thoughts)
+    alone = [reading.expected_va(judge, [question], [own])[0] for question, own in zip(QUESTIONS, thoughts)]
+    assert all(1 <= x <= 9 for pair in (*together, *reading.expected_va(judge, QUESTIONS)) for x in pair)
     torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-4, rtol=0)
     valences, arousals = zip(*together)
     assert valences[0] < valences[1] < valences[2] and arousals[0] > arousals[1]
@@ -63,4 +64,4 @@ def test_readings_are_on_the_scale_follow_the_picture_and_do_not_depend_on_the_b
 
 def test_nothing_is_decoded(judge, monkeypatch):
     monkeypatch.setattr(qwen_vl.QwenVL, "generate", None)
-    assert len(reading.expected_va(judge, PICTURES, batch=2)) == 3
+    assert len(reading.expected_va(judge, QUESTIONS, batch=2)) == 3
