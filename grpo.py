@@ -31,19 +31,22 @@ def va_reward(text, v, a, kind="step", epsilon=0.70, weights=(0.25, 0.75)):
     """Reward in 0..sum(weights) of a V-A answer against the true v and a; 0.0 if it is unreadable.
 
     kind "step": α₁·[|ΔV| ≤ ε] + α₂·[|ΔA| ≤ ε]. The paper gives α₁, α₂ and ε (appendix B.2) and
-    draws the formula in figure 2 only. kind "continuous": α₁·(1 − |ΔV|/8) + α₂·(1 − |ΔA|/8), the
-    other reward of Table 4.
+    draws the formula in figure 2 only. kind "nested": α₂ only if V is right, too, as Q-Insight (Li
+    et al. 2025), whose α₁ and α₂ these are, rewards a severity only beside the right degradation.
+    kind "continuous": α₁·(1 − |ΔV|/8) + α₂·(1 − |ΔA|/8), the other reward of Table 4.
     """
     answer = feedback.read_answer(text, "regression", strict=True)
     if answer is None:
         return 0.0
     v_error = abs(answer[0] - v)
     a_error = abs(answer[1] - a)
-    if kind == "step":
-        limit = epsilon + 1e-9  # 7.7 - 7.0 is a little more than 0.70 in floating point
-        return float(weights[0] * (v_error <= limit) + weights[1] * (a_error <= limit))
-    width = VA_MAX - VA_MIN
-    return float(weights[0] * (1 - v_error / width) + weights[1] * (1 - a_error / width))
+    if kind == "continuous":
+        width = VA_MAX - VA_MIN
+        return float(weights[0] * (1 - v_error / width) + weights[1] * (1 - a_error / width))
+    limit = epsilon + 1e-9  # 7.7 - 7.0 is a little more than 0.70 in floating point
+    v_right = v_error <= limit
+    a_right = a_error <= limit and (v_right or kind != "nested")
+    return float(weights[0] * v_right + weights[1] * a_right)
 
 
 def class_reward(text, label):

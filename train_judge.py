@@ -37,6 +37,7 @@ from parts.files import open_picture
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
+TASK_WEIGHTS = {"regression": 1.0, "class": 1.0}
 LORA_LR = 1e-5  # an adapter starts from nothing and needs larger steps than the weights
 MISMATCH = {"mean": 0.1, "share": 0.01}  # in bfloat16; an H200 gave 0.012 and 0
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
@@ -49,10 +50,12 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "lr_end": (1e-9, 1e-5, number(0, 1), "and at the end, linear in between"),
     "beta": (1e-3, 1e-3, number(0, 100), "weight of the KL to the reference (k3)"),
     "clip": (0.2, 0.2, number(0, 1), "range of the ratio"),
-    "epsilon": (0.70, 0.70, number(0, 8), "an answer this near is right (step reward)"),
+    "epsilon": (0.70, 0.70, number(0, 8), "an answer this near is right (step and nested reward)"),
     "va_weights": (VA_WEIGHTS, VA_WEIGHTS, cli.weights_of(VA_WEIGHTS), "of the V-A reward's parts"),
     "tasks": (feedback.TASKS, feedback.TASKS, cli.some_of(feedback.TASKS), "questions (Table 5)"),
-    "reward": ("step", "step", ("step", "continuous"), "V-A reward (Table 4)"),
+    "task_weights": (TASK_WEIGHTS, TASK_WEIGHTS, cli.weights_of(TASK_WEIGHTS),
+                     "of their rewards beside that of the form"),
+    "reward": ("step", "step", ("step", "nested", "continuous"), "V-A reward (Table 4)"),
     "temperature": (1.0, 1.0, number(1e-3, 100), "of the sampled answers"),
     "max_new_tokens": (feedback.ANSWER_LIMIT, feedback.ANSWER_LIMIT, integer(1, 100_000),
                        "longest answer"),
@@ -112,13 +115,12 @@ def questions_of(step, rows, args):
 def rewards_of(text, question, args):
     """{part: reward} of one answer; their sum is what GRPO sees."""
     row = question.row
-    rewards = {"format": grpo.format_reward(text)}
-    if question.task == "regression":
-        weights = [args.va_weights.get(part, 0.0) for part in VA_WEIGHTS]
-        rewards["va"] = grpo.va_reward(text, row.v, row.a, args.reward, args.epsilon, weights)
-    else:
-        rewards["class"] = grpo.class_reward(text, row.label)
-    return rewards
+    form = {"format": grpo.format_reward(text)}
+    weight = args.task_weights.get(question.task, 0.0)
+    if question.task == "class":
+        return form | {"class": weight * grpo.class_reward(text, row.label)}
+    weights = [weight * args.va_weights.get(part, 0.0) for part in VA_WEIGHTS]
+    return form | {"va": grpo.va_reward(text, row.v, row.a, args.reward, args.epsilon, weights)}
 
 
 def roll_out(model, questions, args, run):

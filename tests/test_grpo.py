@@ -160,9 +160,9 @@ PARTS = st.sampled_from([*feedback.TAGS, GOOD, CLASS, *'{}[]":,\\\n\ud800 7', "v
        st.floats(1, 9), st.floats(1, 9), st.sampled_from(data.EMOTIONS))
 def test_any_text_gives_rewards_from_0_to_1_and_never_an_exception(text, v, a, label):
     found = [grpo.format_reward(text), grpo.class_reward(text, label),
-             *(grpo.va_reward(text, v, a, kind=kind) for kind in ("step", "continuous"))]
+             *(grpo.va_reward(text, v, a, kind=kind) for kind in ("step", "nested", "continuous"))]
     assert all(type(x) is float and 0 <= x <= 1 for x in found)
-    assert found[0] == 1 or found == [0, 0, 0, 0]
+    assert found[0] == 1 or found == [0, 0, 0, 0, 0]
 
 
 STRINGS = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]))  # no tags
@@ -194,6 +194,12 @@ def test_the_continuous_reward_falls_linearly_with_each_error(v, a, v_told, a_to
     text = wrap(json.dumps({"valence": v_told, "arousal": a_told}))
     expected = 0.25 * (1 - abs(v - v_told) / 8) + 0.75 * (1 - abs(a - a_told) / 8)
     assert grpo.va_reward(text, v, a, kind="continuous") == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("told, step, nested", [((7, 3), 1, 1), ((7, 5), 0.25, 0.25), ((5, 3), 0.75, 0), ((5, 5), 0, 0)])
+def test_the_nested_reward_gives_nothing_for_arousal_without_valence(told, step, nested):
+    text = wrap(json.dumps(dict(zip(("valence", "arousal"), told, strict=True))))
+    assert grpo.va_reward(text, 7, 3) == step and grpo.va_reward(text, 7, 3, kind="nested") == nested
 
 
 def test_epsilon_and_weights_can_be_set():

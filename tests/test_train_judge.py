@@ -219,6 +219,24 @@ def test_rewards_follow_the_task_and_the_flags():
         "format": 1.0, "class": 1.0}
 
 
+def test_nested_rewards_and_weights_of_tasks_give_the_paper_s_other_readings():
+    row = data.Row("0", Path(), "awe", 5.0, 5.0, "")
+    asked = train_judge.Question(0, "regression", row)
+
+    def reward(v, a, *flags):
+        text = f'<think>x</think><answer>{{"valence": {v}, "arousal": {a}}}</answer>'
+        return train_judge.rewards_of(text, asked, train_judge.parse_args(["--reward", "nested", *flags]))["va"]
+
+    assert [reward(*va) for va in ((5, 5), (5, 7), (7, 5), (7, 7))] == [1.0, 0.25, 0.0, 0.0]
+    assert reward(5, 5.3, "--epsilon", "0.2") == 0.25 and reward(5.3, 5.3, "--epsilon", "0.35") == 1.0
+    # one reward for both scales, weighed against that of the class
+    tasks = ("--va-weights", "valence=0,arousal=1", "--task-weights", "class=0.25,regression=0.75")
+    assert [reward(*va, *tasks) for va in ((5, 5), (5, 7), (7, 5))] == [0.75, 0.0, 0.0]
+    named = '<think>x</think><answer>{"emotion_class": "awe"}</answer>'
+    args = train_judge.parse_args(list(tasks))
+    assert train_judge.rewards_of(named, train_judge.Question(0, "class", row), args) == {"format": 1.0, "class": 0.25}
+
+
 def test_the_papers_settings_are_the_defaults_of_its_preset():
     args = train_judge.parse_args(["--preset", "paper"])
     assert (args.model, args.group, args.batch, args.epochs) == ("Qwen/Qwen2.5-VL-7B-Instruct", 8, 16, 5)
