@@ -6,8 +6,8 @@ emotion label; `draw_va` does that. A target enters a prompt as numbers (`with_n
 graded English (`with_words`) or as both, in training, sampling and evaluation alike.
 
 A dataset is a folder with train.jsonl, test.jsonl and, if choices are to be made, validation.jsonl,
-one row a picture: id, image (path within the folder), label, v, a, neutral and, in training rows
-only, emotional. `load_rows` reads it.
+one row a picture: id, image (path within the folder), label, v, a, neutral, in training rows only
+emotional and, if V and A were drawn, labels: from what. `load_rows` reads it.
 Datasets are made, and looked through, by
 
     python -m tiny.dataset --out tiny/cache/dataset          # rendered scenes, for the miniature
@@ -17,7 +17,6 @@ Datasets are made, and looked through, by
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import UserError
+from parts.files import parse_lines
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -37,6 +37,20 @@ LEXICON = {
     "excitement": (7.62, 1.38, 6.21, 2.50),
     "sadness": (2.40, 1.10, 2.81, 2.25),
 }
+# The same over eight words of each class (prepare/check.py has them): the mean of the words' means
+# and their standard deviation. Words of a class differ less than people do about one of them.
+FAMILIES = {
+    "amusement": (7.63, 0.46, 5.29, 0.63),
+    "awe": (6.92, 0.70, 4.78, 1.09),
+    "anger": (2.84, 0.33, 6.20, 0.41),
+    "contentment": (7.20, 0.48, 3.15, 0.96),
+    "disgust": (2.53, 0.61, 5.10, 0.61),
+    "fear": (2.82, 0.37, 5.84, 0.56),
+    "excitement": (7.39, 0.54, 6.15, 0.92),
+    "sadness": (2.56, 0.61, 4.09, 0.81),
+}
+# Where V and A of a row come from: its picture, or a draw from the Gaussians of its class.
+LABELS = {"true": None, "drawn": LEXICON, "family": FAMILIES}
 EMOTIONS = tuple(LEXICON)
 VA_MIN = 1.0
 VA_MAX = 9.0
@@ -58,11 +72,11 @@ def check_va(v, a) -> tuple[float, float]:
     return float(v), float(a)
 
 
-def draw_va(label: str, rng: np.random.Generator) -> tuple[float, float]:
-    """(V, A) of a class: independent Gaussians of its lexicon entry, clipped to 1..9 (§4.1)."""
+def draw_va(label: str, rng: np.random.Generator, lexicon=LEXICON) -> tuple[float, float]:
+    """(V, A) of a class: independent Gaussians of its entry, clipped to 1..9 (§4.1)."""
     if label not in LEXICON:
         raise ValueError(f"unknown emotion {label!r}; the classes are {', '.join(EMOTIONS)}")
-    v_mean, v_sd, a_mean, a_sd = LEXICON[label]
+    v_mean, v_sd, a_mean, a_sd = lexicon[label]
     v, a = np.clip(rng.normal((v_mean, a_mean), (v_sd, a_sd)), VA_MIN, VA_MAX)
     return float(v), float(a)
 
@@ -186,6 +200,7 @@ class Row:
     a: float  # 1..9
     neutral: str  # caption without emotion
     emotional: str | None = None  # caption with it: the paper gives test rows none
+    labels: str = "true"  # where v and a come from, of LABELS
 
     def prompt(self, form: str) -> str:
         """A prompt with the target in one of FORMS; without an emotional caption: in words."""
@@ -194,26 +209,6 @@ class Row:
         if form == "emotional":
             return self.emotional or with_words(self.neutral, self.v, self.a)
         return TARGET_FORMS[form](self.neutral, self.v, self.a)
-
-
-def parse_lines(path, parse):
-    """[parse(object)] of a file of JSON lines.
-
-    Raises UserError at the first line that cannot be used, and if there is none that can.
-    """
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                rows.append(parse(json.loads(line.decode("utf-8-sig"))))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                # a KeyError's text is the bare name of the key
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                where = f"{path}, line {number}"
-                raise UserError(f"{where}: {reason}; mend or remove the line") from error
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return rows
 
 
 def digest(rows):
@@ -230,8 +225,10 @@ def load_rows(folder, split):
     def parse(raw):
         v, a = check_va(raw["v"], raw["a"])
         image = Path(folder) / raw["image"]
-        if raw["label"] not in LEXICON:
-            raise ValueError(f"unknown label {raw['label']!r}")
+        labels = raw.get("labels", "true")
+        for name, value, known in (("label", raw["label"], LEXICON), ("labels", labels, LABELS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}")
         # a missing picture is found now, not in the middle of a training run
         if not image.is_file():
             raise ValueError(f"no picture {image}")
@@ -241,7 +238,8 @@ def load_rows(folder, split):
             text = raw.get(key, "none")
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{key!r} is {text!r}, expected a caption")
-        return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
+        captions = raw["neutral"], raw.get("emotional")
+        return Row(str(raw["id"]), image, raw["label"], v, a, *captions, labels)
 
     path = Path(folder) / f"{split}.jsonl"
     if split == "validation" and not path.is_file():

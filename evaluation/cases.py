@@ -17,7 +17,7 @@ import numpy as np
 import data
 from parts import cli
 from parts.cli import UserError
-from parts.files import write_rows
+from parts.files import parse_lines, write_rows
 from tiny import scenes
 
 
@@ -51,7 +51,7 @@ def load_cases(path):
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, "
                         f"like a dataset's test.jsonl")
-    return data.parse_lines(path, parse)
+    return parse_lines(path, parse)
 
 
 def held_out_cases(count, seed=0, split="test"):

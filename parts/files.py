@@ -89,6 +89,26 @@ def read_records(path, until=math.inf):
     return records
 
 
+def parse_lines(path, parse):
+    """[parse(object)] of a file of JSON lines.
+
+    Raises UserError at the first line that cannot be used, and if there is none that can.
+    """
+    rows = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                rows.append(parse(json.loads(line.decode("utf-8-sig"))))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                # a KeyError's text is the bare name of the key
+                reason = f"no {error}" if isinstance(error, KeyError) else error
+                where = f"{path}, line {number}"
+                raise UserError(f"{where}: {reason}; mend or remove the line") from error
+    if not rows:
+        raise UserError(f"{path}: no rows")
+    return rows
+
+
 def whole_records(path):
     """As `read_records`, and cut a half-written last line off the file, so that one can append."""
     content = Path(path).read_bytes() if Path(path).exists() else b""

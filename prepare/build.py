@@ -26,8 +26,8 @@ from parts.files import read_json, write_json, write_rows
 from parts.prompts import load_prompts
 from prepare import captions
 
-VERSION = "build.py 1"  # this file, and a number that rises when the same command gives other rows
-ROW_KEYS = ("id", "image", "label", "v", "a", "neutral", "emotional", "seed")
+VERSION = "build.py 2"  # this file, and a number that rises when the same command gives other rows
+ROW_KEYS = ("id", "image", "label", "v", "a", "neutral", "emotional", "labels", "seed")
 # Flags that change no row: a run may go on with other values.
 FREE = ("out", "micro", "device", "questions", "emoset", "lexicon", "annotations", "images")
 

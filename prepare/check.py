@@ -15,27 +15,50 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import EMOTIONS, LEXICON, check_va
+from data import EMOTIONS, FAMILIES, LABELS, LEXICON, check_va
 from parts import cli
 from parts.cli import UserError
 
 LEXICON_COLUMNS = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum")
+# The words of each class that data.FAMILIES was computed from: forms and near synonyms, our choice.
+WORDS = {
+    "amusement": "amusement amused amusing fun funny humor laughter playful",
+    "awe": "awe awesome wonder marvel amazement admiration reverence majestic",
+    "anger": "anger angry rage fury wrath outrage hostility irritation",
+    "contentment": "contentment content satisfaction serenity peaceful calm comfort relaxed",
+    "disgust": "disgust disgusted disgusting repulsive revolting nausea loathing filthy",
+    "fear": "fear fearful afraid scared terror fright horror panic",
+    "excitement": "excitement excited exciting thrill enthusiasm eager adventure ecstasy",
+    "sadness": "sadness sad sorrow grief misery unhappy gloom melancholy",
+}
 
 
 def check_lexicon(path):
-    """Raise UserError with every difference of data.LEXICON to Warriner's BRM-emot-submit.csv."""
+    """Raise UserError with every difference of data.LEXICON and data.FAMILIES to Warriner's
+    BRM-emot-submit.csv."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
         found = {str(row.get("Word")).strip().lower(): row for row in csv.DictReader(f)}
+
+    def entry(word, column):
+        """(text, number) of a word; "missing" without the word or its column, NaN for no number."""
+        said = found.get(word, {}).get(column) or "missing"
+        return said, float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else math.nan
+
     wrong = []
-    for label, values in LEXICON.items():
-        for column, value in zip(LEXICON_COLUMNS, values):
-            said = found.get(label, {}).get(column) or "missing"  # the word, or its column
-            number = float(said) if re.fullmatch(r"\d+(\.\d+)?", said) else math.nan
+    for label in EMOTIONS:
+        for column, value in zip(LEXICON_COLUMNS, LEXICON[label]):
+            said, number = entry(label, column)
             if not abs(number - value) <= 0.005 + 1e-9:  # NaN is a difference, too
                 wrong.append(f"{label} {column} is {said}, here {value:.2f}")
+        for axis, *values in zip("VA", FAMILIES[label][::2], FAMILIES[label][1::2]):
+            means = [entry(word, f"{axis}.Mean.Sum")[1] for word in WORDS[label].split()]
+            own = np.array([np.mean(means), np.std(means, ddof=1)])
+            if not (abs(own - values) <= 0.005 + 1e-9).all():
+                wrong.append(f"the words of {label} have {axis} {own.round(2)}, here {values}")
     if wrong:
         raise UserError(f"{path}: {'; '.join(wrong)}; give the published BRM-emot-submit.csv")
 
@@ -68,6 +91,8 @@ def problems_of(raw, split):
         found.append(f"{error}; mend it or remove the line")
     if raw["label"] not in EMOTIONS:
         found.append(f"unknown label {raw['label']!r}; give one of {', '.join(EMOTIONS)}")
+    if raw.get("labels", "true") not in LABELS:
+        found.append(f"unknown labels {raw['labels']!r}; give one of {', '.join(LABELS)}")
     for key in ("neutral", "emotional"):
         text = raw.get(key, "absent")
         if not (isinstance(text, str) and text.strip()):

@@ -72,9 +72,10 @@ def choose_rows(args):
                 f"{count - train:,} for the test")
     for number, row in enumerate(choice.rows):
         # every row has its own generator: its V and A do not depend on how many rows there are
-        v, a = data.draw_va(row["label"], np.random.default_rng([args.seed, number]))
-        split = "train" if number < train else "test"
-        row |= {"split": split, "v": round(v, 4), "a": round(a, 4), "seed": args.seed}
+        rng = np.random.default_rng([args.seed, number])
+        v, a = data.draw_va(row["label"], rng, data.LABELS[args.labels])
+        row |= {"split": "train" if number < train else "test", "labels": args.labels,
+                "v": round(v, 4), "a": round(a, 4), "seed": args.seed}
     return choice
 
 
@@ -87,6 +88,9 @@ def parse_args(argv=None):
         help="training pictures (default: %(default)s, the paper's)")
     add("--test", type=cli.integer(1, 10**6), default=1000,
         help="test pictures (default: %(default)s, the paper's)")
+    add("--labels", choices=("drawn", "family"), default="drawn",
+        help="V and A from the Gaussians of the class's name, or of a family of words, which are "
+        "narrower (default: %(default)s)")
     add("--lexicon", type=Path,
         help="Warriner's BRM-emot-submit.csv: check the constants of data.py against it")
     add("--seed", type=cli.integer(0, 2**31), default=0,

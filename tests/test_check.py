@@ -51,6 +51,7 @@ def test_a_sound_dataset_is_one_line(spoilt, capsys):
     ("test", b"[1]", "no JSON object"), ("test", {"v": "absent", "neutral": "absent"}, "no 'v', 'neutral'; add"),
     ("test", {"v": 9.5}, "valence must be a finite number in 1..9, got 9.5; mend"),
     ("train", {"a": None}, "arousal must be a number in 1..9"), ("train", {"label": "joy"}, "unknown label 'joy'; give"),
+    ("train", {"labels": "guessed"}, "unknown labels 'guessed'; give one of true, drawn, family"),
     ("train", {"neutral": " "}, "'neutral' is ' ', expected a caption"), ("train", {"emotional": ""}, "'emotional' is ''"),
     ("test", {"emotional": "so sad"}, "a test row with an emotional caption"), ("test", {"id": "a/b"}, "cannot name a file"),
     ("test", {"id": "train_1000001"}, "the id 'train_1000001' is that of {folder}/train.jsonl, line 2, too"),

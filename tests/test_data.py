@@ -125,6 +125,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize("change, message", [
     ({"v": 12}, "valence must be a finite number in 1..9, got 12"), ({"label": "joy"}, "unknown label 'joy'"),
+    ({"labels": "guessed"}, "unknown labels 'guessed'"),
     ({"image": "images/none.png"}, "no picture"), ({"neutral": None}, "no 'neutral'")])
 def test_an_unusable_row_is_named(dataset, tmp_path, change, message):
     rows = [json.loads(line) for line in (dataset / "test.jsonl").read_text().splitlines()]

@@ -35,6 +35,19 @@ def test_drawn_labels_are_those_of_the_class_and_the_test_rows_stay_true(tmp_pat
     assert np.mean([abs(t.v - d.v) + abs(t.a - d.a) for t, d in zip(true, drawn)]) > 1
 
 
+def test_labels_of_a_family_are_near_its_mean_and_a_fifth_of_the_outliers_are_anywhere(tmp_path, dataset):
+    write_tiny(tmp_path / "family", 40, 1, labels="family")
+    write_tiny(tmp_path / "outliers", 40, 1, labels="outliers")
+    for row in data.load_rows(tmp_path / "family", "train"):
+        v_mean, v_sd, a_mean, a_sd = data.FAMILIES[row.label]
+        assert row.labels == "family" and abs(row.v - v_mean) < 5 * v_sd and abs(row.a - a_mean) < 5 * a_sd
+    rows = data.load_rows(tmp_path / "outliers", "train")
+    true = data.load_rows(dataset, "train")
+    assert [(row.v, row.a) == (other.v, other.a) for row, other in zip(rows, true)].count(False) in range(1, 6)
+    moved = [row for row in rows if data.nearest_emotion(row.v, row.a) != row.label]  # most outliers, and no other row
+    assert 2 <= len(moved) <= 14 and {row.labels for row in rows} == {"true"}
+
+
 @pytest.mark.parametrize("argv", [["--out", "x", "--train", "0"], ["--out", "x", "--labels", "none"], ["mend"], []])
 def test_senseless_settings_end_with_one_line(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)

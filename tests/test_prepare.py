@@ -116,8 +116,8 @@ def test_a_dataset_is_built_checked_and_read(emoset, tmp_path, capsys):
         assert row.neutral.startswith("A picture of ") and "felt" not in row.neutral
         assert (row.emotional is None) == (number >= 8) and (number >= 8 or row.emotional.endswith("strongly felt."))
     first = raw_rows(tmp_path / "out", "train")[0]
-    assert list(first) == ["id", "image", "label", "v", "a", "neutral", "emotional", "seed", "version"]
-    assert first["seed"] == 0 and first["version"] == build.VERSION
+    assert list(first) == ["id", "image", "label", "v", "a", "neutral", "emotional", "labels", "seed", "version"]
+    assert first["seed"] == 0 and first["version"] == build.VERSION and first["labels"] == "drawn"
     output = capsys.readouterr().out
     assert "|  | train | test |" in output and "0 pictures unusable, 0 repeats, 0 without a caption" in output
     facts = json.loads((tmp_path / "out" / "dataset.json").read_text())
@@ -259,12 +259,26 @@ def test_a_run_goes_on_with_the_same_settings_only(emoset, tmp_path):
 # Lexicon
 
 
+def family_words():
+    """Entries of all words but the classes' names, so that each family has its mean and spread."""
+    entries = {}
+    for label, words in check.WORDS.items():
+        others = words.split()[1:]
+        columns = []
+        for name, mean, sd in zip(data.LEXICON[label][::2], data.FAMILIES[label][::2], data.FAMILIES[label][1::2]):
+            rest = (8 * mean - name) / 7
+            off = ((7 * sd**2 + 8 * mean**2 - name**2 - 7 * rest**2) / 2) ** 0.5
+            columns.append([rest + off, rest - off, *[rest] * 5])
+        entries |= {word: (round(v, 4), 1, round(a, 4), 1) for word, v, a in zip(others, *columns, strict=True)}
+    return entries
+
+
 def write_lexicon(path, change=(), quoting=csv.QUOTE_MINIMAL, encoding="utf-8"):
     kinds = [f"{x}.{y}.Sum" for x in "VAD" for y in ("Mean", "SD", "Rat")]
     with open(path, "w", newline="", encoding=encoding) as f:
         table = csv.writer(f, quoting=quoting)
         table.writerow(["", "Word", *kinds])
-        entries = {"aardvark": (6.26, 2.21, 2.41, 1.4)} | data.LEXICON | dict(change)
+        entries = {"aardvark": (6.26, 2.21, 2.41, 1.4)} | data.LEXICON | family_words() | dict(change)
         for number, (word, entry) in enumerate(entries.items(), 1):
             if entry:
                 v, v_sd, a, a_sd = entry
@@ -286,6 +300,8 @@ def test_all_that_differs_from_the_lexicon_is_listed(emoset, tmp_path, capsys):
     for text in ("awe V.Mean.Sum is 6.86, here 6.85", "fear V.Mean.Sum is missing, here 2.93",
                  "anger V.Mean.Sum is NA", "anger A.SD.Sum is 2.8,"):
         assert text in said
+    # the other words of a class are right, its name is one of them
+    assert "the words of anger have V [nan nan], here [2.84, 0.33]" in said and "words of awe" not in said
     assert said.count("\n") == 1 and "sadness" not in said
     path.write_text("Word,V.Mean.Sum\nawe,1\n")
     with pytest.raises(UserError, match=r"awe V.Mean.Sum is 1, here 6.85; awe V.SD.Sum is missing, here 1.79"):

@@ -3,6 +3,10 @@
     python -m tiny.dataset --out tiny/cache/dataset         # 4,000 + 500 + 500 scenes
     python -m tiny.dataset --out tiny/cache/drawn --labels drawn    # labelled as in the paper
 
+The training rows' V and A are those of the scene (true), drawn from the Gaussians of its class, as
+the paper labels its pictures (§4.1), by one word's (drawn) or those of a family of words (family),
+or true but for a fifth of the rows, which have any (outliers). Those of other rows are always true.
+
 The test rows are of the pairs of subject and place that no training has (`tiny.scenes.RESERVED`).
 Choices are made by the validation rows, which are new scenes of the other pairs.
 """
@@ -16,11 +20,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
+from data import LABELS, VA_MAX, VA_MIN, draw_va, nearest_emotion
 from parts import cli
 from parts.cli import UserError
 from parts.files import write_rows
 from tiny import scenes
+
+OUTLIERS = 0.2  # share of the training rows with any V and A
 
 
 def tiny_row(out, split, labels, seed):
@@ -40,18 +46,18 @@ def tiny_row(out, split, labels, seed):
     # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
-        if labels == "drawn":
-            row["v"], row["a"] = (round(x, 4) for x in draw_va(row["label"], rng))
+        if labels in ("drawn", "family"):
+            v, a = draw_va(row["label"], rng, LABELS[labels])
+            row["labels"] = labels
+        elif labels == "outliers" and rng.random() < OUTLIERS:
+            v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
+        row |= {"v": round(v, 4), "a": round(a, 4)}
     return row
 
 
 def write_tiny(out, train, test, labels="true", seed=0):
     """Write the dataset into the folder `out`: `train` training rows, `test` rows of either other
-    split.
-
-    labels: V and A of the training rows; "true" those of the scene, "drawn" from the Gaussians of
-    its class, as the paper labels its pictures (§4.1). Those of the other rows are always true.
-    """
+    split."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train),
@@ -72,8 +78,8 @@ def main(argv=None):
         help="training pictures (default: %(default)s)")
     add("--test", type=cli.integer(1, 10**6), default=500,
         help="test pictures, and validation pictures (default: %(default)s)")
-    add("--labels", choices=("true", "drawn"), default="true",
-        help="V and A of training rows: the scene's own, or drawn from its class as in the paper")
+    add("--labels", choices=(*LABELS, "outliers"), default="true",
+        help="V and A of training rows (default: %(default)s)")
     add("--seed", type=cli.integer(0, 2**31), default=0,
         help="of the scenes (default: %(default)s)")
     args = parser.parse_args(argv)
