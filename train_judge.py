@@ -30,6 +30,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
+from evaluation.metrics import label_floor
 from parts import checkpoints, cli, lora, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
@@ -225,8 +226,8 @@ def update(model, reference, rollout, advantages, optimizer, args, processes, ch
 
 def evaluate(model, rows, args, processes, run=None, batch=64):
     """{eval_…: figure} of the likeliest answers about held-out rows: the share of well-formed ones,
-    mean |ΔV| and |ΔA| over the answers that can be read, the share of right classes over all.
-    Empty if `run` is to stop."""
+    mean |ΔV| and |ΔA| over the answers that can be read, the least that these could be for labels
+    that were drawn, the share of right classes over all. Empty if `run` is to stop."""
     mine = rows[processes.rank::processes.world]
     # All processes must have as many batches, so some ask about the first row once more.
     padded = mine + rows[:1] * (math.ceil(len(rows) / processes.world) - len(mine))
@@ -253,8 +254,10 @@ def evaluate(model, rows, args, processes, run=None, batch=64):
     total = processes.total(sums)
     read = total["read"] or math.nan
     answers = len(rows) * len(feedback.TASKS)
+    v_floor, a_floor = label_floor(rows)
     return {"eval_format": total["format"] / answers, "eval_v_error": total["v"] / read,
-            "eval_a_error": total["a"] / read, "eval_class_accuracy": total["right"] / len(rows)}
+            "eval_a_error": total["a"] / read, "eval_v_floor": v_floor, "eval_a_floor": a_floor,
+            "eval_class_accuracy": total["right"] / len(rows)}
 
 
 def show_figures(args, processes):
@@ -264,6 +267,8 @@ def show_figures(args, processes):
     if processes.first:
         figures = {name.removeprefix("eval_"): figure for name, figure in figures.items()}
         print(cli.markdown([figures, [f"{figure:.3f}" for figure in figures.values()]]))
+        print("V {v_error:.2f}, A {a_error:.2f}; the labels allow at best V {v_floor:.2f}, "
+              "A {a_floor:.2f}".format(**figures))
         print(json.dumps({"model": args.model, "pictures": len(rows), **figures}))
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import data
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
@@ -90,6 +91,36 @@ def aesthetic_head(path):
         raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one "
                         f"number; expected weight and bias, or layers.0.weight, layers.0.bias, …")
     return [(weight.float(), bias.float()) for weight, bias in head]
+
+
+# Of a dataset's labels.
+
+
+def label_floor(rows):
+    """(V, A): the mean error that the best reader of data.Rows must make, 0 where labels are true.
+
+    If V and A were drawn from the Gaussians of a row's class, nothing in its picture tells the
+    draw. Best is then to say the median of the class, which is its mean, as that is not clipped.
+    """
+    errors = []
+    for row in rows:
+        if row.labels == "true":
+            errors.append((0.0, 0.0))
+            continue
+        v_mean, v_sd, a_mean, a_sd = data.LABELS[row.labels][row.label]
+        errors.append((mean_deviation(v_mean, v_sd), mean_deviation(a_mean, a_sd)))
+    return tuple(np.mean(errors, axis=0).tolist())
+
+
+def mean_deviation(mean, sd):
+    """E|x − mean| of a Gaussian x clipped to 1..9."""
+    total = 0.0
+    for reach in (mean - data.VA_MIN, data.VA_MAX - mean):
+        z = reach / sd
+        within = sd / math.sqrt(2 * math.pi) * (1 - math.exp(-z * z / 2))
+        clipped = reach * math.erfc(z / math.sqrt(2)) / 2  # all that lies beyond counts as `reach`
+        total += within + clipped
+    return total
 
 
 # Over cases. A record is a line that run.measure wrote; axis 0 is V, axis 1 is A. NaN stands where

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+import data
 from evaluation import metrics
 from parts import clip
 from parts.cli import UserError
@@ -223,3 +224,26 @@ def test_neighbours_are_those_of_one_group_along_one_axis():
     assert np.array_equal(half, [1, math.nan, math.nan] * 3, equal_nan=True)
     two = records(GRID[:1], "one") + records(GRID[1:2], "two")
     assert np.isnan(metrics.neighbours_in_order(two, "judge", 0)).all()
+
+
+def rows_of(labels):
+    return [data.Row("", Path(), label, 5.0, 5.0, "", labels=labels) for label in data.EMOTIONS]
+
+
+def test_drawn_labels_have_a_floor_and_true_ones_have_none():
+    assert metrics.label_floor(rows_of("drawn")) == pytest.approx((1.24, 1.89), abs=0.005)
+    assert metrics.label_floor(rows_of("family")) == pytest.approx((0.41, 0.60), abs=0.005)
+    assert metrics.label_floor(rows_of("true")) == (0, 0)
+    half = metrics.label_floor(rows_of("true") + rows_of("drawn"))
+    assert half == pytest.approx([x / 2 for x in metrics.label_floor(rows_of("drawn"))])
+
+
+@pytest.mark.parametrize("label", ["awe", "sadness"])
+def test_no_constant_comes_nearer_to_drawn_labels_than_the_floor(label):
+    rng = np.random.default_rng(0)
+    drawn = np.array([data.draw_va(label, rng) for _ in range(20_000)])
+    floor = metrics.label_floor([data.Row("", Path(), label, 5.0, 5.0, "", labels="drawn")])
+    for axis in (0, 1):
+        constants = np.linspace(1, 9, 81)
+        least = min(abs(drawn[:, axis] - constant).mean() for constant in constants)
+        assert least == pytest.approx(floor[axis], abs=0.03)

@@ -51,7 +51,7 @@ def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
                 "tokens_per_second", "memory_gib", "zero_spread", "reward_std", "grad_norm", "lr"):
         assert all(isinstance(r[key], (int, float)) or key in ("reward_va", "reward_class") for r in log[1:]), key
     assert Image.open(out / "curves.png").size[0] == 900
-    assert "4 held-out pictures" in output and "| format | v error | a error | class accuracy |" in output
+    assert "4 held-out pictures" in output and "| format | v error | a error | v floor | a floor | class accuracy |" in output
     judge = qwen_vl.QwenVL.from_pretrained(out / "judge")
     start_weights = qwen_vl.QwenVL.from_pretrained(train_judge.TINY)
     assert any(not torch.equal(p, q) for p, q in zip(judge.parameters(), start_weights.parameters()))
@@ -272,9 +272,10 @@ def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, 
 
 def test_evaluate_prints_a_table_and_a_line_of_figures(dataset, capsys):
     assert train_judge.main(["--data", str(dataset), *SMALL, "--evaluate"]) == 0
-    *table, line = capsys.readouterr().out.splitlines()
+    *table, floor, line = capsys.readouterr().out.splitlines()
     figures = json.loads(line)
-    assert table[0] == "| format | v_error | a_error | class_accuracy |" and figures["pictures"] == 4
+    assert table[0] == "| format | v_error | a_error | v_floor | a_floor | class_accuracy |" and figures["pictures"] == 4
+    assert floor.endswith("the labels allow at best V 0.00, A 0.00")
     assert figures["model"] == str(train_judge.TINY) and 0 < figures["v_error"] < 3
 
 
