@@ -31,7 +31,7 @@ import feedback
 import grpo
 import qwen_vl
 from evaluation.metrics import label_floor
-from parts import checkpoints, cli, lora, sharding, weights
+from parts import checkpoints, cli, lora, sharding
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -40,6 +40,7 @@ TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
 TASK_WEIGHTS = {"regression": 1.0, "class": 1.0}
 LORA_LR = 1e-5  # an adapter starts from nothing and needs larger steps than the weights
+USED = ("completion_hidden", "generate")  # methods of the judge that training calls
 MISMATCH = {"mean": 0.1, "share": 0.01}  # in bfloat16; an H200 gave 0.012 and 0
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), str, "folder or hub id to start from"),
@@ -281,7 +282,8 @@ def load_judge(args, processes):
     if args.lora or args.evaluate:  # on a GPU in bfloat16, which float32 weights are cast to, too
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
     else:
-        model = load_whole(args, processes, torch.float32).requires_grad_(True)
+        model = sharding.load(qwen_vl.QwenVL, args.model, processes, USED, torch.float32)
+        model.requires_grad_(True)
     if args.lora and not args.evaluate:
         torch.manual_seed(args.seed)
         lora.add_lora(model, model.lora_targets(), args.lora_rank, args.lora_alpha)
@@ -296,16 +298,7 @@ def load_reference(model, args, processes):
         return None
     if args.lora:
         return model
-    return load_whole(args, processes)
-
-
-def load_whole(args, processes, dtype=None):
-    """A judge without an adapter, sharded by FSDP2 except in one process on a CPU."""
-    build = weights.build
-    # FSDP2 is also what lets one GPU keep float32 weights and compute in bfloat16.
-    if processes.world > 1 or processes.device.type == "cuda":
-        build = partial(sharding.build, methods=("completion_hidden", "generate"))
-    return qwen_vl.QwenVL.from_pretrained(args.model, processes.device, dtype, build)
+    return sharding.load(qwen_vl.QwenVL, args.model, processes, USED)
 
 
 def export(model, folder, args, processes):

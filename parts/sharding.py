@@ -8,6 +8,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,15 @@ def shard(model, blocks, device, methods):
     fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
     for name in methods:
         fsdp.register_fsdp_forward_method(model, name)
+
+
+def load(kind, source, processes, methods, dtype=None):
+    """A model of the class `kind`, sharded except in one process on a CPU. methods: see `shard`."""
+    builder = weights.build
+    # FSDP2 is also what lets one GPU keep float32 weights and compute in bfloat16.
+    if processes.world > 1 or processes.device.type == "cuda":
+        builder = partial(build, methods=methods)
+    return kind.from_pretrained(source, processes.device, dtype, builder)
 
 
 def build(make, views, entries, what, device, dtype, optional, methods):
