@@ -18,7 +18,7 @@ from functools import partial
 
 import data
 from parts.cli import plain_text
-from parts.prompts import content_words, fill, lost_words
+from parts.prompts import content_words, fill, lost_words, prompts_in
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
           "very excited.")
@@ -62,7 +62,11 @@ VALUES = {
     "rewrite": ("request", "v", "a"), "again": ("why",),
 }
 KEYS = {"regression": ("valence", "arousal"), "class": ("emotion_class",)}  # of an answer
+ADVICE = ("analysis", "optimized_prompt")
 TASKS = tuple(KEYS)
+QUESTIONS = prompts_in(PROMPTS, VALUES, KEYS | {  # of --questions; these must be in a text
+    "compare": ("$prompt", "$v", "$a", *ADVICE), "rewrite": ("$request", "$v", "$a", *ADVICE),
+    "again": ("$why",)})
 ANSWER_LIMIT = 512  # tokens of a judgement, in the judge's training and wherever it is read
 REWRITE_LIMIT = 512  # tokens of an analysis with its prompt
 TRIES = 3  # of a rewrite, before the prompt is kept as it is
@@ -195,7 +199,7 @@ def read_rewrite(text, request):
     answer = first_object(text)
     if answer is None:
         raise Unusable("it has no JSON object" if "{" not in text else "its JSON object is broken")
-    said = answer.get("analysis"), answer.get("optimized_prompt")
+    said = [answer.get(key) for key in ADVICE]
     if not all(isinstance(part, str) for part in said):
         raise Unusable("its JSON object needs two texts, analysis and optimized_prompt")
     analysis, prompt = map(plain_text, said)

@@ -31,7 +31,6 @@ from parts import cli, page, sheets, weights
 from parts.cli import UserError, say
 from parts.files import read_json, save_png, write_whole
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
-from parts.prompts import load_prompts
 
 PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in the generator.
     "tiny": {"model": TINY, "adapter": TINY / "adapter", "judge": TINY / "judge"},
@@ -95,8 +94,8 @@ def parse_args(argv=None):
     group.add_argument("--n", "--images-per-round", type=cli.integer(1, 1000),
                        help="pictures a round (default: 1, or 8 with --rounds)")
     group.add_argument("--rewrite", action="store_true", help="the judge writes the first too")
-    group.add_argument("--questions", type=Path, metavar="FILE", help="JSON with other questions "
-                       f"to the judge, by name: {', '.join(feedback.PROMPTS)}")
+    group.add_argument("--questions", type=feedback.QUESTIONS, metavar="FILE", help="JSON with "
+                       f"other questions to the judge, by name: {', '.join(feedback.PROMPTS)}")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
@@ -140,6 +139,7 @@ def complete(args, refuse):
 
 def run(args):
     started = time.perf_counter()
+    feedback.PROMPTS.update(args.questions or {})
 
     # 1. load the models, but first refuse what they are not needed for
     check_machine(args)
@@ -154,7 +154,7 @@ def run(args):
         "prompt": args.prompt, **settings, "judge": args.judge and name_of(args.judge),
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "form": args.form, "rewrite": args.rewrite, "tolerance": args.tolerance,
-        "readings": args.readings,
+        "readings": args.readings, "questions": args.questions,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
     options = feedback.RefineOptions(rewrite=args.rewrite, tolerance=args.tolerance, form=args.form,
                                      seed=args.seed, readings=args.readings)
@@ -198,10 +198,8 @@ def run(args):
 
 
 def check_machine(args):
-    """Refuse, before models are loaded, what cannot be done here; reads the user's questions."""
+    """Refuse, before models are loaded, what cannot be done here."""
     args.device = cli.device_of(args.device)
-    if args.questions is not None:
-        load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
     file = args.out / "run.json"
     if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
         raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")

@@ -42,6 +42,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
     "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
+    "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
     "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
     "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
@@ -507,7 +508,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    return training.run_in_processes(train, parse_args(argv))
+    args = parse_args(argv)
+    feedback.PROMPTS.update(args.questions or {})
+    return training.run_in_processes(train, args)
 
 
 if __name__ == "__main__":

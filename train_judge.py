@@ -73,6 +73,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "eval_rows": (1000, 500, integer(1, 10**9), "test pictures in an evaluation"),
     "save_every": (100, 50, integer(1, 10**9), "steps between checkpoints"),
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
+    "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
@@ -423,6 +424,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    feedback.PROMPTS.update(args.questions or {})
     return training.run_in_processes(show_figures if args.evaluate else train, args)
 
 

@@ -48,6 +48,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
               f"how the target is given: {', '.join(FORMS)}, or several of them"),
     "rounds": (3, 3, integer(1, 1000), "rounds of --forms feedback"),
     "n": (8, 8, integer(2, 1000), "pictures a round of --forms feedback"),
+    "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judges"),
     "micro": (20, 20, integer(1, 10_000), "pictures or questions in one forward pass"),
     "seed": (0, 0, integer(0, 2**31), "of the miniature's cases and the noise"),
 }
@@ -177,7 +178,8 @@ def open_run(args, command, cases, generator):
         "judges": {name: stamp(source) for name, source in args.judge.items()},
         "clip": stamp(args.clip), "other_clip": stamp(args.other_clip),
         "aesthetic": stamp(args.aesthetic),
-        "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
+        "billions": args.parameters, "seconds_given": args.seconds, "device": args.device,
+        "questions": args.questions}
     if generator is not None:
         facts["name"] = args.name or generator.name
         facts["model"] = stamp(args.model)
@@ -246,6 +248,7 @@ def complete(args):
 def evaluate(args, command):
     # 1. refuse what cannot work before gigabytes are read
     complete(args)
+    feedback.PROMPTS.update(args.questions or {})
     if not args.cases.isdecimal():
         cases = load_cases(args.cases)
     elif int(args.cases) >= 2:

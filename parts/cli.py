@@ -149,6 +149,8 @@ def add_settings(made, settings):
 
 
 def shown(value):
+    if value is None:
+        return "none"
     if isinstance(value, dict):
         value = tuple(f"{name}={part:g}" for name, part in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else value

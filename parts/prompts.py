@@ -1,5 +1,6 @@
 """Prompts as texts: values for their $names, a user's own in their place, what a rewrite lost."""
 
+import argparse
 import json
 import re
 import string
@@ -22,10 +23,11 @@ def fill(template, /, **values):
     return string.Template(template).substitute(values)
 
 
-def load_prompts(path, prompts, values):
-    """Put the texts of a JSON file {name: text} in place of prompts: all, or by UserError none.
+def load_prompts(path, prompts, values, needed):
+    """{name: text} of a JSON file, to take the place of the prompts of these names.
 
-    values: {name: the $names that its text may use}.
+    values: {name: the $names that its text may use}. needed: {name: what its text must have}.
+    Raises UserError.
     """
     try:
         own = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -34,12 +36,26 @@ def load_prompts(path, prompts, values):
             raise ValueError(f"unknown prompt {min(unknown)!r}")
         for name, text in own.items():
             fill(text, **dict.fromkeys(values.get(name, ()), ""))
+            used = [f"${each}" for each in string.Template(text).get_identifiers()]
+            for part in needed.get(name, ()):
+                if part not in (used if part.startswith("$") else text):
+                    raise ValueError(f"{name!r} lacks {part}")
     # No file, no JSON, no object, a text that is none, or a $name without a value.
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "
                         f"{', '.join(prompts)}, and in each text only the $values of the prompt "
                         f"that it replaces, $$ for a dollar") from error
-    prompts.update(own)
+    return own
+
+
+def prompts_in(*known):
+    """An argparse type: a file as `load_prompts` reads it. known: its prompts, values, needed."""
+    def read(path):
+        try:
+            return load_prompts(path, *known)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return read
 
 
 def content_words(text):

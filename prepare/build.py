@@ -56,7 +56,7 @@ def build(args, processes, choose_rows, load=captions.load_captioner):
     # 1. the first process chooses the pictures, the others wait for its choice
     prompts = dict(captions.PROMPTS)
     if args.questions is not None:
-        load_prompts(args.questions, prompts, captions.VALUES)
+        prompts |= load_prompts(args.questions, prompts, captions.VALUES, captions.NEEDED)
     selection = selection_of(args, processes, prompts, choose_rows)
 
     # 2. each process asks every world-th question, but for those that an earlier run has asked

@@ -28,6 +28,7 @@ PROMPTS = {  # $name stands for a value of VALUES; wording is ours
         "feeling."),
 }
 VALUES = {"emotional_caption": ("label", "mood", "v", "a")}
+NEEDED = {"emotional_caption": ("$label",)}
 
 
 def kinds_of(row):

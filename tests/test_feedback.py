@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +16,6 @@ import data
 import feedback
 from parts import chat
 from parts.pipeline import judge_of
-from parts.prompts import load_prompts
 
 PICTURE = Image.new("RGB", (64, 64))
 REQUEST = "a swan on the lake at noon"
@@ -56,14 +57,29 @@ def test_feedback_is_asked_with_both_pictures_scores_target_scales_and_keys():
             assert word in asked
 
 
-def test_a_file_replaces_prompts(tmp_path, monkeypatch):
-    for name in ("rewrite", "system"):
-        monkeypatch.setitem(feedback.PROMPTS, name, feedback.PROMPTS[name])  # to be put back
-    path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"rewrite": "$request at $v for $$5", "system": "You are terse."}))
-    load_prompts(path, feedback.PROMPTS, feedback.VALUES)
-    assert said_in(feedback.ask_rewrite("a $cat", 7, 3)) == "a $cat at 7.00 for $5"
+def test_a_file_replaces_questions(tmp_path, monkeypatch):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps({"rewrite": "$request at $v, $a for $$5: analysis, optimized_prompt",
+                                "system": "You are terse."}))
+    for name, text in feedback.QUESTIONS(path).items():
+        monkeypatch.setitem(feedback.PROMPTS, name, text)
+    asked = said_in(feedback.ask_rewrite("a $cat", 7, 3))
+    assert asked == "a $cat at 7.00, 3.00 for $5: analysis, optimized_prompt"
     assert feedback.ask("class", PICTURE)[0]["content"] == "You are terse."
+
+
+def test_the_shipped_questions_are_a_file_of_questions_themselves(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(feedback.PROMPTS))
+    assert feedback.QUESTIONS(tmp_path / "own.json") == feedback.PROMPTS
+
+
+@pytest.mark.parametrize("name, lost", [
+    ("regression", "arousal"), ("class", "emotion_class"), ("compare", "$prompt"), ("compare", "optimized_prompt"),
+    ("rewrite", "$request"), ("again", "$why")])
+def test_a_question_that_cannot_be_answered_is_refused(tmp_path, name, lost):
+    (tmp_path / "own.json").write_text(json.dumps({name: feedback.PROMPTS[name].replace(lost, "")}))
+    with pytest.raises(ArgumentTypeError, match=re.escape(f"'{name}' lacks {lost}")):
+        feedback.QUESTIONS(tmp_path / "own.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

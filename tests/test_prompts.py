@@ -7,32 +7,32 @@ from parts.prompts import fill, load_prompts, lost_words
 
 PROMPTS = {"compare": "", "rewrite": "$request at $v", "class": ""}
 VALUES = {"rewrite": ("request", "v", "a")}
+NEEDED = {"rewrite": ("$request", "$v"), "class": ("emotion_class",)}
 
 
 def test_numbers_have_two_decimals_and_dollars_of_values_stay():
     assert fill("$name: $v, $a, $$5", name="a $cat", v=7, a=None) == "a $cat: 7.00, unknown, $5"
 
 
-def test_a_file_replaces_the_texts_that_it_names(tmp_path):
-    path, prompts = tmp_path / "prompts.json", dict(PROMPTS)
-    path.write_text('{"rewrite": "$request, arousal $a, $$5"}')
-    load_prompts(path, prompts, VALUES)
-    assert prompts == PROMPTS | {"rewrite": "$request, arousal $a, $$5"}
+def test_a_file_has_the_texts_that_it_names(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text('{"rewrite": "${request}, valence $v, $$5", "compare": ""}')
+    assert load_prompts(path, PROMPTS, VALUES, NEEDED) == {"rewrite": "${request}, valence $v, $$5", "compare": ""}
 
 
 @pytest.mark.parametrize("text, message", [
     ("{", "Expecting"), ("[]", "expected JSON"), ('{"compare": 3}', "expected JSON"),
     ('{"poem": ""}', "unknown prompt 'poem'"),
-    ('{"rewrite": "$request $best_v"}', "best_v"), ('{"class": "$"}', "Invalid placeholder"), (None, "No such file"),
+    ('{"rewrite": "$request $v $best_v"}', "best_v"), ('{"class": "$"}', "Invalid placeholder"), (None, "No such file"),
+    ('{"rewrite": "$request at V {v}"}', "'rewrite' lacks $v"), ('{"class": "Which emotion?"}', "'class' lacks emotion_class"),
 ])
-def test_a_bad_file_of_prompts_is_refused_and_changes_nothing(text, message, tmp_path):
-    path, before = tmp_path / "prompts.json", dict(PROMPTS)
+def test_a_bad_file_of_prompts_is_refused(text, message, tmp_path):
+    path = tmp_path / "prompts.json"
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match="prompts.json") as refused:
-        load_prompts(path, PROMPTS, VALUES)
+        load_prompts(path, PROMPTS, VALUES, NEEDED)
     assert message in str(refused.value) and "\n" not in str(refused.value)
-    assert before == PROMPTS
 
 
 @pytest.mark.parametrize("request_, prompt, lost", [

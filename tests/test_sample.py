@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import feedback
 import sample
 from parts import lora
 from parts.pipeline import TINY, Generator, load_generator
@@ -135,6 +136,17 @@ def test_rounds_of_feedback_are_recorded_whole(tmp_path, capsys, monkeypatch):
     for text in ("loss 2.00", "loss 0.50, best so far 0.50 (round 1)", "dull water", "2 rounds", "first 2 pictures"):
         assert text in err
     assert record["seconds"]["total"] > sum(second["seconds"].values()) > 0
+
+
+def test_other_questions_are_asked_and_recorded(tmp_path, monkeypatch):
+    own = {"system": "Be brief."}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    monkeypatch.setitem(feedback.PROMPTS, "system", feedback.PROMPTS["system"])  # to be put back
+    asked = []
+    answer = '{"valence": 7, "arousal": 3, "emotion_class": "awe"}'
+    monkeypatch.setattr(sample, "judge_of", lambda *_, **__: lambda questions: asked.extend(questions) or [answer])
+    assert run(*QUICK, "--questions", tmp_path / "own.json", "--out", tmp_path / "run") == 0
+    assert read(tmp_path / "run")["questions"] == own and {messages[0]["content"] for messages in asked} == {"Be brief."}
 
 
 def test_the_tolerance_ends_the_rounds(tmp_path, monkeypatch):

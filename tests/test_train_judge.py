@@ -16,6 +16,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
+import train_gen
 import train_judge
 from parts import chat, lora, sharding, weights
 from parts import run as training
@@ -250,7 +251,19 @@ def test_the_papers_settings_are_the_defaults_of_its_preset():
     assert train_judge.parse_args(["--preset", "paper"]).max_new_tokens == feedback.ANSWER_LIMIT == 512
 
 
+def test_other_questions_are_asked_and_are_among_the_settings(tmp_path, monkeypatch):
+    own = {"class": "Give the emotion_class."}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    monkeypatch.setitem(feedback.PROMPTS, "class", feedback.PROMPTS["class"])  # to be put back
+    monkeypatch.setattr(training, "run_in_processes", lambda work, args: (
+        vars(args)["questions"], feedback.ask("class", None)[1]["content"][-1]["text"]))
+    for program in (train_judge, train_gen):
+        assert program.main([])[0] is None
+        assert program.main(["--questions", str(tmp_path / "own.json")]) == (own, own["class"])
+
+
 @pytest.mark.parametrize("flags, message", [
+    (["--questions", "none.json"], "--questions: none.json"),
     (["--group", "1"], "--group/--num-generations: expected a whole number in 2..1,024, got 1"),
     (["--tasks", "regression,mood"], "--tasks: expected some of regression, class"),
     (["--reward", "soft"], "--reward: invalid"),
