@@ -316,7 +316,7 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
     PIL images, one a seed. judge(conversations, attempt) -> list of texts, one a conversation (a
     list of messages); attempt counts from 0 how often a question was asked; with readings > 1 also
     judge(conversations, attempt, n), n texts a conversation, one after another. Without a judge
-    (None) one round can be drawn. The result is the best picture of all rounds, `best_of`. Raises
+    (None) one round can be drawn. The result is a picture of the rounds, `best_of`. Raises
     ValueError for settings out of range.
     """
     options = options or RefineOptions()
@@ -388,9 +388,12 @@ def timed(work, *args):
     return result, time.perf_counter() - started
 
 
-def best_of(rounds):
-    """(index of the round, index in it) of the picture of least loss. Among equals the latest
-    round's: a judge says few different numbers, and a later prompt has been improved."""
+def best_of(rounds, result="best"):
+    """(index of the round, index in it) of the result: the picture of least loss in all rounds, or
+    "last", in the last one, as Algorithm 1 returns v_I. Among equals the latest round's: a judge
+    says few different numbers, and a later prompt has been improved."""
+    if result == "last":
+        return len(rounds) - 1, rounds[-1].best
     losses = [round.pictures[round.best].loss for round in rounds]
     r = max(r for r, loss in enumerate(losses) if loss == min(losses))
     return r, rounds[r].best

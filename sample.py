@@ -51,6 +51,7 @@ FEEDBACK = {
     "rounds": (1, 1, cli.integer(1, 100), "the judge rewrites the prompt between two"),
     "tolerance": (0.0, 0.0, cli.number(0, 16), "a loss |ΔV| + |ΔA| that ends the rounds"),
     "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
+    "result": ("best", "best", ("best", "last"), "the best picture of all rounds, or of the last"),
 }
 
 
@@ -154,7 +155,7 @@ def run(args):
         "prompt": args.prompt, **settings, "judge": args.judge and name_of(args.judge),
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "form": args.form, "rewrite": args.rewrite, "tolerance": args.tolerance,
-        "readings": args.readings, "questions": args.questions,
+        "readings": args.readings, "result": args.result, "questions": args.questions,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
     options = feedback.RefineOptions(rewrite=args.rewrite, tolerance=args.tolerance, form=args.form,
                                      seed=args.seed, readings=args.readings)
@@ -176,7 +177,7 @@ def run(args):
                 args.prompt, v, a, generate, judge, args.rounds, args.n, options):
             rounds.append(finished)
             cell["rounds"].append(save_round(args, facts, finished))
-            r, i = feedback.best_of(rounds)
+            r, i = feedback.best_of(rounds, args.result)
             cell["best"] = None if judge is None else {"round": r, "image": i}
             if args.grid is None and args.rounds > 1:
                 say(page.round_line(finished, r, rounds[r].pictures[i].loss))
@@ -300,7 +301,7 @@ def save_round(args, facts, finished):
 
 
 def name_emotion(args, facts, cell, best_round, judge):
-    """Ask the judge for the emotion class too, but only of the best picture of all rounds."""
+    """Ask the judge for the emotion class too, but only of the result."""
     best = best_round.pictures[best_round.best]
     emotion = feedback.judge_emotion(judge, best.image)
     at = cell["best"]

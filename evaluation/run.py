@@ -48,6 +48,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
               f"how the target is given: {', '.join(FORMS)}, or several of them"),
     "rounds": (3, 3, integer(1, 1000), "rounds of --forms feedback"),
     "n": (8, 8, integer(2, 1000), "pictures a round of --forms feedback"),
+    "result": ("best", "best", ("best", "last"), "its best picture of all rounds, or of the last"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judges"),
     "micro": (20, 20, integer(1, 10_000), "pictures or questions in one forward pass"),
     "seed": (0, 0, integer(0, 2**31), "of the miniature's cases and the noise"),
@@ -57,7 +58,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
 def draw_with(generator, form, args, judge, cases, seeds):
     """PIL images of cases by a generator of ours, which gets the target in one of FORMS.
 
-    args: size, sample_steps, guidance; for feedback also rounds and n. judge: of pipeline.judge_of.
+    args: size, sample_steps, guidance; for feedback rounds, n, result. judge: of pipeline.judge_of.
     """
     def generate(prompts, seeds):
         pixels = generator.draw(prompts, seeds, args.size, args.sample_steps, args.guidance)
@@ -73,7 +74,7 @@ def draw_with(generator, form, args, judge, cases, seeds):
             lambda prompt, seeds: generate([prompt] * len(seeds), seeds), judge,
             rounds=args.rounds, images_per_round=args.n,
             seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
-        r, i = feedback.best_of(rounds)  # of all rounds, by the judge that rewrites
+        r, i = feedback.best_of(rounds, args.result)  # by the judge that rewrites
         images.append(rounds[r].pictures[i].image)
     return images
 
@@ -184,7 +185,7 @@ def open_run(args, command, cases, generator):
         facts["name"] = args.name or generator.name
         facts["model"] = stamp(args.model)
         facts["billions"] = weights.count_parameters(generator.mmdit) / 1e9
-        for key in ("size", "sample_steps", "guidance", "rounds", "n", "micro"):
+        for key in ("size", "sample_steps", "guidance", "rounds", "n", "result", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
     before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts

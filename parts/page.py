@@ -120,7 +120,7 @@ def folded_cell(run, cell, folder):
 
 
 def best_picture(run, folder):
-    """The best picture of all rounds, large, with what was wanted and what the judge saw.
+    """The result, the best picture of all rounds or of the last, with what the judge saw.
 
     Without judgements it is the first.
     """
@@ -128,7 +128,8 @@ def best_picture(run, folder):
     best = best_of(cell)
     r, _, image = best or (0, 0, cell["rounds"][0]["images"][0])
     prompt = cell["rounds"][r]["prompt"]
-    count = sum(len(round["images"]) for round in cell["rounds"])
+    among = cell["rounds"][r:] if run.get("result") == "last" else cell["rounds"]
+    count = sum(len(round["images"]) for round in among)
     head = "The picture" if count == 1 else f"The {'best' if best else 'first'} of {count} pictures"
     if best:
         said = fill("judged", v=f"{cell['v']:.2f}", a=f"{cell['a']:.2f}",
@@ -188,7 +189,7 @@ def card(run, round, index, folder):
 
 CROSS = '<g class="line"><circle r="8"/><path d="M-14 0H14M0-14V14"/></g>'  # the only target
 CIRCLE = '<g class="line"><circle r="5"/></g>'  # one target of several
-RING = '<circle class="line" r="13"/>'  # around the best of all
+RING = '<circle class="line" r="13"/>'  # around the result
 
 
 def plane(cells):
@@ -213,7 +214,7 @@ def plane(cells):
                 mark = dot(colour(r, rounds), str(r) if head and one else "")
                 title = f"round {r}: {numbers(image)}"
                 if best:
-                    title += ", the best of all"
+                    title += ", the result"
                     mark += RING if one else ""
                 (top if best else heads if head else dots).append(put(image, mark, title))
                 if head:
@@ -224,12 +225,12 @@ def plane(cells):
     if top:
         numbered = [str(r) if one else "" for r in range(rounds)]
         keys += [(dot(colour(r, rounds), numbered[r]), f"round {r}") for r in range(rounds)]
-        keys += [(RING, "best of all")] if one else []
+        keys += [(RING, "result")] if one else []
     keys = "".join(fill("key", mark=mark, text=name) for mark, name in keys)
     label = f"{len(cells)} targets and their best pictures"
     if one:
         label = f"target {target(cells[0])} and the judged pictures"
-    # What is drawn later hides what lies under it, so the best of all comes last.
+    # What is drawn later hides what lies under it, so the result comes last.
     marks = "".join(lines + dots + targets + heads + top)
     return {"label": label, "keys": keys, "marks": marks}
 
@@ -323,9 +324,9 @@ def changes(old, new):
 
 
 def round_line(finished, r, least):
-    """How near a feedback.Round came, the least loss so far (of round r), and the analysis."""
+    """How near a feedback.Round came, the loss of the result so far (of round r), the analysis."""
     loss = finished.pictures[finished.best].loss
-    lines = [f"loss {loss:.2f}, best so far {least:.2f} (round {r})", finished.note,
+    lines = [f"loss {loss:.2f}, result so far {least:.2f} (round {r})", finished.note,
              finished.analysis]
     return "\n".join(f"    {line}" for line in lines if line)
 
@@ -344,12 +345,14 @@ def latency(run):
 
 
 def summary(run, folder):
-    """The files of a run, the picture nearest to its target first."""
+    """The files of a run: the result first, then the others, the nearest to the target first."""
     if run["grid"]:
         return f"{folder / run['grid']}\n{folder / 'index.html'}"
     images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
     # An answer that cannot be read counts as the greatest loss.
     images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    if result := best_of(run["cells"][0]):
+        images.sort(key=lambda image: image is not result[2])
     lines = []
     for image in images:
         line = str(folder / image["file"])
@@ -368,7 +371,7 @@ def summary(run, folder):
 
 
 def best_of(cell):
-    """(round, index, image) of a cell's best picture; None if no answer of a judge was readable."""
+    """(round, index, image) of a cell's result; None if no answer of a judge was readable."""
     if cell["best"] is None:
         return None
     r = cell["best"]["round"]

@@ -323,6 +323,14 @@ def test_among_pictures_of_equal_loss_that_of_the_latest_round_is_the_best():
     assert feedback.best_of(equal) == (1, 0)
 
 
+def test_the_result_is_the_best_picture_of_all_rounds_or_of_the_last():
+    worse = f"{REQUEST}, sunny"
+    world = World({ROUND_0: (7.5, 3), worse: (5, 3)}, [advice(worse)])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 2, 2)
+    assert feedback.best_of(rounds) == (0, 0) and feedback.best_of(rounds, "last") == (1, rounds[1].best)
+    assert rounds[1].pictures[rounds[1].best].loss > rounds[0].pictures[0].loss
+
+
 @pytest.mark.parametrize("settings", [
     {"rounds": 0}, {"rounds": 2, "images_per_round": 1}, {"images_per_round": 0}, {"v": 12}, {"readings": 0}])
 def test_settings_out_of_range_are_refused(settings):

@@ -195,10 +195,10 @@ def test_the_plane_has_every_judged_picture_and_target_at_its_place(folder):
     seen = [(image["v"], image["a"]) for round in run["cells"][0]["rounds"] for image in round["images"] if image["v"]]
     expected = [(4 + 40 * v, 376 - 40 * a) for v, a in [(7, 3), *seen]]
     assert np.allclose(sorted(places), sorted(expected), atol=0.05) and len(seen) == 5
-    assert "target: valence 7, arousal 3" in svg and svg.count(", the best of all") == 1
+    assert "target: valence 7, arousal 3" in svg and svg.count(", the result") == 1
     assert "valence</text>" in svg and "arousal</text>" in svg
     svg = re.search(r'<svg viewBox="0 0 380 384".*?</svg>', page.html(RUNS["grid"], folder), re.DOTALL)[0]
-    assert svg.count("target: ") == svg.count("the best of all") == svg.count("<polyline") == 25
+    assert svg.count("target: ") == svg.count("the result") == svg.count("<polyline") == 25
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -133,9 +133,20 @@ def test_rounds_of_feedback_are_recorded_whole(tmp_path, capsys, monkeypatch):
         "round0_seed0.png", "round0_seed1.png", "round1_seed2.png", "round1_seed3.png"]
     assert second["images"][0]["emotion"] == "awe" and second["images"][0]["loss"] == 0.5
     assert Image.open(tmp_path / "round1_seed2.png").text["prompt"] == better
-    for text in ("loss 2.00", "loss 0.50, best so far 0.50 (round 1)", "dull water", "2 rounds", "first 2 pictures"):
+    for text in ("loss 2.00", "loss 0.50, result so far 0.50 (round 1)", "dull water", "2 rounds", "first 2 pictures"):
         assert text in err
     assert record["seconds"]["total"] > sum(second["seconds"].values()) > 0
+
+
+def test_the_result_may_be_the_best_of_the_last_round(tmp_path, capsys, monkeypatch):
+    advice = json.dumps({"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})
+    monkeypatch.setattr(sample, "judge_of", scripted([(7, 3.5), (4, 3), (5, 3), (2, 2)], lambda _: advice))
+    assert run(*QUICK, "--rounds", 2, "--n", 2, "--result", "last", "--out", tmp_path) == 0
+    out, err = capsys.readouterr()
+    record = read(tmp_path)
+    assert record["result"] == "last" and record["cells"][0]["best"] == {"round": 1, "image": 0}
+    assert Path(out.split("  ")[0]).name == "round1_seed2.png" and "awe" in out.splitlines()[0]
+    assert "result so far 2.00 (round 1)" in err and "The best of 2 pictures" in (tmp_path / "index.html").read_text()
 
 
 def test_other_questions_are_asked_and_recorded(tmp_path, monkeypatch):
