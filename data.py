@@ -188,7 +188,7 @@ def with_both(prompt: str, v: float, a: float) -> str:
 
 # How a target enters a prompt: the prompt for (neutral prompt, V, A).
 TARGET_FORMS = {"numbers": with_numbers, "words": with_words, "both": with_both}
-FORMS = (*TARGET_FORMS, "emotional", "neutral")  # of a row's prompt
+FORMS = (*TARGET_FORMS, "emotional", "neutral", "full")  # of a row's prompt
 
 
 @dataclass(frozen=True)
@@ -203,11 +203,19 @@ class Row:
     labels: str = "true"  # where v and a come from, of LABELS
 
     def prompt(self, form: str) -> str:
-        """A prompt with the target in one of FORMS; without an emotional caption: in words."""
+        """A prompt with the target in one of FORMS; without an emotional caption: in words.
+
+        "full" has all that figure 1 gives the generator in training: both captions and numbers.
+        """
         if form == "neutral":
             return self.neutral
         if form == "emotional":
             return self.emotional or with_words(self.neutral, self.v, self.a)
+        if form == "full":
+            emotional = self.prompt("emotional")
+            repeats = emotional.startswith(self.neutral)
+            text = emotional if repeats else f"{self.neutral}, {emotional}"
+            return with_numbers(text, self.v, self.a)
         return TARGET_FORMS[form](self.neutral, self.v, self.a)
 
 

@@ -102,6 +102,14 @@ def test_prompts_carry_words_or_numbers():
     assert len(numbers) == 11  # a step of 0.1 is another prompt
 
 
+def test_the_full_form_has_both_captions_and_the_numbers():
+    row = data.Row("0", None, "awe", 7, 3, "a lake", "a lake in golden light")
+    assert row.prompt("full") == "a lake in golden light, valence 7.0, arousal 3.0"  # which has the neutral one in it
+    other = data.Row("0", None, "awe", 7, 3, "a lake", "golden water")
+    assert other.prompt("full") == "a lake, golden water, valence 7.0, arousal 3.0"
+    assert data.Row("0", None, "awe", 7, 3, "a lake").prompt("full") == data.with_both("a lake", 7, 3)  # a test row
+
+
 @pytest.mark.parametrize("bad", [0.99, 9.01, float("nan"), float("inf"), "much", None])
 def test_values_off_the_scale_are_refused(bad):
     for call in (data.check_va, data.emotion_words, data.nearest_emotion, lambda v, a: data.with_numbers("x", v, a)):
