@@ -51,6 +51,20 @@ def test_a_run_that_is_added_again_takes_its_own_place(folder):
     assert "| ours | 1 | 1.00 [" in results.table_of("one")
 
 
+def test_a_row_that_is_added_again_keeps_its_place(folder):
+    for off in (1.0, 2.0):
+        for row, run in (("before", None), ("after", "seed0"), ("after", "seed1")):
+            records = [{"id": str(i), "v": 5.0, "a": 5.0, "judge": [5 + off, 5.0] if i else None, "class": i % 2,
+                        "format": 1.0} for i in range(3)]
+            results.add_figures("judge", row, {"seed": 0}, records, run)
+            if off == 2.0:
+                break  # only the first row is added again
+    head, _, before, after = results.table_of("judge").splitlines()
+    assert head == "|  | seeds | format, % ↑ | V-Error ↓ | A-Error ↓ | class, % ↑ |"
+    assert before.startswith("| before | 1 | 100.0 [100.0, 100.0] | 2.00 [2.00, 2.00] | 0.00 [0.00, 0.00] | 33.3 [")
+    assert after.startswith("| after | 2 | 100.0 [100.0, 100.0] | 1.00 [1.00, 1.00] |")
+
+
 def test_the_page_is_written_from_the_records_and_checked_against_them(folder, capsys):
     results.add_run("one", "ours", "run", 0, evaluated(folder, "run", 1.0), "numbers", ["python x.py"], "d1")
     assert results.main(["--check"]) == 2

@@ -13,8 +13,6 @@ tiny/cache/generator_study; the cases go to docs/records, from where `python -m 
 the page, and the adapter of the first rewarded run to tiny/weights/adapter.
 """
 
-import hashlib
-import shlex
 import shutil
 import sys
 from dataclasses import dataclass
@@ -27,12 +25,12 @@ from parts import cli
 from parts.files import read_records, write_whole
 from tiny import results
 from tiny.dataset import write_tiny
-from tiny.judge_study import check_supervised, run_missing
+from tiny.judge_study import check_supervised, digest_of, run_missing, shown
 
 HERE = Path(__file__).resolve().parent
 DATASET = HERE / "cache" / "dataset"
 SUPERVISED = HERE / "cache" / "judge"
-DRAWN_JUDGE = HERE / "cache" / "study" / "drawn" / "judge"
+DRAWN_JUDGE = HERE / "cache" / "study" / "drawn_seed0" / "judge"
 STUDY = HERE / "cache" / "generator_study"
 JUDGE = HERE / "weights" / "judge"
 SHIPPED = HERE / "weights" / "adapter"
@@ -94,11 +92,6 @@ def evaluation(row, seed, cases):
     return command if row.flags is None else [*command, "--adapter", chosen(out)[0]]
 
 
-def digest_of(dataset):
-    """What tells the training rows of a dataset from others."""
-    return hashlib.sha256((dataset / "train.jsonl").read_bytes()).hexdigest()[:16]
-
-
 def ship(adapter):
     """Copy an adapter into the miniature, in bfloat16."""
     shutil.copytree(adapter, SHIPPED, dirs_exist_ok=True)
@@ -137,12 +130,6 @@ def study(args, extra):
     if "both" in {row.folder for row in rows.values()}:
         ship(chosen(STUDY / "both_seed0")[0])
     print(results.table_of(TABLE))
-
-
-def shown(command):
-    """A command as one would type it in the project's root."""
-    text = shlex.join(["python", *map(str, command[1:])])
-    return text.replace(f"{HERE.parent}/", "")
 
 
 def main(argv=None):

@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from parts import cli
 from parts.files import open_picture, save_png
 from tiny import results
-from tiny.generator_study import DATASET, EVALUATED, HERE, JUDGE, digest_of, shown
-from tiny.judge_study import run_missing
+from tiny.generator_study import DATASET, EVALUATED, HERE, JUDGE
+from tiny.judge_study import digest_of, run_missing, shown
 
 STUDY = HERE / "cache" / "hacking_study"
 PICTURE = results.DOCS / "hacking.png"

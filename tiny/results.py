@@ -17,6 +17,7 @@ might have given. A row of several seeds first takes the mean of a case over its
 import re
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,12 @@ COLUMNS = {  # head: (figure of a case's record, digits)
     "CLIP-Score ↑": (lambda r: r["clip_score"], 1),
     "other CLIP-Score ↑": (lambda r: r["other_clip_score"], 1),
 }
+JUDGE = {
+    "format, % ↑": (lambda r: 100 * r["format"], 1),
+    "V-Error ↓": (lambda r: error_by_judge(r, 0), 2),
+    "A-Error ↓": (lambda r: error_by_judge(r, 1), 2),
+    "class, % ↑": (lambda r: 100 * r["class"], 1),
+}
 
 
 def error_by_judge(record, axis):
@@ -57,8 +64,6 @@ def add_run(table, row, run, seed, folder, form, commands, data):
 
     folder: of `python -m evaluation run`; form: of the target; data: digest of the training rows.
     """
-    path = RECORDS / f"{table}.jsonl"
-    kept = [record for record in read_records(path) if record["run"] != run]
     head = {"run": run, "row": row, "seed": seed, "form": form, "commands": commands, "data": data,
             "cases": read_json(folder / "settings.json")["cases"][1]}
     lines = [head]
@@ -69,7 +74,30 @@ def add_run(table, row, run, seed, folder, form, commands, data):
         for name in ("content", "clip_score", "other_clip_score"):
             case[name] = record.get(name)
         lines.append({name: rounded(value) for name, value in case.items()})
-    write_rows(path, kept + lines)
+    put(table, run, lines)
+
+
+def add_figures(table, row, head, records, run=None):
+    """Put records, one a case with its figures, into a row of a table in place of older ones.
+
+    head: what the row's own line says of it, such as its command. run: of a row that has several.
+    """
+    run = run or row
+    lines = [{"run": run, "row": row, **head}]
+    for record in records:
+        figures = {name: rounded(value) for name, value in record.items()}
+        lines.append({"run": run, **figures})
+    put(table, run, lines)
+
+
+def put(table, run, lines):
+    """Write a run's lines into the records of a table, in the place of its older ones."""
+    path = RECORDS / f"{table}.jsonl"
+    before = read_records(path)
+    runs = [record["run"] for record in before]
+    at = runs.index(run) if run in runs else len(runs)
+    after = [record for record in before[at:] if record["run"] != run]
+    write_rows(path, before[:at] + lines + after)
 
 
 def rounded(value):
@@ -99,18 +127,23 @@ def rows_of(table):
 # Tables
 
 
-def cells_of(runs):
-    """A row's cells: the figures of COLUMNS with intervals, and rank correlations."""
-    runs = [sorted(records, key=lambda record: record["id"]) for records in runs.values()]
+def cells_of(runs, columns):
+    """A row's cells: the figures of each column with intervals over cases."""
     samples = resamples([None] * len(runs[0]))
     cells = []
-    for figure, digits in COLUMNS.values():
-        if runs[0][0].get("content") is None and digits == 1:
+    for figure, digits in columns.values():
+        if figure(runs[0][0]) is None:
             cells.append("–")
             continue
         values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n]
         found = estimate(values.mean(axis=0), mean, samples)
         cells.append("{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits))
+    return cells
+
+
+def correlations(runs):
+    """A row's rank correlations of target and meter, each the mean over its runs."""
+    cells = []
     for axis in (0, 1):
         ranks = [spearman([record["va"[axis]] for record in records],
                           [record["meter"][axis] for record in records]) for records in runs]
@@ -120,9 +153,13 @@ def cells_of(runs):
 
 def table_of(name):
     """Markdown of a table."""
-    lines = [["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
+    judge = name == "judge"
+    lines = [["", "seeds", *JUDGE] if judge else
+             ["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
     for row, runs in rows_of(name).items():
-        lines.append([row, len(runs), *cells_of(runs)])
+        runs = [sorted(records, key=itemgetter("id")) for records in runs.values()]
+        cells = cells_of(runs, JUDGE) if judge else cells_of(runs, COLUMNS) + correlations(runs)
+        lines.append([row, len(runs), *cells])
     return cli.markdown(lines)
 
 
