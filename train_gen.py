@@ -84,8 +84,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
 }
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
-          "zero_spread",
-          "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
+          "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
 
 # --------------------------------------------------------------------------------------------------
 # Rollout: pictures of prompts, and their rewards
@@ -236,7 +235,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     """args.updates steps of the optimizer, each by the gradients of all trained steps of its share
     of the chunks.
 
-    advantages [n]. check: see `check_on_policy`. Returns ({metric: sum over this process's
+    advantages [n]. check: see `training.check_ratio`. Returns ({metric: sum over this process's
     picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
@@ -274,7 +273,7 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
         if turn == 0:
             deviation = float(torch.stack(deviations).max())
             if check:
-                check_on_policy(deviation, args.mismatch, processes)
+                training.check_ratio(deviation, args.mismatch, processes)
         # 5. step of the optimizer
         processes.average_gradients(trained)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)))
@@ -282,18 +281,6 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
             optimizer.step()
     sums = {name: float(value) for name, value in sums.items()}
     return sums, deviation, sum(norms) / len(norms)
-
-
-def check_on_policy(deviation, limit, processes):
-    """Raise UserError unless the ratio before the first update is 1: exactly on a CPU, where
-    drawing and training share their arithmetic; on a GPU within `limit`, for its kernels may round
-    differently from call to call, with a warning where the clip would already notice it."""
-    if not deviation <= (0 if processes.device.type == "cpu" else limit):  # true for NaN, too
-        raise UserError(f"before the first update the ratio is off by {deviation:.2g}; is the "
-                        f"adapter on only in drawing, or only here, or the batch another?")
-    if deviation > 1e-5 and processes.first:
-        cli.say(f"before the first update the ratio is off by {deviation:.2g}, where it should be "
-                f"exactly 1: drawing and training round differently (--mismatch sets the limit)")
 
 
 def step_weight(step, trajectory, index, kind):

@@ -195,6 +195,18 @@ def sizes(model, processes):
             f"{processes.device.type}{threads}")
 
 
+def check_ratio(deviation, limit, processes):
+    """Raise UserError unless the ratio before the first update is 1: exactly on a CPU, where
+    drawing and training share their arithmetic; on a GPU within `limit`, for its kernels may round
+    differently from call to call, with a warning where the clip would already notice it."""
+    if not deviation <= (0 if processes.device.type == "cpu" else limit):  # true for NaN, too
+        raise UserError(f"before the first update the ratio is off by {deviation:.2g}; is the "
+                        f"adapter on only in drawing, or only here, or the batch another?")
+    if deviation > 1e-5 and processes.first:
+        cli.say(f"before the first update the ratio is off by {deviation:.2g}, where it should be "
+                f"exactly 1: drawing and training round differently (--mismatch sets the limit)")
+
+
 class Timer:
     """Seconds since the last lap."""
 

@@ -18,7 +18,7 @@ import train_gen
 from parts import lora, pipeline
 from parts.files import read_json, read_records
 from parts.pipeline import to_images
-from parts.run import Processes
+from parts.run import Processes, check_ratio
 from tests import launch
 from tests.launch import finish, log_of, without_times
 from tiny.dataset import write_tiny
@@ -297,17 +297,17 @@ def test_two_updates_share_the_pictures_of_a_step(ready):
 
 def test_a_gpu_may_round_but_no_more():
     cpu, gpu = (Processes(0, 1, torch.device(kind)) for kind in ("cpu", "cuda"))
-    train_gen.check_on_policy(0.0, 1e-2, cpu)
-    train_gen.check_on_policy(5e-3, 1e-2, gpu)
+    check_ratio(0.0, 1e-2, cpu)
+    check_ratio(5e-3, 1e-2, gpu)
     for deviation, processes in ((1e-7, cpu), (2e-2, gpu), (float("nan"), gpu)):
         with pytest.raises(train_gen.UserError, match="before the first update the ratio is off by"):
-            train_gen.check_on_policy(deviation, 1e-2, processes)
+            check_ratio(deviation, 1e-2, processes)
 
 
 def test_a_gpu_that_rounds_is_told(capsys):
-    train_gen.check_on_policy(5e-3, 1e-2, Processes(0, 1, torch.device("cuda")))
+    check_ratio(5e-3, 1e-2, Processes(0, 1, torch.device("cuda")))
     assert "off by 0.005" in capsys.readouterr().err
-    train_gen.check_on_policy(1e-6, 1e-2, Processes(0, 1, torch.device("cuda")))
+    check_ratio(1e-6, 1e-2, Processes(0, 1, torch.device("cuda")))
     assert capsys.readouterr().err == ""
 
 
