@@ -18,6 +18,7 @@ from functools import partial
 
 import data
 from parts.cli import plain_text
+from parts.files import parse_json
 from parts.prompts import content_words, fill, lost_words, prompts_in
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
@@ -152,18 +153,10 @@ def strict_object(text):
     if pieces[1::2] != TAGS or (pieces[0] + pieces[4] + pieces[8]).strip():
         return None
     try:
-        # parse_constant is called with "NaN" or "Infinity", for which int raises ValueError.
-        answer = json.loads(pieces[6], object_pairs_hook=unique_keys, parse_constant=int)
+        answer = parse_json(pieces[6])
     except (ValueError, RecursionError):  # also for thousands of digits, and for deep nesting
         return None
     return answer if isinstance(answer, dict) else None
-
-
-def unique_keys(pairs):
-    """dict(pairs); ValueError if a key comes twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
 
 
 def first_object(text):

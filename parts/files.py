@@ -51,6 +51,18 @@ def sync_folder(folder):
 # JSON
 
 
+def parse_json(text):
+    """The value of a JSON text without NaN, Infinity, and keys that come twice in an object; else
+    ValueError, or RecursionError for one that is nested too deep."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key comes twice")
+        return dict(pairs)
+
+    # parse_constant is called with "NaN" or "Infinity", for which int raises ValueError.
+    return json.loads(text, object_pairs_hook=unique, parse_constant=int)
+
+
 def read_json(path):
     """The object in a JSON file, as a dict. Raises UserError that names the file."""
     try:
