@@ -32,6 +32,7 @@ SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-to
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
     write_tiny(folder, train=12, test=6, seed=9)
+    (folder / "validation.jsonl").unlink()  # so that training is watched by the rows of --evaluate
     return folder
 
 
