@@ -17,6 +17,7 @@ might have given. A row of several seeds first takes the mean of a case over its
 import re
 import statistics
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,14 @@ COLUMNS = {  # head: (figure of a case's record, digits)
     "content, % ↑": (lambda r: r["content"], 1),
     "CLIP-Score ↑": (lambda r: r["clip_score"], 1),
     "other CLIP-Score ↑": (lambda r: r["other_clip_score"], 1),
+}
+CONTROL = {
+    "pictures, V ↑": (itemgetter("v_pictures"), 1),
+    "Spearman V ↑": (itemgetter("v_spearman"), 2),
+    "pictures, A ↑": (itemgetter("a_pictures"), 1),
+    "Spearman A ↑": (itemgetter("a_spearman"), 2),
+    "order V ↑": (itemgetter("v_order"), 3),
+    "order A ↑": (itemgetter("a_order"), 3),
 }
 
 
@@ -72,6 +81,20 @@ def add_run(table, row, run, seed, folder, form, commands, data):
     write_rows(path, kept + lines)
 
 
+def add_figures(table, row, head, records):
+    """Put a row's records, one a case with its figures, into a table in place of older ones.
+
+    head: what the row's own line says of it, such as its command.
+    """
+    path = RECORDS / f"{table}.jsonl"
+    kept = [record for record in read_records(path) if record["run"] != row]
+    lines = [{"run": row, "row": row, **head}]
+    for record in records:
+        figures = {name: rounded(value) for name, value in record.items()}
+        lines.append({"run": row, **figures})
+    write_rows(path, kept + lines)
+
+
 def rounded(value):
     """Numbers with three decimals: a record is for the table, and pixels have 256 levels."""
     if isinstance(value, list):
@@ -99,18 +122,23 @@ def rows_of(table):
 # Tables
 
 
-def cells_of(runs):
-    """A row's cells: the figures of COLUMNS with intervals, and rank correlations."""
-    runs = [sorted(records, key=lambda record: record["id"]) for records in runs.values()]
+def cells_of(runs, columns):
+    """A row's cells: the figures of each column with intervals over cases."""
     samples = resamples([None] * len(runs[0]))
     cells = []
-    for figure, digits in COLUMNS.values():
-        if runs[0][0].get("content") is None and digits == 1:
+    for figure, digits in columns.values():
+        if figure(runs[0][0]) is None:
             cells.append("–")
             continue
         values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n]
         found = estimate(values.mean(axis=0), mean, samples)
         cells.append("{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits))
+    return cells
+
+
+def correlations(runs):
+    """A row's rank correlations of target and meter, each the mean over its runs."""
+    cells = []
     for axis in (0, 1):
         ranks = [spearman([record["va"[axis]] for record in records],
                           [record["meter"][axis] for record in records]) for records in runs]
@@ -120,9 +148,15 @@ def cells_of(runs):
 
 def table_of(name):
     """Markdown of a table."""
-    lines = [["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
+    control = name == "control"
+    lines = [["", *CONTROL] if control else
+             ["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
     for row, runs in rows_of(name).items():
-        lines.append([row, len(runs), *cells_of(runs)])
+        runs = [sorted(records, key=itemgetter("id")) for records in runs.values()]
+        if control:
+            lines.append([row, *cells_of(runs, CONTROL)])
+        else:
+            lines.append([row, len(runs), *cells_of(runs, COLUMNS), *correlations(runs)])
     return cli.markdown(lines)
 
 
