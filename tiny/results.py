@@ -47,6 +47,14 @@ JUDGE = {
     "A-Error ↓": (lambda r: error_by_judge(r, 1), 2),
     "class, % ↑": (lambda r: 100 * r["class"], 1),
 }
+CONTROL = {
+    "pictures, V ↑": (itemgetter("v_pictures"), 1),
+    "Spearman V ↑": (itemgetter("v_spearman"), 2),
+    "pictures, A ↑": (itemgetter("a_pictures"), 1),
+    "Spearman A ↑": (itemgetter("a_spearman"), 2),
+    "order V ↑": (itemgetter("v_order"), 3),
+    "order A ↑": (itemgetter("a_order"), 3),
+}
 
 
 def error_by_judge(record, axis):
@@ -153,12 +161,16 @@ def correlations(runs):
 
 def table_of(name):
     """Markdown of a table."""
-    judge = name == "judge"
-    lines = [["", "seeds", *JUDGE] if judge else
-             ["", "seeds", *COLUMNS, "Spearman V ↑", "Spearman A ↑"]]
+    columns = {"judge": JUDGE, "control": CONTROL}.get(name, COLUMNS)
+    head = ["", "seeds", *columns]
+    if columns is COLUMNS:
+        head += ["Spearman V ↑", "Spearman A ↑"]
+    lines = [head]
     for row, runs in rows_of(name).items():
         runs = [sorted(records, key=itemgetter("id")) for records in runs.values()]
-        cells = cells_of(runs, JUDGE) if judge else cells_of(runs, COLUMNS) + correlations(runs)
+        cells = cells_of(runs, columns)
+        if columns is COLUMNS:
+            cells += correlations(runs)
         lines.append([row, len(runs), *cells])
     return cli.markdown(lines)
 
