@@ -150,7 +150,7 @@ def run(args):
     settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
                 "size": args.size}
     record = {
-        "prompt": args.prompt, **settings, "judge": args.judge and name_of(args.judge),
+        "prompt": args.prompt, **settings, "judge": args.judge,
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "rewrite": args.rewrite, "tolerance": args.tolerance, "readings": args.readings,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
@@ -217,16 +217,15 @@ def load(args):
         model = load_judge(args.judge, args.device, args.size)
         # A rewrite, with its analysis, is the longest answer that is asked for.
         judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
+        args.judge = name_of(args.judge)  # as the pictures and run.json tell it
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
                                encoders_from=args.text_encoders, adapter=args.adapter)
     if args.compile:
         for block in generator.mmdit.joint_blocks:
             block.compile()
-    # The MMDiT has position embeddings for so many patches a side and no more.
-    config = generator.mmdit.config
-    limit = config.positions * config.patch * generator.vae.factor
-    if args.size > limit:
-        raise UserError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
+    if args.size > generator.longest_side:
+        raise UserError(f"--size {args.size}: {args.model} draws at most {generator.longest_side} "
+                        f"pixels")
     millions = weights.count_parameters(generator.mmdit) / 1e6
     dtype = str(generator.dtype).removeprefix("torch.")
     say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} ({dtype}), "
@@ -272,31 +271,16 @@ def save_picture(args, facts, prompt, seed, image, judgement=None):
     # Every round draws the next n seeds, so the seed tells the round.
     target = f"v{facts['valence']:g}_a{facts['arousal']:g}_" if args.grid else ""
     name = f"{target}round{(seed - args.seed) // args.n}_seed{seed}.png"
-    said = {}
-    if judgement is not None and args.judge is not None:
-        said = {"judge": name_of(args.judge), "judged_valence": judgement.v,
-                "judged_arousal": judgement.a, "judged_emotion": judgement.emotion,
-                "reasoning": judgement.reasoning}
+    said = page.judgement_facts(args.judge, judgement)
     save_png(image, args.out / name, prompt=prompt, seed=seed, **facts, **said)
     return name
 
 
 def save_round(args, facts, finished):
     """Write a round's pictures again, now with their judgements; returns its part of run.json."""
-    images = []
-    for picture in finished.pictures:
-        said = picture.judgement
-        name = save_picture(args, facts, finished.prompt, picture.seed, picture.image, said)
-        loss = None if said.v is None else picture.loss
-        images.append({"file": name, "seed": picture.seed, **vars(said), "loss": loss})
-    # The fields of a Round, with file names in the place of its pictures.
-    entry = {"prompt": finished.prompt, "images": images, **vars(finished)}
-    del entry["pictures"]
-    if args.judge is None:
-        entry["best"] = None
-    if args.judge is None or len(images) == 1:
-        entry["worst"] = None
-    return entry
+    files = [save_picture(args, facts, finished.prompt, picture.seed, picture.image,
+                          picture.judgement) for picture in finished.pictures]
+    return page.round_entry(finished, files, args.judge)
 
 
 def name_emotion(args, facts, cell, best_round, judge):

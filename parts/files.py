@@ -1,5 +1,6 @@
 """Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
 
+import io
 import json
 import math
 import os
@@ -126,9 +127,16 @@ def open_picture(path):
                         f"JPEG or WebP") from error
 
 
-def save_png(image, path, **facts):
-    """Write a PNG with its facts as text chunks."""
+def png(image, **facts):
+    """The bytes of a PNG of a PIL image, with its facts as text chunks."""
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, str(value))
-    return write_whole(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def save_png(image, path, **facts):
+    """Write a PNG with its facts as text chunks."""
+    return write_whole(path, png(image, **facts))

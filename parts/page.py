@@ -74,6 +74,40 @@ def fill(fragment, **values):
 
 
 # --------------------------------------------------------------------------------------------------
+# What is kept of a feedback.Round and its judgements
+
+
+def round_entry(finished, files, judge):
+    """A feedback.Round as run.json holds it, with `files` in the place of its pictures.
+
+    judge: None, if there was none to find the best and the worst.
+    """
+    images = []
+    for picture, file in zip(finished.pictures, files, strict=True):
+        said = picture.judgement
+        loss = None if said.v is None else picture.loss
+        images.append({"file": file, "seed": picture.seed, **vars(said), "loss": loss})
+    entry = {"prompt": finished.prompt, "images": images, **vars(finished)}
+    del entry["pictures"]
+    if judge is None:
+        entry["best"] = None
+    if judge is None or len(images) == 1:
+        entry["worst"] = None
+    return entry
+
+
+def judgement_facts(judge, said):
+    """What the PNG of a picture tells of its feedback.Judgement, if there is one, and who judged.
+
+    judge: the name of its checkpoint, or None.
+    """
+    if judge is None or said is None:
+        return {}
+    return {"judge": judge, "judged_valence": said.v, "judged_arousal": said.a,
+            "judged_emotion": said.emotion, "reasoning": said.reasoning}
+
+
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -192,7 +226,7 @@ RING = '<circle class="line" r="13"/>'  # around the best of all
 
 
 def plane(cells):
-    """What is drawn into the plane: {marks, keys, label}.
+    """What is drawn into the plane: {axes, marks, keys, label}.
 
     One cell: its target and all judged pictures, the best ones of the rounds joined by a line.
     Several: each target joined to its best picture.
@@ -231,7 +265,7 @@ def plane(cells):
         label = f"target {target(cells[0])} and the judged pictures"
     # What is drawn later hides what lies under it, so the best of all comes last.
     marks = "".join(lines + dots + targets + heads + top)
-    return {"label": label, "keys": keys, "marks": marks}
+    return {"axes": fill("axes"), "label": label, "keys": keys, "marks": marks}
 
 
 def at(v, a):

@@ -53,6 +53,12 @@ class Generator:
     def dtype(self):
         return self.mmdit.pos_embed.dtype
 
+    @property
+    def longest_side(self):
+        """Pixels of a picture at most: the MMDiT has positions for so many patches a side."""
+        config = self.mmdit.config
+        return config.positions * config.patch * self.vae.factor
+
     @torch.no_grad()
     def draw(self, prompts, seeds, size, steps=25, guidance=4.5, noise=None, progress=iter):
         """Pictures [B,3,size,size] uint8, on the CPU, of B prompts.
