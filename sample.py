@@ -4,6 +4,7 @@
     python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
     python sample.py --v 7 --a 3 --rounds 3 --rewrite   # textual feedback: 3 rounds of 8 pictures
     python sample.py --grid 5                           # the valence-arousal plane as one picture
+    python sample.py --play                             # the plane to click in, in a browser
     python sample.py --v 7 --a 3 --no-adapter           # the generator before reward feedback
     python sample.py --v 7 --a 3 --preset paper         # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, sheets, weights
+from parts import cli, page, play, server, sheets, weights
 from parts.cli import UserError, say
 from parts.files import read_json, save_png, write_whole
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -40,6 +41,7 @@ PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a "
                "GPU with 48 GB, or 12 GB with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
+STEPS = partial(tqdm, desc="drawing", unit="step", leave=False)
 SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
     "sample_steps": (25, 25, cli.integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, cli.number(0, 100), "[--guidance-scale] classifier-free guidance"),
@@ -99,19 +101,24 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
+    group.add_argument("--play", action="store_true", help="serve a page to this machine, to click "
+                       "targets in; it begins with --v, --a, --prompt and --seed")
+    server.add_port(group)
     args = cli.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)
 
 
 def complete(args, refuse):
     """Fill in the defaults that depend on other flags; refuse flags that do not go together."""
-    if args.grid is None and (args.v is None or args.a is None):
+    if args.play and (args.grid or args.out or args.json):
+        refuse("--play: shows its pictures in a browser; leave out --grid, --out and --json")
+    if not (args.play or args.grid) and (args.v is None or args.a is None):
         refuse("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
     if args.adapter and args.no_adapter:
         refuse("--adapter and --no-adapter: give one of them")
-    args.n = args.n or (8 if args.rounds > 1 else 1)
-    if args.rounds > 1 and args.n < 2:
-        refuse(f"--n {args.n}: expected 2 or more, as --rounds compares the best and the worst")
+    args.n = args.n or (8 if args.rounds > 1 else 4 if args.play else 1)
+    if (args.rounds > 1 or args.play) and args.n < 2:
+        refuse(f"--n {args.n}: expected 2 or more, as feedback compares the best and the worst")
     preset = PRESETS[args.preset]
     # The preset's adapter changes the preset's own generator and fits no other.
     if not (args.adapter or args.no_adapter or args.model):
@@ -124,7 +131,7 @@ def complete(args, refuse):
     # A grid without feedback only shows its pictures, so nobody need judge them.
     if args.judge == "none" or (args.grid and not feeds_back):
         args.judge = None
-    if args.out is None:
+    if args.out is None and not args.play:
         name = f"grid{args.grid}" if args.grid else f"v{args.v:g}_a{args.a:g}"
         name += f"_seed{args.seed}"
         if args.prompt != DEFAULT_PROMPT:  # a folder for each prompt
@@ -142,20 +149,26 @@ def run(args):
 
     # 1. load the models, but first refuse what they are not needed for
     check_machine(args)
+    play_server = play.open_page(args.port) if args.play else None
     judge, generator = load(args)
+    settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
+                "size": args.size}
+    options = feedback.RefineOptions(
+        rewrite=args.rewrite, tolerance=args.tolerance, seed=args.seed, readings=args.readings)
+    if args.play:  # a browser chooses the targets
+        return play.serve(play_server, play.Studio(
+            args, settings, args.judge, feedback.LONGEST_PROMPT, partial(draw, generator, args),
+            partial(feedback.refine_rounds, judge=judge), partial(feedback.judge_emotion, judge),
+            options))
 
     # 2. the targets, a grid's row by row from the highest arousal down, and the head of run.json
     levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
     targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]
-    settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
-                "size": args.size}
     record = {
         "prompt": args.prompt, **settings, "judge": args.judge,
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "rewrite": args.rewrite, "tolerance": args.tolerance, "readings": args.readings,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
-    options = feedback.RefineOptions(
-        rewrite=args.rewrite, tolerance=args.tolerance, seed=args.seed, readings=args.readings)
 
     # 3. for each target draw, judge, and improve the prompt (Algorithm 1)
     # With one picture a target, a row of the grid is one batch, drawn ahead of its targets.
@@ -200,6 +213,8 @@ def check_machine(args):
     args.device = cli.device_of(args.device)
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
+    if args.play:  # nothing is written
+        return
     file = args.out / "run.json"
     if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
         raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
@@ -216,7 +231,7 @@ def load(args):
     if args.judge is not None:
         model = load_judge(args.judge, args.device, args.size)
         # A rewrite, with its analysis, is the longest answer that is asked for.
-        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
+        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=not args.play)
         args.judge = name_of(args.judge)  # as the pictures and run.json tell it
     generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
                                encoders_from=args.text_encoders, adapter=args.adapter)
@@ -238,11 +253,10 @@ def load(args):
 # Drawing and saving
 
 
-def draw(generator, args, prompts, seeds):
-    """PIL images of prompts, each with its seed, in one batch."""
-    return to_images(generator.draw(
-        prompts, seeds, size=args.size, steps=args.sample_steps, guidance=args.guidance,
-        progress=partial(tqdm, desc="drawing", unit="step", leave=False)))
+def draw(generator, args, prompts, seeds, progress=STEPS):
+    """PIL images of prompts, each with its seed, in one batch. progress: wraps the steps."""
+    return to_images(generator.draw(prompts, seeds, size=args.size, steps=args.sample_steps,
+                                    guidance=args.guidance, progress=progress))
 
 
 def draw_row(generator, args, targets):
@@ -296,9 +310,8 @@ def name_emotion(args, facts, cell, best_round, judge):
 def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     args = parse_args(argv)
-    return cli.run_program(
-        partial(run, args),
-        f"stopped; the rounds and pictures finished so far are kept in {args.out}")
+    kept = "" if args.play else f"; the rounds and pictures finished so far are kept in {args.out}"
+    return cli.run_program(partial(run, args), f"stopped{kept}")
 
 
 if __name__ == "__main__":
