@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, sheets, weights
+from parts import cli, page, presets, sheets, weights
 from parts.cli import UserError, say
 from parts.files import read_json, save_png, write_whole
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -73,8 +73,7 @@ def parse_args(argv=None):
 
     # 2. what draws and judges
     group = parser.add_argument_group("models")
-    group.add_argument("--preset", choices=PRESETS, default="tiny",
-                       help="tiny: the miniature; paper: SD3.5-Medium (default: %(default)s)")
+    group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
     group.add_argument("--adapter", help="folder or hub id of what train_gen.py or peft wrote, "
                        "or a run's folder: its last one (default: the miniature has one)")
@@ -99,7 +98,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
-    args = cli.parse_settings(parser, SAMPLING | FEEDBACK, argv)
+    args = presets.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)
 
 

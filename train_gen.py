@@ -29,7 +29,7 @@ import flow_grpo
 import grpo
 import qwen_vl
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, lora, pipeline, weights
+from parts import checkpoints, cli, clip, lora, pipeline, presets, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -500,7 +500,7 @@ def summary(rewards, sums, deviation, norm, processes):
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    args = cli.parse_settings(parser, SETTINGS, argv)
+    args = presets.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last
     limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

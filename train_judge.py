@@ -30,7 +30,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
-from parts import checkpoints, cli, lora, sharding, weights
+from parts import checkpoints, cli, lora, presets, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -416,6 +416,7 @@ def parse_args(argv=None):
     add("--lora", action="store_true", help="train an adapter of the language model only")
     add("--evaluate", action="store_true", help="no training: held-out figures of --model")
     args = parser.parse_args(argv)
+    presets.choose(args, parser.error)
     if args.lora and args.lr is None and args.preset == "paper":
         args.lr = LORA_LR
     return cli.fill_settings(args, SETTINGS)

@@ -107,6 +107,9 @@ def picture_side(text):
     return side
 
 
+PRESETS = ("tiny", "paper")
+PRESET_HELP = ("whose defaults the other flags have, the miniature's or the paper's (default: "
+               "paper if --model is a hub id or has 0.5 GiB of weights or more, else tiny)")
 STEPS_HELP = ("training steps; may be more when a run goes on: the learning rate then falls to its "
               "last value over the new number")
 
@@ -114,8 +117,7 @@ STEPS_HELP = ("training steps; may be more when a run goes on: the learning rate
 def training_parser(doc, settings, out):
     """A parser with the flags of both training programs and those of `settings`."""
     made = parser(doc)
-    made.add_argument("--preset", choices=("tiny", "paper"), default="tiny",
-                      help="defaults of the settings below")
+    made.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
     made.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
                       help="dataset folder (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path(out),
@@ -147,11 +149,6 @@ def shown(value):
     if isinstance(value, dict):
         value = tuple(f"{name}={part:g}" for name, part in value.items())
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
-
-
-def parse_settings(made, settings, argv=None):
-    """The arguments; what was not given has its preset's value."""
-    return fill_settings(made.parse_args(argv), settings)
 
 
 def fill_settings(args, settings):

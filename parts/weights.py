@@ -73,13 +73,18 @@ def root(source, wanted):
     if path.exists():
         return path
     # Only what can be a hub id is asked of the hub, so that a misspelt path fails at once.
+    if not is_hub_id(source):
+        raise UserError(
+            f"{source}: no such file or folder; give a folder, a .safetensors file or a hub id "
+            f"like stabilityai/stable-diffusion-3.5-medium")
+    return download(str(source), wanted)
+
+
+def is_hub_id(source):
+    """Whether a source that is no path here has the form of a hub id, "owner/name"."""
     name = str(source)
     is_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-    if is_path or name.count("/") != 1:
-        raise UserError(
-            f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id like "
-            f"stabilityai/stable-diffusion-3.5-medium")
-    return download(name, wanted)
+    return not is_path and name.count("/") == 1
 
 
 def download(hub_id, wanted):

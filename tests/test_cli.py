@@ -18,7 +18,7 @@ def parse(*argv):
     made = cli.parser("A program.\n    kept as it is")
     made.add_argument("--preset", choices=["tiny", "paper"], default="tiny")
     cli.add_settings(made, SETTINGS)
-    return cli.parse_settings(made, SETTINGS, argv)
+    return cli.fill_settings(made.parse_args(argv), SETTINGS)
 
 
 def test_what_is_not_given_has_its_presets_value():
