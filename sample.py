@@ -13,6 +13,10 @@ each further round it has compared the best and the worst picture and rewritten 
 inside, run.json, contact.png, and index.html to look at.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import re
 import sys
@@ -29,9 +33,10 @@ import data
 import feedback
 from parts import cli, page, presets, sheets, weights
 from parts.cli import UserError, say
-from parts.files import read_json, save_png, write_whole
+from parts.files import check_writable, read_json, save_png
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from parts.prompts import load_prompts
+from tiny import scenes
 
 PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in the generator.
     "tiny": {"model": TINY, "adapter": TINY / "adapter", "judge": TINY / "judge"},
@@ -75,8 +80,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("models")
     group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder or hub id of what train_gen.py or peft wrote, "
-                       "or a run's folder: its last one (default: the miniature has one)")
+    group.add_argument("--adapter", help="folder or hub id of a LoRA, or folder of a run of "
+                       "train_gen.py (the miniature has one)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
@@ -84,7 +89,7 @@ def parse_args(argv=None):
     group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
-                       "a C++ compiler and a minute at first, for many pictures")
+                       "needs a C++ compiler and a minute")
 
     # 3. how, and where the result goes
     cli.add_settings(parser.add_argument_group("sampling"), SAMPLING)
@@ -94,7 +99,7 @@ def parse_args(argv=None):
                        help="pictures a round (default: 1, or 8 with --rounds)")
     group.add_argument("--rewrite", action="store_true", help="the judge writes the first too")
     group.add_argument("--questions", type=Path, metavar="FILE", help="JSON with other questions "
-                       f"to the judge, by name: {', '.join(feedback.PROMPTS)}")
+                       "to the judge, by their names in feedback.py")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
@@ -163,7 +168,8 @@ def run(args):
     bar = tqdm(targets, desc="grid", unit="target", leave=False, disable=args.grid is None)
     for index, (v, a) in enumerate(bar):
         if one_each and index % args.grid == 0:
-            ahead = draw_row(generator, args, targets[index:index + args.grid])
+            row = targets[index:index + args.grid]
+            ahead, row_seconds = feedback.timed(draw_row, generator, args, row)
         facts = {"valence": v, "arousal": a, **settings}
         generate = partial(draw_and_save, generator, args, ahead, facts)
         rounds = []
@@ -171,6 +177,8 @@ def run(args):
         record["cells"].append(cell)
         for finished in feedback.refine_rounds(
                 args.prompt, v, a, generate, judge, args.rounds, args.n, options):
+            if one_each:
+                finished.seconds["draw"] += row_seconds / args.grid  # its share of the row's
             rounds.append(finished)
             cell["rounds"].append(save_round(args, facts, finished))
             r, i = feedback.best_of(rounds)
@@ -190,7 +198,7 @@ def run(args):
         save_png(grid, args.out / record["grid"], prompt=args.prompt, seed=args.seed, **settings)
     page.write(record, args.out, started)
     say(page.latency(record))
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = json.dumps(record, indent=1)  # in ASCII, for a pipe of any encoding
     print(text if args.json else page.summary(record, args.out))
 
 
@@ -202,11 +210,9 @@ def check_machine(args):
     file = args.out / "run.json"
     if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
         raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
-    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
-        write_whole(args.out / ".probe", "").unlink()
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); choose another "
-                        f"folder") from error
+    check_writable(args.out)
+    if args.preset == "tiny" and (remark := scenes.remark_on(args.prompt)):
+        say(remark)
 
 
 def load(args):

@@ -14,6 +14,10 @@ In order: settings, rollout, update, evaluation, the loop (`train`). A run start
 after its last checkpoint. Of the P·G pictures of a step n lie on this process, N in one batch.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import math
 import random
 import sys
@@ -79,6 +83,12 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "models and rewards", "form": "rollout", "lr": "update",
+    "micro": "memory, evaluation, checkpoints"}
+RARE = ("guided_pictures", "skip_last", "window", "window_within", "step_weights",
+        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
+        "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
           "zero_spread",
@@ -498,7 +508,7 @@ def summary(rewards, sums, deviation, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen", GROUPS, RARE)
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     args = presets.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last

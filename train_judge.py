@@ -15,6 +15,10 @@ The order of this file: settings, rollout, update, evaluation, models, the loop 
 questions of this process in a step, p of them in one pass, G answers to each, of at most C tokens.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
 import sys
@@ -70,6 +74,10 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "rollout", "lr": "update", "epsilon": "reward", "temperature": "answers",
+    "micro": "memory", "lora_rank": "adapter", "eval_every": "evaluation, checkpoints"}
+RARE = ("iterations", "max_grad_norm", "mismatch", "lora_alpha", "eval_rows", "save_minutes")
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
           "clip_fraction", "zero_spread", "grad_norm", "eval_v_error", "eval_a_error",
           "eval_class_accuracy", "tokens_per_second")
@@ -410,7 +418,7 @@ def summary(rollout, sums, greatest, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge", GROUPS, RARE)
     add = parser.add_argument
     add("--steps", type=integer(1, 10**7), help=f"in place of --epochs: {cli.STEPS_HELP}")
     add("--lora", action="store_true", help="train an adapter of the language model only")

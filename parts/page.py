@@ -22,6 +22,7 @@ from PIL import Image
 
 from parts import sheets
 from parts.files import save_png, write_json, write_whole
+from parts.ranking import rank
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are
 MEDIUM = 512  # pixels: side of a round's picture in the page; the best one and a grid keep theirs
@@ -332,6 +333,8 @@ def round_line(finished, r, least):
 
 def latency(run):
     """What appendix C measures, of this run, in a line."""
+    if len(run["cells"]) > 1:
+        return f"{len(run['cells'])} targets: {times(run['seconds'])} with loading"
     rounds = [round["seconds"] for round in run["cells"][0]["rounds"]]
     text = f"{rounds[0]['draw']:.1f} s for the first {run['images_per_round']} pictures"
     if run["judge"] is not None:
@@ -347,9 +350,12 @@ def summary(run, folder):
     """The files of a run, the picture nearest to its target first."""
     if run["grid"]:
         return f"{folder / run['grid']}\n{folder / 'index.html'}"
-    images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
-    # An answer that cannot be read counts as the greatest loss.
-    images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    ranked = [(rank(image["loss"], r, i), image)
+              for r, round in enumerate(run["cells"][0]["rounds"])
+              for i, image in enumerate(round["images"])]
+    images = [image for _, image in sorted(ranked, key=lambda pair: pair[0])]
+    if run["judge"] is None:  # in the order they were drawn
+        images.sort(key=lambda image: image["seed"])
     lines = []
     for image in images:
         line = str(folder / image["file"])

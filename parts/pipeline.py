@@ -27,7 +27,7 @@ import mmdit
 import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
-from parts.files import read_json
+from parts.files import kind_of, read_json
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
@@ -165,6 +165,8 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     """
     rest = encoders_from or source
     if Path(rest).expanduser().is_file():
+        if kind := kind_of(rest):
+            raise UserError(f"{rest}: no generator; {kind}")
         raise UserError(f"{source}: a single file holds no text encoders; add --text-encoders with "
                         f"a folder or hub id that does, such as {PAPER}")
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from parts.cli import UserError
-from parts.files import read_json, write_whole
+from parts.files import kind_of, read_json, write_whole
 
 DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing without their scales
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -50,17 +50,16 @@ def find(source, component=None):
     own_files = ("config.json", "tokenizer.json", "vocab.json")
     if any((path / name).exists() for name in own_files):  # it is the component's own folder
         return path
-    raise UserError(
-        f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again or "
-        f"point to a complete one")
+    advice = "the checkpoint is incomplete, download it again or point to a complete one"
+    raise UserError(f"{path}: no folder {component}/ in it; {kind_of(path) or advice}")
 
 
 def find_file(source, name):
     """Local path of one file (`model_index.json`, …) of a folder or hub id. Raises UserError."""
     path = root(source, name)
     if path.is_file() or not (path / name).is_file():
-        raise UserError(
-            f"{path}: no {name} in it; give the folder of a whole pipeline in the diffusers layout")
+        advice = "give the folder of a whole pipeline in the diffusers layout"
+        raise UserError(f"{path}: no {name} in it; {kind_of(path) or advice}")
     return path / name
 
 
@@ -213,8 +212,8 @@ def files_of(path):
     files = [file for file in path.glob("*.safetensors") if not file.match("*.fp16.safetensors")]
     if len(files) != 1:
         found = ", ".join(repr(file.name) for file in sorted(files)) or "none"
-        raise UserError(
-            f"{path}: expected one .safetensors file or an index of shards, found {found}")
+        raise UserError(f"{path}: expected one .safetensors file or an index of shards, found "
+                        f"{found}; {kind_of(path) or 'give a folder of weights'}")
     return files, {}
 
 
