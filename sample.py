@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, presets, sheets, weights
-from parts.cli import UserError, say
-from parts.files import check_writable, read_json, save_png
+from parts import cli, page, pipeline, presets, sheets
+from parts.cli import say
+from parts.files import save_png
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from parts.prompts import load_prompts
 from tiny import scenes
@@ -43,7 +43,7 @@ PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in
     "paper": {"model": PAPER, "adapter": None, "judge": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a "
-               "GPU with 48 GB, or 12 GB with --no-t5 --judge none")
+               "GPU with 48 GB, 24 GB with --offload, or 12 GB with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
     "sample_steps": (25, 25, cli.integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
@@ -88,6 +88,10 @@ def parse_args(argv=None):
     group.add_argument("--no-t5", action="store_true", help="without T5, which needs 9 GB")
     group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--encoders", choices=pipeline.ENCODERS, default="gpu",
+                       help=f"{pipeline.ENCODERS_HELP} (default: gpu)")
+    group.add_argument("--offload", action="store_true", help="judge and generator take turns on "
+                       "the GPU and wait in the host's memory")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
                        "needs a C++ compiler and a minute")
 
@@ -125,6 +129,8 @@ def complete(args, refuse):
     feeds_back = args.rounds > 1 or args.rewrite
     if args.judge == "none" and feeds_back:
         refuse("--judge none: --rounds and --rewrite need a judge")
+    if args.encoders == "leave" and feeds_back:
+        refuse("--encoders leave: --rounds and --rewrite write prompts later on; give cpu")
     # A grid without feedback only shows its pictures, so nobody need judge them.
     if args.judge == "none" or (args.grid and not feeds_back):
         args.judge = None
@@ -151,6 +157,9 @@ def run(args):
     # 2. the targets, a grid's row by row from the highest arousal down, and the head of run.json
     levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
     targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]
+    if args.encoders == "leave":
+        prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
+        pipeline.encode_and_free(generator, prompts)
     settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
                 "size": args.size}
     record = {
@@ -207,10 +216,7 @@ def check_machine(args):
     args.device = cli.device_of(args.device)
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
-    file = args.out / "run.json"
-    if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
-        raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
-    check_writable(args.out)
+    page.check_folder(args.out, args.prompt)
     if args.preset == "tiny" and (remark := scenes.remark_on(args.prompt)):
         say(remark)
 
@@ -219,23 +225,19 @@ def load(args):
     """(the judge as feedback.py asks it, or None; the Generator)."""
     judge = None
     if args.judge is not None:
-        model = load_judge(args.judge, args.device, args.size)
+        model = load_judge(args.judge, args.device, args.size, args.offload)
         # A rewrite, with its analysis, is the longest answer that is asked for.
-        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
-    generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
-                               encoders_from=args.text_encoders, adapter=args.adapter)
+        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT,
+                         offload=args.device if args.offload else None)
+    generator = load_generator(
+        args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
+        encoders=args.encoders, adapter=args.adapter, offload=args.offload)
     if args.compile:
         for block in generator.mmdit.joint_blocks:
             block.compile()
-    # The MMDiT has position embeddings for so many patches a side and no more.
-    config = generator.mmdit.config
-    limit = config.positions * config.patch * generator.vae.factor
-    if args.size > limit:
-        raise UserError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
-    millions = weights.count_parameters(generator.mmdit) / 1e6
-    dtype = str(generator.dtype).removeprefix("torch.")
-    say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} ({dtype}), "
-        f"{args.size} px, {args.sample_steps} steps"
+    pipeline.check_size(generator, args.size, args.model)
+    say(f"{pipeline.described(generator)} on {args.device}, {args.size} px, {args.sample_steps} "
+        f"steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
     return judge, generator
 

@@ -75,8 +75,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
-    "encoders": ("gpu", "gpu", ("gpu", "cpu", "leave"),
-                 "where the text encoders live; leave: encode all prompts first, then free them"),
+    "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
     "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
@@ -469,7 +468,7 @@ def load_models(args, device):
     if args.preset == "tiny":
         from tiny.scenes import measure_va as meter
     generator = load_generator(args.model, device, use_t5=not args.no_t5,
-                               encoders_device="cpu" if args.encoders == "cpu" else None)
+                               encoders=args.encoders)
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)

@@ -202,6 +202,7 @@ def picture_side(text):
     return side
 
 
+SMALL_JUDGE = "Qwen/Qwen2.5-VL-3B-Instruct"  # 8 GB, where the paper's has 17
 PRESETS = ("tiny", "paper")
 PRESET_HELP = ("whose defaults the other flags have (default: paper if --model is a hub id or has "
                "0.5 GiB of weights or more, else tiny)")
@@ -294,7 +295,8 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0][:100]
         say(f"error: the GPU has too little memory ({reason}); try what the program has of "
-            f"--checkpointing, a smaller --micro or --size, --encoders leave; or --device cpu")
+            f"--offload, --encoders leave or cpu, --no-t5, --judge {SMALL_JUDGE}, "
+            f"--checkpointing, a smaller --micro or --size; or --device cpu")
         return 2
     except (UserError, OSError) as error:
         say(f"error: {error}")

@@ -21,7 +21,8 @@ from string import Template
 from PIL import Image
 
 from parts import sheets
-from parts.files import save_png, write_json, write_whole
+from parts.cli import UserError
+from parts.files import check_writable, read_json, save_png, write_json, write_whole
 from parts.ranking import rank
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are
@@ -53,6 +54,14 @@ def write(run, folder, started=None):
     write_json(folder / "run.json", run)
     save_png(sheet, folder / "contact.png")
     return write_whole(folder / "index.html", text)
+
+
+def check_folder(folder, prompt):
+    """Raise UserError for a folder with pictures of another prompt, or that cannot be written."""
+    file = folder / "run.json"
+    if file.exists() and (before := read_json(file).get("prompt")) != prompt:
+        raise UserError(f"{folder} holds pictures of {before!r}; give another --out")
+    check_writable(folder)
 
 
 @functools.cache

@@ -89,6 +89,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 @pytest.mark.parametrize("error, code, line", [
     (cli.UserError("a.json: missing"), 2, "error: a.json: missing"), (FileNotFoundError(2, "No such file", "a"), 2, "'a'"),
     (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "too little memory (CUDA out of memory.)"),
+    (torch.OutOfMemoryError("x"), 2, "--offload, --encoders leave or cpu, --no-t5, --judge Qwen/Qwen2.5-VL-3B-Instruct"),
     (KeyboardInterrupt(), 130, "the same command goes on")])
 def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, line):
     def work():

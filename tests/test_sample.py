@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 import data
 import sample
-from parts import lora, page, sheets
+from parts import lora, page, pipeline, sheets
 from parts.pipeline import TINY, Generator, load_generator
 from tiny import scenes
 
@@ -265,6 +266,36 @@ def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
     assert pictures["with"].tobytes() != pictures["without"].tobytes()
     assert pictures["with"].text["model"] == f"tiny/weights with {tmp_path / 'adapter'}"
     assert pictures["without"].text["model"] == "tiny/weights"
+
+
+def test_offloaded_judge_and_generator_take_turns_and_draw_the_same(tmp_path, monkeypatch):
+    events = []
+
+    @contextmanager
+    def recorded(device, *modules):
+        if device is not None:
+            events.append(("in", type(modules[0]).__name__, len(modules)))
+        yield
+        if device is not None:
+            events.append("out")
+
+    monkeypatch.setattr(pipeline, "brought", recorded)
+    for name, extra in (("usual", ()), ("offload", ("--offload",))):
+        assert run(*QUICK, "--device", "cpu", "--n", 2, "--out", tmp_path / name, *extra) == 0
+    first, second = (read(tmp_path / name)["cells"][0]["rounds"][0]["images"] for name in ("usual", "offload"))
+    assert first == second
+    # the pictures, their V and A, the emotion of the best; two CLIPs draw with MMDiT and VAE
+    assert events == [("in", "MMDiT", 4), "out", ("in", "QwenVL", 1), "out", ("in", "QwenVL", 1), "out"]
+
+
+def test_text_encoders_may_leave_or_stay_on_the_cpu(tmp_path, capsys):
+    drawn = []
+    for where in ("gpu", "cpu", "leave"):
+        assert run(*QUICK, "--judge", "none", "--encoders", where, "--out", tmp_path / where) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / where / "round0_seed0.png"), int))
+    assert np.abs(drawn[0] - drawn[1]).max() == 0 and np.abs(drawn[0] - drawn[2]).max() <= 2
+    assert run(*QUICK, "--rounds", 2, "--encoders", "leave", "--out", tmp_path) == 2
+    assert "--encoders leave: --rounds and --rewrite write prompts later on; give cpu" in capsys.readouterr().err
 
 
 BAD = {
