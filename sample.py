@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, pipeline, presets, sheets
+from parts import cli, hub, lora, page, pipeline, presets, sheets
 from parts.cli import say
 from parts.files import save_png
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -223,6 +223,8 @@ def check_machine(args):
 
 def load(args):
     """(the judge as feedback.py asks it, or None; the Generator)."""
+    hub.fetch(lora.files_with_base(args.judge), pipeline.files_of_generator(
+        args.model, not args.no_t5, args.text_encoders, args.adapter))
     judge = None
     if args.judge is not None:
         model = load_judge(args.judge, args.device, args.size, args.offload)

@@ -33,7 +33,7 @@ import flow_grpo
 import grpo
 import qwen_vl
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, lora, pipeline, presets, weights
+from parts import checkpoints, cli, clip, hub, lora, pipeline, presets, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -461,6 +461,12 @@ def train(args, processes):
 
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
+    judge_source, scorer_source, adapter = (
+        None if source == "none" else source
+        for source in (args.judge, args.pickscore, args.init_adapter))
+    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, None, adapter),
+              lora.files_with_base(judge_source),
+              clip.files_of_pickscore(scorer_source) if scorer_source else [])
     judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":

@@ -34,7 +34,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
-from parts import checkpoints, cli, lora, presets, sharding, weights
+from parts import checkpoints, cli, hub, lora, presets, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -279,6 +279,7 @@ def show_figures(args, processes):
 
 def load_judge(args, processes):
     """The judge with its trained parameters: all, in float32, an adapter, or none (--evaluate)."""
+    hub.fetch(lora.files_with_base(args.model))
     if args.lora or args.evaluate:  # on a GPU in bfloat16, which float32 weights are cast to, too
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
     else:

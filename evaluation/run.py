@@ -28,7 +28,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, lora, presets, weights
+from parts import cli, clip, hub, lora, pipeline, presets, weights
 from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -244,6 +244,8 @@ def evaluate(args, command):
         pictures_of(args.images, cases)
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
+    hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)

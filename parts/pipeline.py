@@ -233,6 +233,16 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     return generator
 
 
+def files_of_generator(source, use_t5=True, encoders_from=None, adapter=None):
+    """What `load_generator` reads, for hub.fetch."""
+    texts = ["text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    if use_t5:
+        texts += ["text_encoder_3/*", "tokenizer_3/*"]
+    head = ["model_index.json", "scheduler/*", "transformer/config.json"]
+    return [(encoders_from or source, head + texts), (source, ["transformer/*", "vae/*"]),
+            (adapter, ["*"])]
+
+
 def described(generator):
     """In words: its name, number of parameters and type of weights."""
     millions = weights.count_parameters(generator.mmdit) / 1e6

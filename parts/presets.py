@@ -9,7 +9,7 @@ a real --model takes the paper's, and `--preset tiny` with one is refused.
 import os
 from pathlib import Path
 
-from parts import cli, lora, weights
+from parts import cli, hub, lora
 from parts.cli import UserError, say
 
 REAL = 2**29  # bytes of weights: all of the miniature have a twentieth of that, SD3.5 has tenfold
@@ -22,7 +22,7 @@ def is_real(source):
     """
     path = Path(source).expanduser()
     if not path.exists():
-        return weights.is_hub_id(source)
+        return hub.is_hub_id(source)
     base = lora.base_of(path)
     if base is not None:
         return is_real(base)

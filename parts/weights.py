@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from parts import hub
 from parts.cli import UserError
 from parts.files import kind_of, read_json, write_whole
 
@@ -72,42 +73,12 @@ def root(source, wanted):
     if path.exists():
         return path
     # Only what can be a hub id is asked of the hub, so that a misspelt path fails at once.
-    if not is_hub_id(source):
+    if not hub.is_hub_id(source):
         raise UserError(
             f"{source}: no such file or folder; give a folder, a .safetensors file or a hub id "
             f"like stabilityai/stable-diffusion-3.5-medium")
-    return download(str(source), wanted)
-
-
-def is_hub_id(source):
-    """Whether a source that is no path here has the form of a hub id, "owner/name"."""
     name = str(source)
-    is_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-    return not is_path and name.count("/") == 1
-
-
-def download(hub_id, wanted):
-    """The local folder of a hub repository; files that match a pattern are fetched into it."""
-    # Imported here, because it takes long and most runs read local files.
-    from huggingface_hub import errors, snapshot_download
-
-    # The same weights in other formats and in half precision.
-    unwanted = ["*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[wanted], ignore_patterns=unwanted))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{hub_id}: access is gated; accept its licence at https://huggingface.co/{hub_id} and "
-            f"run `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{hub_id}: neither a local path nor a hub repository you can read; check the "
-            f"spelling, or run `hf auth login`") from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # also: not in the cache, offline
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{hub_id}: not on this machine and the hub cannot be reached ({reason}); connect to "
-            f"the network, or download it elsewhere and give its folder") from error
+    return hub.FOLDERS.get(name) or hub.download(name, [wanted])
 
 
 LIMITS = {  # greatest values of a config.json that a model could have; 10⁹ layers would never end
