@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from parts.cli import UserError
+from parts.files import kind_of
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -232,6 +233,6 @@ def load_rows(folder, split):
 
     path = Path(folder) / f"{split}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: missing; give a dataset folder, or make the miniature's with "
-                        f"`python -m tiny.dataset --out {folder}`")
+        advice = f"make the miniature's with `python -m tiny.dataset --out {folder}`"
+        raise UserError(f"{path}: missing; {kind_of(folder) or advice}; give a dataset folder")
     return parse_lines(path, parse)

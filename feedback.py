@@ -19,6 +19,7 @@ from functools import partial
 import data
 from parts.cli import plain_text
 from parts.prompts import content_words, fill, lost_words
+from parts.ranking import UNREADABLE, rank
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
           "very excited.")
@@ -227,7 +228,7 @@ class Judgement:
 
     def distance(self, v, a):
         """|V̂ − V| + |Â − A|, 0..16; 16 if the answer could not be read."""
-        return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
+        return UNREADABLE if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
 def judge_images(judge, images, readings=1, strict=False):
@@ -374,8 +375,6 @@ def timed(work, *args):
 
 
 def best_of(rounds):
-    """(index of the round, index in it) of the picture of least loss. Among equals the latest
-    round's: a judge says few different numbers, and a later prompt has been improved."""
-    losses = [round.pictures[round.best].loss for round in rounds]
-    r = max(r for r, loss in enumerate(losses) if loss == min(losses))
-    return r, rounds[r].best
+    """(index of the round, index in it) of the picture that comes first by `rank`."""
+    places = [(r, i) for r, each in enumerate(rounds) for i in range(len(each.pictures))]
+    return min(places, key=lambda at: rank(rounds[at[0]].pictures[at[1]].loss, *at))

@@ -14,6 +14,10 @@ each further round it has compared the best and the worst picture and rewritten 
 inside, run.json, contact.png, and index.html to look at.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import re
 import sys
@@ -28,18 +32,19 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, play, server, sheets, weights
-from parts.cli import UserError, say
-from parts.files import read_json, save_png, write_whole
+from parts import cli, hub, lora, page, pipeline, play, presets, server, sheets
+from parts.cli import say
+from parts.files import save_png
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from parts.prompts import load_prompts
+from tiny import scenes
 
 PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in the generator.
     "tiny": {"model": TINY, "adapter": TINY / "adapter", "judge": TINY / "judge"},
     "paper": {"model": PAPER, "adapter": None, "judge": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a "
-               "GPU with 48 GB, or 12 GB with --no-t5 --judge none")
+               "GPU with 48 GB, 24 GB with --offload, or 12 GB with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
 STEPS = partial(tqdm, desc="drawing", unit="step", leave=False)
 SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
@@ -75,19 +80,22 @@ def parse_args(argv=None):
 
     # 2. what draws and judges
     group = parser.add_argument_group("models")
-    group.add_argument("--preset", choices=PRESETS, default="tiny",
-                       help="tiny: the miniature; paper: SD3.5-Medium (default: %(default)s)")
+    group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder or hub id of what train_gen.py or peft wrote, "
-                       "or a run's folder: its last one (default: the miniature has one)")
+    group.add_argument("--adapter", help="folder or hub id of a LoRA, or folder of a run of "
+                       "train_gen.py (the miniature has one)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
     group.add_argument("--no-t5", action="store_true", help="without T5, which needs 9 GB")
     group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--encoders", choices=pipeline.ENCODERS, default="gpu",
+                       help=f"{pipeline.ENCODERS_HELP} (default: gpu)")
+    group.add_argument("--offload", action="store_true", help="judge and generator take turns on "
+                       "the GPU and wait in the host's memory")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
-                       "a C++ compiler and a minute at first, for many pictures")
+                       "needs a C++ compiler and a minute")
 
     # 3. how, and where the result goes
     cli.add_settings(parser.add_argument_group("sampling"), SAMPLING)
@@ -97,14 +105,14 @@ def parse_args(argv=None):
                        help="pictures a round (default: 1, or 8 with --rounds)")
     group.add_argument("--rewrite", action="store_true", help="the judge writes the first too")
     group.add_argument("--questions", type=Path, metavar="FILE", help="JSON with other questions "
-                       f"to the judge, by name: {', '.join(feedback.PROMPTS)}")
+                       "to the judge, by their names in feedback.py")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
     group.add_argument("--play", action="store_true", help="serve a page to this machine, to click "
                        "targets in; it begins with --v, --a, --prompt and --seed")
     server.add_port(group)
-    args = cli.parse_settings(parser, SAMPLING | FEEDBACK, argv)
+    args = presets.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)
 
 
@@ -128,6 +136,10 @@ def complete(args, refuse):
     feeds_back = args.rounds > 1 or args.rewrite
     if args.judge == "none" and feeds_back:
         refuse("--judge none: --rounds and --rewrite need a judge")
+    if args.encoders == "leave" and feeds_back:
+        refuse("--encoders leave: --rounds and --rewrite write prompts later on; give cpu")
+    if args.encoders == "leave" and args.play:
+        refuse("--encoders leave: --play asks for prompts later on; give cpu")
     # A grid without feedback only shows its pictures, so nobody need judge them.
     if args.judge == "none" or (args.grid and not feeds_back):
         args.judge = None
@@ -164,6 +176,9 @@ def run(args):
     # 2. the targets, a grid's row by row from the highest arousal down, and the head of run.json
     levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
     targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]
+    if args.encoders == "leave":
+        prompts = [data.with_words(args.prompt, v, a) for v, a in targets]
+        pipeline.encode_and_free(generator, prompts)
     record = {
         "prompt": args.prompt, **settings, "judge": args.judge,
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
@@ -177,7 +192,8 @@ def run(args):
     bar = tqdm(targets, desc="grid", unit="target", leave=False, disable=args.grid is None)
     for index, (v, a) in enumerate(bar):
         if one_each and index % args.grid == 0:
-            ahead = draw_row(generator, args, targets[index:index + args.grid])
+            row = targets[index:index + args.grid]
+            ahead, row_seconds = feedback.timed(draw_row, generator, args, row)
         facts = {"valence": v, "arousal": a, **settings}
         generate = partial(draw_and_save, generator, args, ahead, facts)
         rounds = []
@@ -185,6 +201,8 @@ def run(args):
         record["cells"].append(cell)
         for finished in feedback.refine_rounds(
                 args.prompt, v, a, generate, judge, args.rounds, args.n, options):
+            if one_each:
+                finished.seconds["draw"] += row_seconds / args.grid  # its share of the row's
             rounds.append(finished)
             cell["rounds"].append(save_round(args, facts, finished))
             r, i = feedback.best_of(rounds)
@@ -204,7 +222,7 @@ def run(args):
         save_png(grid, args.out / record["grid"], prompt=args.prompt, seed=args.seed, **settings)
     page.write(record, args.out, started)
     say(page.latency(record))
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = json.dumps(record, indent=1)  # in ASCII, for a pipe of any encoding
     print(text if args.json else page.summary(record, args.out))
 
 
@@ -213,38 +231,32 @@ def check_machine(args):
     args.device = cli.device_of(args.device)
     if args.questions is not None:
         load_prompts(args.questions, feedback.PROMPTS, feedback.VALUES)
-    if args.play:  # nothing is written
-        return
-    file = args.out / "run.json"
-    if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
-        raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
-    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
-        write_whole(args.out / ".probe", "").unlink()
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); choose another "
-                        f"folder") from error
+    if not args.play:  # which writes nothing
+        page.check_folder(args.out, args.prompt)
+    if args.preset == "tiny" and (remark := scenes.remark_on(args.prompt)):
+        say(remark)
 
 
 def load(args):
     """(the judge as feedback.py asks it, or None; the Generator)."""
+    hub.fetch(lora.files_with_base(args.judge), pipeline.files_of_generator(
+        args.model, not args.no_t5, args.text_encoders, args.adapter))
     judge = None
     if args.judge is not None:
-        model = load_judge(args.judge, args.device, args.size)
+        model = load_judge(args.judge, args.device, args.size, args.offload)
         # A rewrite, with its analysis, is the longest answer that is asked for.
-        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=not args.play)
+        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=not args.play,
+                         offload=args.device if args.offload else None)
         args.judge = name_of(args.judge)  # as the pictures and run.json tell it
-    generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
-                               encoders_from=args.text_encoders, adapter=args.adapter)
+    generator = load_generator(
+        args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
+        encoders=args.encoders, adapter=args.adapter, offload=args.offload)
     if args.compile:
         for block in generator.mmdit.joint_blocks:
             block.compile()
-    if args.size > generator.longest_side:
-        raise UserError(f"--size {args.size}: {args.model} draws at most {generator.longest_side} "
-                        f"pixels")
-    millions = weights.count_parameters(generator.mmdit) / 1e6
-    dtype = str(generator.dtype).removeprefix("torch.")
-    say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} ({dtype}), "
-        f"{args.size} px, {args.sample_steps} steps"
+    pipeline.check_size(generator, args.size, args.model)
+    say(f"{pipeline.described(generator)} on {args.device}, {args.size} px, {args.sample_steps} "
+        f"steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
     return judge, generator
 

@@ -14,6 +14,10 @@ In order: settings, rollout, update, evaluation, the loop (`train`). A run start
 after its last checkpoint. Of the P·G pictures of a step n lie on this process, N in one batch.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import math
 import random
 import sys
@@ -29,7 +33,7 @@ import flow_grpo
 import grpo
 import qwen_vl
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, lora, pipeline, weights
+from parts import checkpoints, cli, clip, hub, lora, pipeline, presets, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -71,14 +75,19 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
-    "encoders": ("gpu", "gpu", ("gpu", "cpu", "leave"),
-                 "where the text encoders live; leave: encode all prompts first, then free them"),
+    "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
     "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "models and rewards", "form": "rollout", "lr": "update",
+    "micro": "memory, evaluation, checkpoints"}
+RARE = ("guided_pictures", "skip_last", "window", "window_within", "step_weights",
+        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
+        "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
           "zero_spread",
@@ -452,6 +461,12 @@ def train(args, processes):
 
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
+    judge_source, scorer_source, adapter = (
+        None if source == "none" else source
+        for source in (args.judge, args.pickscore, args.init_adapter))
+    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, None, adapter),
+              lora.files_with_base(judge_source),
+              clip.files_of_pickscore(scorer_source) if scorer_source else [])
     judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":
@@ -459,7 +474,7 @@ def load_models(args, device):
     if args.preset == "tiny":
         from tiny.scenes import measure_va as meter
     generator = load_generator(args.model, device, use_t5=not args.no_t5,
-                               encoders_device="cpu" if args.encoders == "cpu" else None)
+                               encoders=args.encoders)
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
@@ -498,9 +513,9 @@ def summary(rewards, sums, deviation, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen", GROUPS, RARE)
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    args = cli.parse_settings(parser, SETTINGS, argv)
+    args = presets.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last
     limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

@@ -15,6 +15,10 @@ The order of this file: settings, rollout, update, evaluation, models, the loop 
 questions of this process in a step, p of them in one pass, G answers to each, of at most C tokens.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
 import sys
@@ -30,7 +34,7 @@ import data
 import feedback
 import grpo
 import qwen_vl
-from parts import checkpoints, cli, lora, sharding, weights
+from parts import checkpoints, cli, hub, lora, presets, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -70,6 +74,10 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "rollout", "lr": "update", "epsilon": "reward", "temperature": "answers",
+    "micro": "memory", "lora_rank": "adapter", "eval_every": "evaluation, checkpoints"}
+RARE = ("iterations", "max_grad_norm", "mismatch", "lora_alpha", "eval_rows", "save_minutes")
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
           "clip_fraction", "zero_spread", "grad_norm", "eval_v_error", "eval_a_error",
           "eval_class_accuracy", "tokens_per_second")
@@ -271,6 +279,7 @@ def show_figures(args, processes):
 
 def load_judge(args, processes):
     """The judge with its trained parameters: all, in float32, an adapter, or none (--evaluate)."""
+    hub.fetch(lora.files_with_base(args.model))
     if args.lora or args.evaluate:  # on a GPU in bfloat16, which float32 weights are cast to, too
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
     else:
@@ -410,12 +419,13 @@ def summary(rollout, sums, greatest, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge", GROUPS, RARE)
     add = parser.add_argument
     add("--steps", type=integer(1, 10**7), help=f"in place of --epochs: {cli.STEPS_HELP}")
     add("--lora", action="store_true", help="train an adapter of the language model only")
     add("--evaluate", action="store_true", help="no training: held-out figures of --model")
     args = parser.parse_args(argv)
+    presets.choose(args, parser.error)
     if args.lora and args.lr is None and args.preset == "paper":
         args.lr = LORA_LR
     return cli.fill_settings(args, SETTINGS)

@@ -28,7 +28,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, lora, weights
+from parts import cli, clip, hub, lora, pipeline, presets, weights
 from parts.cli import UserError, integer, number
 from parts.files import open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
@@ -188,7 +188,7 @@ def open_run(args, command, cases, generator):
 def parse_args(argv):
     parser = cli.parser(__doc__, prog="python -m evaluation run")
     add = parser.add_argument
-    add("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of what follows")
+    add("--preset", choices=cli.PRESETS, help=cli.PRESET_HELP)
     add("--cases", default="200",
         help="a file of cases, or how many of the miniature's (default: %(default)s)")
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
@@ -201,7 +201,7 @@ def parse_args(argv):
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
     cli.add_settings(parser, SETTINGS)
-    return cli.parse_settings(parser, SETTINGS, argv)
+    return presets.parse_settings(parser, SETTINGS, argv)
 
 
 def complete(args):
@@ -244,6 +244,8 @@ def evaluate(args, command):
         pictures_of(args.images, cases)
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
+    hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)

@@ -30,14 +30,23 @@ def write_whole(path, content):
         temporary.write_bytes(content)
     else:
         temporary.write_text(content, encoding="utf-8")
-    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
     # On the disk before it has its name: after a power cut a file could else be there, and empty.
-    with open(temporary, "rb") as file:
+    with open(temporary, "r+b") as file:  # Windows wants it open for writing
         os.fsync(file.fileno())
+    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
     # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
     sync_folder(path.parent)
     return path
+
+
+def check_writable(folder):
+    """Raise UserError unless a file can be written into the folder of --out."""
+    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
+        write_whole(Path(folder) / ".probe", "").unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another "
+                        f"folder") from error
 
 
 def sync_folder(folder):
@@ -59,9 +68,39 @@ def read_json(path):
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: missing or not a JSON object; download the checkpoint again") from error
+        advice = "download the checkpoint again"
+        if not Path(path).exists():
+            advice = kind_of(Path(path).parent) or advice
+        raise UserError(f"{path}: missing or not a JSON object; {advice}") from error
     return content
+
+
+KINDS = (  # of folders: (a pattern of what only they hold, what they are and where they belong)
+    ("adapter_config.json", "it is an adapter, as --adapter takes it"),
+    ("model_index.json", "it is a whole generator, as --model takes it"),
+    ("train.jsonl", "it is a dataset, as --data takes it"),
+    ("test.jsonl", "it is a dataset, as --data takes it"),
+    ("judge/config.json", "it holds a judge: give its folder judge/"),
+    ("judge/adapter_config.json", "it holds a judge: give its folder judge/"),
+    ("log.jsonl", "it is a run of training, as --adapter takes it if it trained a generator"),
+    ("run.json", "it is a run of sample.py"),
+    ("evaluate.json", "it is a run of `python -m evaluation run`"),
+    ("*.safetensors.index.json", ""), ("*.safetensors", ""))  # told by their config.json
+
+
+def kind_of(path):
+    """What a folder or a weights file is, for who gave it where something else was wanted; "" if
+    nothing is known of it."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        lora = b".lora_A." in path.open("rb").read(10**6)  # of the header's names
+        return "it is an adapter's file: give its folder as --adapter" if lora else ""
+    found = [kind for pattern, kind in KINDS if any(path.glob(pattern))]
+    if found and not found[0] and (path / "config.json").exists():
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or config.get("model_type")
+        return "it is a judge, as --judge takes it" if kind == "qwen2_5_vl" else f"it is a {kind!r}"
+    return found[0] if found else ""
 
 
 def write_json(path, value):

@@ -158,6 +158,12 @@ def base_of(folder):
     return base
 
 
+def files_with_base(source):
+    """What loading a model, or an adapter with the model it belongs to, reads, for hub.fetch."""
+    base = None if source is None else base_of(Path(source).expanduser())
+    return [(source, ["*"]), *([] if base is None else files_with_base(base))]
+
+
 def adapter_in(source):
     """The adapter of a run, if `source` is the folder of one of train_gen.py; else `source`.
 

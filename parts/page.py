@@ -21,7 +21,9 @@ from string import Template
 from PIL import Image
 
 from parts import sheets
-from parts.files import save_png, write_json, write_whole
+from parts.cli import UserError
+from parts.files import check_writable, read_json, save_png, write_json, write_whole
+from parts.ranking import rank
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are
 MEDIUM = 512  # pixels: side of a round's picture in the page; the best one and a grid keep theirs
@@ -52,6 +54,14 @@ def write(run, folder, started=None):
     write_json(folder / "run.json", run)
     save_png(sheet, folder / "contact.png")
     return write_whole(folder / "index.html", text)
+
+
+def check_folder(folder, prompt):
+    """Raise UserError for a folder with pictures of another prompt, or that cannot be written."""
+    file = folder / "run.json"
+    if file.exists() and (before := read_json(file).get("prompt")) != prompt:
+        raise UserError(f"{folder} holds pictures of {before!r}; give another --out")
+    check_writable(folder)
 
 
 @functools.cache
@@ -366,6 +376,8 @@ def round_line(finished, r, least):
 
 def latency(run):
     """What appendix C measures, of this run, in a line."""
+    if len(run["cells"]) > 1:
+        return f"{len(run['cells'])} targets: {times(run['seconds'])} with loading"
     rounds = [round["seconds"] for round in run["cells"][0]["rounds"]]
     text = f"{rounds[0]['draw']:.1f} s for the first {run['images_per_round']} pictures"
     if run["judge"] is not None:
@@ -381,9 +393,12 @@ def summary(run, folder):
     """The files of a run, the picture nearest to its target first."""
     if run["grid"]:
         return f"{folder / run['grid']}\n{folder / 'index.html'}"
-    images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
-    # An answer that cannot be read counts as the greatest loss.
-    images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    ranked = [(rank(image["loss"], r, i), image)
+              for r, round in enumerate(run["cells"][0]["rounds"])
+              for i, image in enumerate(round["images"])]
+    images = [image for _, image in sorted(ranked, key=lambda pair: pair[0])]
+    if run["judge"] is None:  # in the order they were drawn
+        images.sort(key=lambda image: image["seed"])
     lines = []
     for image in images:
         line = str(folder / image["file"])

@@ -13,6 +13,7 @@ Shapes: B pictures of H × W pixels, h × w latents (an eighth of that each way)
 L text tokens of width D.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +28,15 @@ import mmdit
 import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
-from parts.files import read_json
+from parts.files import kind_of, read_json
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
 # Answers in one generation of the judge: a token's step reads all of its weights, for however many
 # answers, but more of these would need more memory than an update of the generator.
 READ_AT_ONCE = 64
+ENCODERS = ("gpu", "cpu", "leave")  # of --encoders, in drawing and training
+ENCODERS_HELP = "where the text encoders live; leave: encode all prompts first, then free them"
 
 
 @dataclass
@@ -44,6 +47,9 @@ class Generator:
     encoders: text_encoders.TextEncoders
     shift: float  # of the noise schedule: above 1 more of the steps are spent at high noise
     name: str  # of the checkpoint, as `name_of` gives it
+    # --offload: the device to which some models come for a batch, from the host's memory
+    offload: str | None = None
+    coming: tuple = ()
 
     @property
     def device(self):
@@ -53,12 +59,6 @@ class Generator:
     def dtype(self):
         return self.mmdit.pos_embed.dtype
 
-    @property
-    def longest_side(self):
-        """Pixels of a picture at most: the MMDiT has positions for so many patches a side."""
-        config = self.mmdit.config
-        return config.positions * config.patch * self.vae.factor
-
     @torch.no_grad()
     def draw(self, prompts, seeds, size, steps=25, guidance=4.5, noise=None, progress=iter):
         """Pictures [B,3,size,size] uint8, on the CPU, of B prompts.
@@ -67,14 +67,15 @@ class Generator:
         noise [B,C,size/8,size/8]: in place of that of the seeds.
         progress: wraps the sampler's steps, e.g. in tqdm.
         """
-        context, pooled = self.encode_prompts(prompts, guidance)
         if noise is None:
             noise = self.starting_noise(seeded(seeds), size)
-        with ops.fast_linears(self.mmdit):  # all steps use the same weights, so repacking them pays
-            latents = flow_grpo.sample_ode(
-                self.mmdit, noise.to(self.device), context, pooled, steps, guidance, self.shift,
-                progress)
-        return self.decode(latents)
+        with brought(self.offload, *self.coming):
+            context, pooled = self.encode_prompts(prompts, guidance)
+            with ops.fast_linears(self.mmdit):  # all steps use the same weights: repacking pays
+                latents = flow_grpo.sample_ode(
+                    self.mmdit, noise.to(self.device), context, pooled, steps, guidance,
+                    self.shift, progress)
+            return self.decode(latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, guidance):
@@ -103,6 +104,24 @@ class Generator:
         images = [self.vae.decode(z[None].to(self.dtype)) for z in latents]
         images = torch.cat(images).float()  # [B,3,H,W] in -1..1
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+@contextmanager
+def brought(device, *modules):
+    """Within it the weights of frozen modules lie on a device, afterwards where they were.
+
+    Judge and generator may so take turns on a GPU that holds one of them. device None: all stay.
+    """
+    tensors = [tensor for module in modules if device is not None
+               for tensor in (*module.parameters(), *module.buffers())]
+    waiting = [tensor.data for tensor in tensors]
+    try:
+        for tensor, own in zip(tensors, waiting, strict=True):
+            tensor.data = own.to(device)
+        yield
+    finally:  # nothing is copied back, because nothing has changed
+        for tensor, own in zip(tensors, waiting, strict=True):
+            tensor.data = own
 
 
 class PromptCache:
@@ -143,6 +162,12 @@ class PromptCache:
             torch.cuda.empty_cache()
 
 
+def encode_and_free(generator, prompts):
+    """Encode all prompts that will be drawn, and free the memory of a generator's encoders."""
+    generator.encoders = PromptCache(generator.encoders, generator.dtype)
+    generator.encoders.encode_and_free(["", *prompts], progress=True)
+
+
 def seeded(seeds):
     """A random generator for each seed: on the CPU, where a seed means the same on any machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -158,19 +183,23 @@ def to_images(pixels):
 
 
 def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None,
-                   encoders_device=None, adapter=None):
+                   encoders="gpu", adapter=None, offload=False):
     """A Generator from a diffusers folder, a hub id or Stability's single file.
 
     dtype: of the weights (default: float32 on a CPU, bfloat16 elsewhere).
     use_t5: False leaves out T5, 4.8 of SD3.5-Medium's 7.9 billion parameters; zeros stand for it.
     encoders_from: folder or hub id of text encoders and scheduler; a single file has none.
-    encoders_device: where the text encoders live, if not on `device`.
+    encoders: one of ENCODERS; "gpu" means `device`, and so does "leave", see `encode_and_free`.
     adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py or peft writes it, or folder
         of a run of train_gen.py; it is merged into the weights.
+    offload: the models wait in the host's memory and come to `device` for each batch, but for text
+        encoders that are on the CPU or will leave.
     Raises UserError.
     """
     rest = encoders_from or source
     if Path(rest).expanduser().is_file():
+        if kind := kind_of(rest):
+            raise UserError(f"{rest}: no generator; {kind}")
         raise UserError(f"{source}: a single file holds no text encoders; add --text-encoders with "
                         f"a folder or hub id that does, such as {PAPER}")
 
@@ -190,32 +219,72 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
         name += f" with {name_of(adapter)}"
 
     # 2. read them; the encoders first, because their tokenizers are checked only here
-    encoders = text_encoders.TextEncoders.from_pretrained(
-        rest, encoders_device or device, dtype, use_t5)
-    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
+    home = home_of_weights(device, offload, dtype)
+    encoders_home = {"gpu": home, "cpu": ("cpu", dtype), "leave": (device, dtype)}[encoders]
+    towers = text_encoders.TextEncoders.from_pretrained(rest, *encoders_home, use_t5)
+    model = mmdit.MMDiT.from_pretrained(source, *home)
     if adapter is not None:
         lora.load_lora(adapter, model, model.lora_targets(dual=True))
-    decoder = vae.VAE.from_pretrained(source, device, dtype)
-    return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
+    decoder = vae.VAE.from_pretrained(source, *home)
+    generator = Generator(model, decoder, towers, scheduler.get("shift", 3.0), name)
+    if offload:
+        generator.offload = device
+        generator.coming = (model, decoder, *(towers.towers() if encoders == "gpu" else ()))
+    return generator
 
 
-def load_judge(source, device, size):
+def files_of_generator(source, use_t5=True, encoders_from=None, adapter=None):
+    """What `load_generator` reads, for hub.fetch."""
+    texts = ["text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    if use_t5:
+        texts += ["text_encoder_3/*", "tokenizer_3/*"]
+    head = ["model_index.json", "scheduler/*", "transformer/config.json"]
+    return [(encoders_from or source, head + texts), (source, ["transformer/*", "vae/*"]),
+            (adapter, ["*"])]
+
+
+def described(generator):
+    """In words: its name, number of parameters and type of weights."""
+    millions = weights.count_parameters(generator.mmdit) / 1e6
+    dtype = str(generator.dtype).removeprefix("torch.")
+    return f"{generator.name}: {millions:,.1f} M parameter generator ({dtype})"
+
+
+def home_of_weights(device, offload, dtype=None):
+    """(device, dtype) that a model is loaded with; offloaded it has the GPU's type, bfloat16."""
+    if offload and torch.device(device).type != "cpu":
+        return "cpu", dtype or torch.bfloat16
+    return device, dtype
+
+
+def check_size(generator, size, source):
+    """Raise UserError for pictures that are larger than a generator's table of positions."""
+    config = generator.mmdit.config
+    limit = config.positions * config.patch * generator.vae.factor
+    if size > limit:
+        raise UserError(f"--size {size}: {source} draws at most {limit} pixels")
+
+
+def load_judge(source, device, size, offload=False):
     """The judge, a QwenVL, whose processor shrinks pictures of more than size × size pixels.
 
-    Pictures of the size that is drawn need no more tokens than that. Raises UserError.
+    Pictures of the size that is drawn need no more tokens than that. offload: as for
+    `load_generator`. Raises UserError.
     """
-    judge = qwen_vl.QwenVL.from_pretrained(source, device)
+    judge = qwen_vl.QwenVL.from_pretrained(source, *home_of_weights(device, offload))
     limits = judge.processor.image
     max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
     judge.processor.image = replace(limits, max_pixels=max_pixels)
     return judge
 
 
-def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
+def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True,
+             offload=None):
     """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
-    from its own seed. batch: answers in one generation.
+    from its own seed. batch: answers in one generation. offload: the device that the model comes to
+    for each call, if it waits in the host's memory.
     """
     bar = partial(tqdm, leave=False, disable=not progress)
 
@@ -223,13 +292,14 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
         texts = []
         share = max(1, batch // n)
         starts = range(0, len(conversations), share)
-        for start in bar(starts, desc="asking the judge"):
-            answers = model.generate(
-                conversations[start:start + share], n, max_new_tokens,
-                temperature=0.7 if attempt else 0.0,
-                generator=torch.Generator().manual_seed(attempt),
-                progress=partial(bar, desc="tokens"))
-            texts += [completion.text for each in answers for completion in each]
+        with brought(offload, model):
+            for start in bar(starts, desc="asking the judge"):
+                answers = model.generate(
+                    conversations[start:start + share], n, max_new_tokens,
+                    temperature=0.7 if attempt else 0.0,
+                    generator=torch.Generator().manual_seed(attempt),
+                    progress=partial(bar, desc="tokens"))
+                texts += [completion.text for each in answers for completion in each]
         return texts
 
     return judge

@@ -14,18 +14,22 @@ processes. No state of a random generator is stored: every step derives its seed
 seed and its own number.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: no lock of the folder there, and no figure of memory
+    fcntl = resource = None
 
 import numpy as np
 import torch
@@ -212,6 +216,8 @@ def peak_memory(device):
     """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     # ru_maxrss is in KiB, but on macOS in bytes
     bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**30
@@ -290,7 +296,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(self.folder / ".lock", "w")
             try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 held = True
         if self.processes.total({"held": held})["held"]:

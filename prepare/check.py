@@ -3,6 +3,10 @@
     python -m prepare.check DATASET
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import csv
 import hashlib
 import io

@@ -1,5 +1,7 @@
 """Files that are whole or not there, JSON lines that a killed run left, pictures of any kind."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,19 @@ def test_json_is_read_back_and_what_is_no_object_is_named(tmp_path):
             files.read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="none.json: missing"):
         files.read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("adapter_config.json", "an adapter"), ("model_index.json", "a whole generator"), ("train.jsonl", "a dataset"),
+    ("run.json", "a run of sample.py"), ("log.jsonl", "a run of training"), ("judge/config.json", "give its folder judge/"),
+    ("evaluate.json", "evaluation run"), ("notes.txt", "")])
+def test_a_folder_is_known_by_what_lies_in_it(tmp_path, name, kind):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert kind in files.kind_of(tmp_path) and bool(kind) == bool(files.kind_of(tmp_path))
+    assert files.kind_of(tmp_path / "missing") == ""
+    with pytest.raises(UserError, match=re.escape(kind or "download the checkpoint again")):
+        files.read_json(tmp_path / "config.json")
 
 
 def test_records_are_read_up_to_a_step_and_to_a_half_written_line(tmp_path):

@@ -1,5 +1,7 @@
 """Prompts to pictures, the whole line against diffusers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,15 @@ from safetensors.torch import save_file
 
 import data
 from parts.cli import UserError
-from parts.pipeline import TINY, PromptCache, load_generator, load_judge, name_of
+from parts.pipeline import (
+    TINY,
+    PromptCache,
+    brought,
+    home_of_weights,
+    load_generator,
+    load_judge,
+    name_of,
+)
 from tests.checkpoint import make_pipeline
 from tests.test_mmdit import stability_file
 
@@ -116,6 +126,43 @@ def test_encoders_may_leave_when_all_prompts_are_encoded():
     assert caches[0].encoders is None
     for ours, theirs in zip(caches[0].encode(prompts), caches[1].encode(prompts), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Weight:
+    """A parameter that only knows where its data lie."""
+
+    def __init__(self):
+        self.data = self
+
+    def to(self, device):
+        return f"copy on {device}"
+
+
+def test_models_are_brought_to_a_device_and_are_where_they_were_afterwards():
+    weights = [Weight(), Weight()]
+    model = SimpleNamespace(parameters=lambda: weights[:1], buffers=lambda: weights[1:])
+    with pytest.raises(ValueError), brought("cuda:1", model):
+        assert [w.data for w in weights] == ["copy on cuda:1"] * 2
+        raise ValueError
+    assert [w.data for w in weights] == weights
+    with brought(None, model):
+        assert [w.data for w in weights] == weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_models_that_take_turns_on_a_gpu_draw_the_same_picture_and_leave_it_empty():
+    usual = load_generator(TINY, "cuda").draw(["a lake"], [0], 64, steps=2)
+    generator = load_generator(TINY, "cuda", offload=True)
+    assert generator.device.type == "cpu" and torch.equal(generator.draw(["a lake"], [0], 64, steps=2), usual)
+    assert all(p.device.type == "cpu" for model in generator.coming for p in model.parameters())
+
+
+def test_offloaded_weights_have_the_type_they_have_on_a_gpu():
+    assert home_of_weights("cuda", True) == ("cpu", torch.bfloat16) and home_of_weights("cuda", False) == ("cuda", None)
+    assert home_of_weights("cpu", True) == ("cpu", None)
+    generator = load_generator(TINY, "cuda", encoders="cpu", offload=True)
+    assert generator.mmdit.pos_embed.dtype == torch.bfloat16 and len(generator.coming) == 2
+    assert generator.encoders.clip_l.token_embedding.weight.dtype == torch.float32
 
 
 class Counting:

@@ -203,7 +203,7 @@ def hub_error(kind):
 
 @pytest.mark.parametrize("kind, advice", [
     ("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "spelling"),
-    ("LocalEntryNotFoundError", "cannot be reached"), ("HfHubHTTPError", "cannot be reached")])
+    ("LocalEntryNotFoundError", "cannot be reached"), ("HfHubHTTPError", "broke off")])
 def test_hub_errors_say_what_to_do(monkeypatch, kind, advice):
     def fail(*_, **__):
         raise hub_error(kind)

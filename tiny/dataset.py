@@ -4,6 +4,10 @@
     python -m tiny.dataset --out tiny/cache/drawn --labels drawn       # labelled as in the paper
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor

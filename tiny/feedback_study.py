@@ -17,6 +17,10 @@ CLIP-Score compares it with the request. A killed study goes on with the next ca
 tiny/cache/feedback_study.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
 import sys

@@ -11,6 +11,10 @@ goes on where it was. The runs lie in tiny/cache/generator_study; the adapter of
 copied to tiny/weights/adapter.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import shutil
 import statistics
 import sys

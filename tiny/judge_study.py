@@ -8,6 +8,10 @@ Further flags go to train_judge.py. A killed study goes on where it was. The run
 tiny/cache/study; the judge of the first one is copied to tiny/weights/judge.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import os
 import shutil
 import statistics

@@ -17,6 +17,10 @@ well, and numbers in their order only: its pictures are too pleasant and too cal
 reward feedback is to correct.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
 import os
