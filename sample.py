@@ -76,8 +76,8 @@ def parse_args(argv=None):
     group.add_argument("--preset", choices=PRESETS, default="tiny",
                        help="tiny: the miniature; paper: SD3.5-Medium (default: %(default)s)")
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder or hub id of what train_gen.py or peft wrote, "
-                       "or a run's folder: its last one (default: the miniature has one)")
+    group.add_argument("--adapter", help="folder, file or hub id of what train_gen.py, peft or "
+                       "diffusers wrote, or a run: its last one (default: the miniature has one)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")

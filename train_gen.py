@@ -443,7 +443,7 @@ def train(args, processes):
 
     if processes.first:
         with ema:
-            lora.save_lora(args.out / "adapter", model, models.generator.name)
+            lora.save_lora(args.out / "adapter", model, models.generator.name, diffusers=True)
         print(run.evaluations())
         print(args.out / "adapter")
     processes.wait()

@@ -159,8 +159,8 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     use_t5: False leaves out T5, 4.8 of SD3.5-Medium's 7.9 billion parameters; zeros stand for it.
     encoders_from: folder or hub id of text encoders and scheduler; a single file has none.
     encoders_device: where the text encoders live, if not on `device`.
-    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py or peft writes it, or folder
-        of a run of train_gen.py; it is merged into the weights.
+    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py, peft or diffusers writes it,
+        diffusers' file, or folder of a run of train_gen.py; it is merged into the weights.
     Raises UserError.
     """
     rest = encoders_from or source
@@ -180,7 +180,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     name = name_of(source)
     if adapter is not None:
         adapter = weights.find(lora.adapter_in(adapter))
-        weights.index(adapter)
+        lora.read_adapter(adapter)
         name += f" with {name_of(adapter)}"
 
     # 2. read them; the encoders first, because their tokenizers are checked only here

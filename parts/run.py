@@ -407,14 +407,14 @@ class Run:
         return cli.markdown(rows)
 
     def save_adapter(self, model, base, ema):
-        """Write the averages as an adapter of the model `base` into adapters/, in a folder named
-        after the step that was logged last, with the figures of its evaluation, if it had one."""
+        """Write the averages as an adapter of the generator `base` into adapters/, in a folder
+        named after the step that was logged last, with the figures of its evaluation, if any."""
         record = self.records[-1]
         if self.processes.first and record["step"]:  # none before the first step
             folder = self.folder / "adapters" / f"{record['step']:08d}"
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
-                lora.save_lora(folder, model, base)
+                lora.save_lora(folder, model, base, diffusers=True)
 
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
