@@ -63,8 +63,12 @@ def read_json(path):
     return content
 
 
+def as_json(value):
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, as_json(value))
 
 
 def write_rows(path, rows):
