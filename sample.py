@@ -82,7 +82,7 @@ def parse_args(argv=None):
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
     group.add_argument("--no-t5", action="store_true", help="without T5, which needs 9 GB")
-    group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
+    group.add_argument("--judge", help="folder, hub id or http://…/v1 of it, or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
                        "a C++ compiler and a minute at first, for many pictures")

@@ -27,7 +27,6 @@ import data
 import feedback
 import flow_grpo
 import grpo
-import qwen_vl
 from evaluation.metrics import spearman
 from parts import checkpoints, cli, clip, lora, pipeline, weights
 from parts import run as training
@@ -37,7 +36,7 @@ from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
-    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
+    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
     "reward_weights": (REWARDS, REWARDS, cli.weights_of(REWARDS), "e.g. emotion=1,pickscore=0.5"),
     "form": (("numbers",), ("numbers", "numbers", "words"), cli.some_of(data.FORMS),
@@ -91,7 +90,7 @@ CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable",
 @dataclass
 class Models:
     generator: Generator
-    judge: qwen_vl.QwenVL | None
+    judge: object | None  # of pipeline.load_judge
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
 
@@ -452,7 +451,7 @@ def train(args, processes):
 
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
-    judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
+    judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)

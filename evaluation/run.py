@@ -193,7 +193,7 @@ def parse_args(argv):
         help="a file of cases, or how many of the miniature's (default: %(default)s)")
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="folder or hub id of a judge, once for each; the first one also gives the feedback")
+        help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
@@ -209,7 +209,7 @@ def complete(args):
     args.device = cli.device_of(args.device)
     judges = {}
     for i, text in enumerate(args.judge):
-        name, _, source = text.rpartition("=")  # [NAME=]SOURCE
+        name, source = re.fullmatch(r"(?:([^=/]*)=)?(.*)", text).groups()  # [NAME=]SOURCE
         judges[name or f"judge{i or ''}"] = source
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")

@@ -28,6 +28,7 @@ import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import read_json
+from parts.judge_server import JudgeServer
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
@@ -193,12 +194,17 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
 
 
-def load_judge(source, device, size):
-    """The judge, a QwenVL, whose processor shrinks pictures of more than size × size pixels.
+def load_judge(source, device, size=None):
+    """The judge: a QwenVL, or a JudgeServer if `source` is an address. Raises UserError.
 
-    Pictures of the size that is drawn need no more tokens than that. Raises UserError.
+    size: pictures of more than size × size pixels are shrunk, if a QwenVL reads them, for those
+    that are drawn need no more tokens than that.
     """
+    if str(source).startswith(("http://", "https://")):
+        return JudgeServer(source)
     judge = qwen_vl.QwenVL.from_pretrained(source, device)
+    if size is None:
+        return judge
     limits = judge.processor.image
     max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
     judge.processor.image = replace(limits, max_pixels=max_pixels)
@@ -206,7 +212,7 @@ def load_judge(source, device, size):
 
 
 def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
-    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
+    """A judge as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
     from its own seed. batch: answers in one generation.

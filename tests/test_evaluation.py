@@ -149,6 +149,12 @@ def test_the_program_prints_a_table_writes_json_and_goes_on_or_refuses_another_r
     assert "holds another evaluation (sample_steps changed)" in capsys.readouterr().err
 
 
+def test_a_judge_may_be_an_address_with_or_without_a_name():
+    args = run.parse_args(["--judge", "http://h:1/v1#a=b", "--judge", "other=https://h:2/v1", "--judge", "third=lr=3/judge"])
+    run.complete(args)
+    assert args.judge == {"judge": "http://h:1/v1#a=b", "other": "https://h:2/v1", "third": "lr=3/judge"}
+
+
 def test_two_judges_and_the_meter_each_have_columns(tmp_path, capsys):
     flags = ["run", "--cases", "3", "--num-inference-steps", "4", "--forms", "words", "--out", str(tmp_path),
              "--judge", str(JUDGE), "--judge", f"independent={JUDGE}"]
