@@ -131,8 +131,29 @@ def open_picture(path):
 
 
 def save_png(image, path, **facts):
-    """Write a PNG with its facts as text chunks."""
+    """Write a PNG with its facts as text chunks; of a drawn picture also as one text `parameters`,
+    where image browsers and web interfaces of Stable Diffusion look for them."""
     info = PngInfo()
+    if {"prompt", "seed", "steps", "guidance", "model"} <= facts.keys():
+        facts = facts | {"parameters": parameters_of(image, facts)}
     for key, value in facts.items():
         info.add_itxt(key, str(value))
     return write_whole(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
+
+
+def parameters_of(image, facts):
+    """The facts of a drawn picture as AUTOMATIC1111's web interface writes them: a line with the
+    prompt, then one of names and values."""
+    told = {
+        "Steps": facts["steps"], "Sampler": "Euler", "CFG scale": facts["guidance"],
+        "Seed": facts["seed"], "Size": f"{image.width}x{image.height}", "Model": facts["model"]}
+    for name in ("valence", "arousal"):
+        if name in facts:
+            told[name.capitalize()] = facts[name]
+    shown = []
+    for name, value in told.items():
+        value = str(value)
+        # a mark that divides names and values is read as part of a value only in quotes
+        quoted = json.dumps(value, ensure_ascii=False) if set(",:\n") & set(value) else value
+        shown.append(f"{name}: {quoted}")
+    return facts["prompt"] + "\n" + ", ".join(shown)

@@ -45,6 +45,8 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
+    assert image.text["parameters"] == (f"{image.text['prompt']}\nSteps: {facts['steps']}, Sampler: Euler, CFG scale: 4.5, Seed: 4, "
+                                        "Size: 128x128, Model: tiny/weights with tiny/weights/adapter, Valence: 7.0, Arousal: 3.0")
     assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
