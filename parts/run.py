@@ -48,7 +48,7 @@ from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
 DIGESTS = "digests.json"  # of a checkpoint's files
-NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
+NO_SETTINGS = {"out", "device", "evaluate", "tensorboard"}  # flags that say nothing of the training
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
@@ -269,6 +269,8 @@ class Run:
         self.records = []  # the log's lines
         self.skipped = 0  # steps in a row whose gradient was not finite
         self.warned = set()  # of what has been warned already
+        self.writer = None  # TensorBoard's
+        self.open_writer = summary_writer() if settings.get("tensorboard") else None
         self.lock()
         settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
         self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
@@ -348,6 +350,7 @@ class Run:
             if isinstance(value, float):
                 value = float(f"{value:.7g}") if math.isfinite(value) else None
             rounded[name] = value
+        self.show([rounded])
         again = bool(self.records) and self.records[-1]["step"] == rounded["step"]
         self.records[len(self.records) - again:] = [rounded]
         if self.processes.first and again:
@@ -365,8 +368,24 @@ class Run:
             if step:
                 cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
+        if self.open_writer and self.processes.first:
+            # written anew, so that it has what the log has, and nothing of steps that are undone
+            folder = self.folder / "tensorboard"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.writer = self.open_writer(str(folder))
+            self.show(self.records)
         self.processes.wait()
         return self.records[-1] if self.records else {"step": step}
+
+    def show(self, records):
+        """Give the figures of records to TensorBoard, if it was asked for."""
+        if self.writer is None:
+            return
+        for record in records:
+            for name in record.keys() - {"step"}:
+                if record[name] is not None:
+                    self.writer.add_scalar(name, record[name], record["step"])
+        self.writer.flush()
 
     def count_skipped(self, norm, batch):
         """1 if a step was skipped because the norm of its gradient is not finite, else 0.
@@ -506,6 +525,16 @@ class Run:
         if changed and self.processes.first:
             cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
         return bool(changed)
+
+
+def summary_writer():
+    """TensorBoard's class of writers. Raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard: not installed here ({error}); pip install tensorboard, or "
+                        f"leave it out: log.jsonl and curves.png have the same") from error
+    return SummaryWriter
 
 
 def draw_curves(records, keys, title):

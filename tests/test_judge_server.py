@@ -275,10 +275,10 @@ def test_a_training_whose_server_dies_goes_on_where_it_was(tmp_path, capsys):
 
 @contextlib.contextmanager
 def transformers_serving(model, folder):
-    """The address of a `transformers serve` of a model, by the Python that $SERVE_PYTHON names, or this one."""
+    """The address of a `transformers serve` of a model, by the Python that $OTHER_PYTHON names, or this one."""
     url = closed_url()
     port = url.removesuffix("/v1").rpartition(":")[2]
-    python = os.environ.get("SERVE_PYTHON", sys.executable)
+    python = os.environ.get("OTHER_PYTHON", sys.executable)
     with open(folder / "log", "w") as log:
         server = subprocess.Popen([python, "-m", "transformers.cli.transformers", "serve", str(model), "--host", "127.0.0.1",
                                    "--port", port, "--device", "cpu", "--dtype", "float32"], stdout=log, stderr=log)
@@ -297,7 +297,7 @@ def transformers_serving(model, folder):
 
 @pytest.mark.slow
 def test_transformers_serve_gives_the_miniature_judge_s_own_answers(tmp_path):
-    """Needs torchvision, fastapi, uvicorn and openai beside transformers, in a Python of its own: see $SERVE_PYTHON."""
+    """Needs torchvision, fastapi, uvicorn and openai beside transformers, in a Python of its own: see $OTHER_PYTHON."""
     folder = Path(TINY / "judge").resolve()
     generator = pipeline.load_generator(TINY)
     pictures = pipeline.to_images(generator.draw(["a swan on the lake at noon", "a castle in the hills at night"], [0, 1], 128, 8))
