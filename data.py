@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parts import imagefolder
 from parts.cli import UserError
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
@@ -213,8 +214,10 @@ def digest(rows):
 
 
 def load_rows(folder, split):
-    """The rows of a dataset folder's `split`, "train" or "test". Raises UserError."""
+    """The rows of a dataset folder's `split`, "train" or "test", as the dataset programs write it
+    or in the layout of parts/imagefolder.py. Raises UserError."""
     def parse(raw):
+        raw = imagefolder.own_row(raw, folder, path)
         v, a = check_va(raw["v"], raw["a"])
         image = Path(folder) / raw["image"]
         if raw["label"] not in LEXICON:
@@ -230,7 +233,7 @@ def load_rows(folder, split):
                 raise ValueError(f"{key!r} is {text!r}, expected a caption")
         return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
 
-    path = Path(folder) / f"{split}.jsonl"
+    path = imagefolder.file_of(folder, split)
     if not path.is_file():
         raise UserError(f"{path}: missing; give a dataset folder, or make the miniature's with "
                         f"`python -m tiny.dataset --out {folder}`")
