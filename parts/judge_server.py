@@ -37,6 +37,10 @@ BUSY = (408, 429)  # errors of a request that are not its fault: too slow, too m
 ERRORS = (OSError, HTTPException, ValueError, TypeError, LookupError, AttributeError)
 
 
+def is_address(source):
+    return str(source).startswith(("http://", "https://"))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What is left of a qwen_vl.Completion."""

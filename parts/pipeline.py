@@ -28,7 +28,7 @@ import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import read_json
-from parts.judge_server import JudgeServer
+from parts.judge_server import JudgeServer, is_address
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
@@ -200,7 +200,7 @@ def load_judge(source, device, size=None):
     size: pictures of more than size × size pixels are shrunk, if a QwenVL reads them, for those
     that are drawn need no more tokens than that.
     """
-    if str(source).startswith(("http://", "https://")):
+    if is_address(source):
         return JudgeServer(source)
     judge = qwen_vl.QwenVL.from_pretrained(source, device)
     if size is None:

@@ -23,6 +23,7 @@ from feedback import Unusable
 from parts import cli, imagefolder, weights
 from parts.cli import UserError
 from parts.files import read_json, write_json
+from parts.judge_server import is_address
 from parts.prompts import load_prompts
 from prepare import captions
 
@@ -136,7 +137,8 @@ def selection_of(args, processes, prompts, choose_rows):
     if processes.first and not path.exists():
         if found := next(args.out.glob("*.jsonl"), None):
             raise UserError(f"{found}: there is another dataset; choose another --out")
-        weights.index(weights.find(args.captioner))  # a bad one fails before pictures are opened
+        if not is_address(args.captioner):  # a bad one fails before pictures are opened
+            weights.index(weights.find(args.captioner))
         choice = choose_rows(args)
         for row in tqdm(choice.rows, "links"):
             suffix = Path(row["source"]).suffix
