@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parts import imagefolder
 from parts.cli import UserError
 from parts.files import kind_of
 
@@ -214,8 +215,10 @@ def digest(rows):
 
 
 def load_rows(folder, split):
-    """The rows of a dataset folder's `split`, "train" or "test". Raises UserError."""
+    """The rows of a dataset folder's `split`, "train" or "test", as the dataset programs write it
+    or in the layout of parts/imagefolder.py. Raises UserError."""
     def parse(raw):
+        raw = imagefolder.own_row(raw, folder, path)
         v, a = check_va(raw["v"], raw["a"])
         image = Path(folder) / raw["image"]
         if raw["label"] not in LEXICON:
@@ -231,7 +234,7 @@ def load_rows(folder, split):
                 raise ValueError(f"{key!r} is {text!r}, expected a caption")
         return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
 
-    path = Path(folder) / f"{split}.jsonl"
+    path = imagefolder.file_of(folder, split)
     if not path.is_file():
         advice = f"make the miniature's with `python -m tiny.dataset --out {folder}`"
         raise UserError(f"{path}: missing; {kind_of(folder) or advice}; give a dataset folder")

@@ -82,13 +82,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("models")
     group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder or hub id of a LoRA, or folder of a run of "
-                       "train_gen.py (the miniature has one)")
+    group.add_argument("--adapter", help="folder, file or hub id of what train_gen.py, peft or "
+                       "diffusers wrote, or a run: its last one (default: the miniature has one)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
     group.add_argument("--no-t5", action="store_true", help="without T5, which needs 9 GB")
-    group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
+    group.add_argument("--judge", help="folder, hub id or http://…/v1 of it, or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     group.add_argument("--encoders", choices=pipeline.ENCODERS, default="gpu",
                        help=f"{pipeline.ENCODERS_HELP} (default: gpu)")

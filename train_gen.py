@@ -31,19 +31,19 @@ import data
 import feedback
 import flow_grpo
 import grpo
-import qwen_vl
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, hub, lora, pipeline, presets, weights
+from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
+PARTS = (*REWARDS, "own")  # what a weight may be given to
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
-    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
+    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
-    "reward_weights": (REWARDS, REWARDS, cli.weights_of(REWARDS), "e.g. emotion=1,pickscore=0.5"),
+    "reward_weights": (REWARDS, REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,pickscore=0.5"),
     "form": (("numbers",), ("numbers", "numbers", "words"), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
     "group": (8, 4, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
@@ -89,9 +89,8 @@ RARE = ("guided_pictures", "skip_last", "window", "window_within", "step_weights
         "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
         "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
-CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
-          "zero_spread",
-          "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
+CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
+          "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
 
 # --------------------------------------------------------------------------------------------------
 # Rollout: pictures of prompts, and their rewards
@@ -100,9 +99,10 @@ CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable",
 @dataclass
 class Models:
     generator: Generator
-    judge: qwen_vl.QwenVL | None
+    judge: object | None  # of pipeline.load_judge
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
+    own: object | None = None  # the function of --reward
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def draw(generator, samples, size, settings):
 def rewards_of(images, rows, models, reward_weights):
     """{part: [N] float64} of N PIL images and the rows they were drawn for.
 
-    emotion, pickscore and their weighted sum, total, are the rewards. The rest is only watched:
+    emotion, pickscore, own and their weighted sum, total, are the rewards. The rest is watched:
     |ΔV| and |ΔA| by judge and meter and the gap between these two, NaN for unreadable answers.
     """
     targets = torch.tensor([(row.v, row.a) for row in rows], dtype=torch.float64)  # [N,2]
@@ -229,6 +229,8 @@ def rewards_of(images, rows, models, reward_weights):
     if models.scorer is not None:
         scores = clip.pick_score(models.scorer, images, [row.neutral for row in rows])
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
+    if models.own is not None:
+        parts["own"] = own_reward.rewards(models.own, images, rows)
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         readings["meter"] = torch.tensor(measured, dtype=torch.float64)
@@ -373,7 +375,7 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    settings = vars(args) | {"rows": data.digest(rows)}
+    settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
@@ -452,7 +454,7 @@ def train(args, processes):
 
     if processes.first:
         with ema:
-            lora.save_lora(args.out / "adapter", model, models.generator.name)
+            lora.save_lora(args.out / "adapter", model, models.generator.name, diffusers=True)
         print(run.evaluations())
         print(args.out / "adapter")
     processes.wait()
@@ -461,13 +463,14 @@ def train(args, processes):
 
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
+    own = own_reward.load(args.reward)
     judge_source, scorer_source, adapter = (
         None if source == "none" else source
         for source in (args.judge, args.pickscore, args.init_adapter))
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, None, adapter),
               lora.files_with_base(judge_source),
               clip.files_of_pickscore(scorer_source) if scorer_source else [])
-    judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
+    judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)
@@ -485,7 +488,7 @@ def load_models(args, device):
     lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
     if args.init_adapter != "none":
         lora.fill_lora(adapter, generator.mmdit)
-    return Models(generator, judge, scorer, meter)
+    return Models(generator, judge, scorer, meter, own)
 
 
 def prompts_needed(start, rows, held_out, args, processes):
@@ -500,7 +503,7 @@ def prompts_needed(start, rows, held_out, args, processes):
 
 def summary(rewards, sums, deviation, norm, processes):
     """The log's figures of a step. rewards {part: [P,G]}; sums, deviation: of this process."""
-    names = {"total": "reward", "emotion": "reward_emotion", "pickscore": "reward_pickscore"}
+    names = {"total": "reward", **{name: f"reward_{name}" for name in PARTS}}
     means = {names.get(name, name): float(part.nanmean()) for name, part in rewards.items()}
     if "judge_v_error" in rewards:
         means["unreadable"] = float(rewards["judge_v_error"].isnan().double().mean())
@@ -515,6 +518,8 @@ def summary(rewards, sums, deviation, norm, processes):
 def parse_args(argv=None):
     parser = cli.training_parser(__doc__, SETTINGS, "runs/gen", GROUPS, RARE)
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
+    parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
+                        "weight: --reward-weights emotion=1,own=0.5")
     args = presets.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last
     limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
@@ -526,6 +531,8 @@ def parse_args(argv=None):
     for name, flag in (("emotion", "judge"), ("pickscore", "pickscore")):
         if name in args.reward_weights and getattr(args, flag) == "none":
             parser.error(f"--{flag} none, but --reward-weights has {name}: leave it out there")
+    if (args.reward is None) == ("own" in args.reward_weights):
+        parser.error("--reward FILE:FUNCTION and --reward-weights …,own=1: give both or neither")
     return args
 
 

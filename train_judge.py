@@ -315,6 +315,7 @@ def export(model, folder, args, processes):
     if args.lora:
         if processes.first:
             lora.save_lora(folder, model, args.model)
+            model.processor.save_pretrained(folder)
     else:
         make = partial(qwen_vl.QwenVL, model.config, model.processor)
         plain = sharding.whole(model, make, torch.bfloat16, processes.first)

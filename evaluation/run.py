@@ -30,7 +30,7 @@ from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
 from parts import cli, clip, hub, lora, pipeline, presets, weights
 from parts.cli import UserError, integer, number
-from parts.files import open_picture, read_json, whole_records, write_json
+from parts.files import open_picture, read_json, save_png, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
@@ -75,6 +75,15 @@ def draw_with(generator, form, args, judge, cases, seeds):
             seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
         r, i = feedback.best_of(rounds)  # of all rounds, by the judge that rewrites
         images.append(rounds[r].pictures[i].image)
+    return images
+
+
+def draw_and_keep(draw, folder, cases, seeds):
+    """draw(cases, seeds), whose pictures are also written as <id>.png, as --images reads them."""
+    images = draw(cases, seeds)
+    for image, case, seed in zip(images, cases, seeds, strict=True):
+        save_png(image, folder / f"{case.id}.png", neutral=case.neutral, valence=case.v,
+                 arousal=case.a, seed=seed)
     return images
 
 
@@ -168,6 +177,7 @@ def open_run(args, command, cases, generator):
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
         "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
     if generator is not None:
         facts["name"] = args.name or generator.name
@@ -193,11 +203,13 @@ def parse_args(argv):
         help="a file of cases, or how many of the miniature's (default: %(default)s)")
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="folder or hub id of a judge, once for each; the first one also gives the feedback")
+        help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
     add("--name", help="of the method in tables (default: that of the generator or the folder)")
+    add("--keep-pictures", action="store_true",
+        help="write each as <form>/<id>.png, for `rate` and `--images`")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
     cli.add_settings(parser, SETTINGS)
@@ -209,7 +221,7 @@ def complete(args):
     args.device = cli.device_of(args.device)
     judges = {}
     for i, text in enumerate(args.judge):
-        name, _, source = text.rpartition("=")  # [NAME=]SOURCE
+        name, source = re.fullmatch(r"(?:([^=/]*)=)?(.*)", text).groups()  # [NAME=]SOURCE
         judges[name or f"judge{i or ''}"] = source
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
@@ -266,6 +278,8 @@ def evaluate(args, command):
         draw = partial(draw_with, generator, form, args, first_judge)
         if args.images:
             draw = partial(read_pictures, args.images)
+        elif args.keep_pictures:
+            draw = partial(draw_and_keep, draw, out / form)
         measure(draw, cases, seeds, out / f"{form}.jsonl", instruments, args.micro, form)
     # 5. all figures, as a table and as JSON
     methods = tables.read_run(out)

@@ -224,6 +224,8 @@ def training_parser(doc, settings, out, groups, rare):
     made.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     made.add_argument("--checkpointing", action="store_true",
                       help="recompute activations: less memory, slower")
+    made.add_argument("--tensorboard", action="store_true",
+                      help="the log's figures for TensorBoard, too, in OUT/tensorboard")
     add_settings(made, settings, groups)
     made.fold(rare)
     return made

@@ -94,7 +94,7 @@ def kind_of(path):
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
         lora = b".lora_A." in path.open("rb").read(10**6)  # of the header's names
-        return "it is an adapter's file: give its folder as --adapter" if lora else ""
+        return "it is an adapter, as --adapter takes it" if lora else ""
     found = [kind for pattern, kind in KINDS if any(path.glob(pattern))]
     if found and not found[0] and (path / "config.json").exists():
         config = read_json(path / "config.json")
@@ -103,8 +103,12 @@ def kind_of(path):
     return found[0] if found else ""
 
 
+def as_json(value):
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, as_json(value))
 
 
 def write_rows(path, rows):
@@ -167,8 +171,11 @@ def open_picture(path):
 
 
 def png(image, **facts):
-    """The bytes of a PNG of a PIL image, with its facts as text chunks."""
+    """The bytes of a PNG of a PIL image, with its facts as text chunks; of a drawn picture also as
+    one text `parameters`, where image browsers and web interfaces of Stable Diffusion look."""
     info = PngInfo()
+    if {"prompt", "seed", "steps", "guidance", "model"} <= facts.keys():
+        facts = facts | {"parameters": parameters_of(image, facts)}
     for key, value in facts.items():
         info.add_itxt(key, str(value))
     content = io.BytesIO()
@@ -179,3 +186,21 @@ def png(image, **facts):
 def save_png(image, path, **facts):
     """Write a PNG with its facts as text chunks."""
     return write_whole(path, png(image, **facts))
+
+
+def parameters_of(image, facts):
+    """The facts of a drawn picture as AUTOMATIC1111's web interface writes them: a line with the
+    prompt, then one of names and values."""
+    told = {
+        "Steps": facts["steps"], "Sampler": "Euler", "CFG scale": facts["guidance"],
+        "Seed": facts["seed"], "Size": f"{image.width}x{image.height}", "Model": facts["model"]}
+    for name in ("valence", "arousal"):
+        if name in facts:
+            told[name.capitalize()] = facts[name]
+    shown = []
+    for name, value in told.items():
+        value = str(value)
+        # a mark that divides names and values is read as part of a value only in quotes
+        quoted = json.dumps(value, ensure_ascii=False) if set(",:\n") & set(value) else value
+        shown.append(f"{name}: {quoted}")
+    return facts["prompt"] + "\n" + ", ".join(shown)

@@ -29,6 +29,7 @@ import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import kind_of, read_json
+from parts.judge_server import JudgeServer, is_address
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 PAPER = "stabilityai/stable-diffusion-3.5-medium"
@@ -110,10 +111,11 @@ class Generator:
 def brought(device, *modules):
     """Within it the weights of frozen modules lie on a device, afterwards where they were.
 
-    Judge and generator may so take turns on a GPU that holds one of them. device None: all stay.
+    Judge and generator may so take turns on a GPU that holds one of them. device None: all stay; a
+    JudgeServer has no weights here.
     """
-    tensors = [tensor for module in modules if device is not None
-               for tensor in (*module.parameters(), *module.buffers())]
+    ours = [module for module in modules if device is not None and isinstance(module, torch.nn.Module)]
+    tensors = [tensor for module in ours for tensor in (*module.parameters(), *module.buffers())]
     waiting = [tensor.data for tensor in tensors]
     try:
         for tensor, own in zip(tensors, waiting, strict=True):
@@ -190,8 +192,8 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     use_t5: False leaves out T5, 4.8 of SD3.5-Medium's 7.9 billion parameters; zeros stand for it.
     encoders_from: folder or hub id of text encoders and scheduler; a single file has none.
     encoders: one of ENCODERS; "gpu" means `device`, and so does "leave", see `encode_and_free`.
-    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py or peft writes it, or folder
-        of a run of train_gen.py; it is merged into the weights.
+    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py, peft or diffusers writes it,
+        diffusers' file, or folder of a run of train_gen.py; it is merged into the weights.
     offload: the models wait in the host's memory and come to `device` for each batch, but for text
         encoders that are on the CPU or will leave.
     Raises UserError.
@@ -215,7 +217,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     name = name_of(source)
     if adapter is not None:
         adapter = weights.find(lora.adapter_in(adapter))
-        weights.index(adapter)
+        lora.read_adapter(adapter)
         name += f" with {name_of(adapter)}"
 
     # 2. read them; the encoders first, because their tokenizers are checked only here
@@ -265,13 +267,17 @@ def check_size(generator, size, source):
         raise UserError(f"--size {size}: {source} draws at most {limit} pixels")
 
 
-def load_judge(source, device, size, offload=False):
-    """The judge, a QwenVL, whose processor shrinks pictures of more than size × size pixels.
+def load_judge(source, device, size=None, offload=False):
+    """The judge: a QwenVL, or a JudgeServer if `source` is an address. Raises UserError.
 
-    Pictures of the size that is drawn need no more tokens than that. offload: as for
-    `load_generator`. Raises UserError.
+    size: pictures of more than size × size pixels are shrunk, if a QwenVL reads them, for those
+    that are drawn need no more tokens than that. offload: as for `load_generator`.
     """
+    if is_address(source):
+        return JudgeServer(source)
     judge = qwen_vl.QwenVL.from_pretrained(source, *home_of_weights(device, offload))
+    if size is None:
+        return judge
     limits = judge.processor.image
     max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
     judge.processor.image = replace(limits, max_pixels=max_pixels)
@@ -280,7 +286,7 @@ def load_judge(source, device, size, offload=False):
 
 def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True,
              offload=None):
-    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
+    """A judge as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
     from its own seed. batch: answers in one generation. offload: the device that the model comes to

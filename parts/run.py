@@ -52,7 +52,7 @@ from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
 DIGESTS = "digests.json"  # of a checkpoint's files
-NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
+NO_SETTINGS = {"out", "device", "evaluate", "tensorboard"}  # flags that say nothing of the training
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
@@ -275,6 +275,8 @@ class Run:
         self.records = []  # the log's lines
         self.skipped = 0  # steps in a row whose gradient was not finite
         self.warned = set()  # of what has been warned already
+        self.writer = None  # TensorBoard's
+        self.open_writer = summary_writer() if settings.get("tensorboard") else None
         self.lock()
         settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
         self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
@@ -355,6 +357,7 @@ class Run:
             if isinstance(value, float):
                 value = float(f"{value:.7g}") if math.isfinite(value) else None
             rounded[name] = value
+        self.show([rounded])
         again = bool(self.records) and self.records[-1]["step"] == rounded["step"]
         self.records[len(self.records) - again:] = [rounded]
         if self.processes.first and again:
@@ -372,8 +375,24 @@ class Run:
             if step:
                 cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
+        if self.open_writer and self.processes.first:
+            # written anew, so that it has what the log has, and nothing of steps that are undone
+            folder = self.folder / "tensorboard"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.writer = self.open_writer(str(folder))
+            self.show(self.records)
         self.processes.wait()
         return self.records[-1] if self.records else {"step": step}
+
+    def show(self, records):
+        """Give the figures of records to TensorBoard, if it was asked for."""
+        if self.writer is None:
+            return
+        for record in records:
+            for name in record.keys() - {"step"}:
+                if record[name] is not None:
+                    self.writer.add_scalar(name, record[name], record["step"])
+        self.writer.flush()
 
     def count_skipped(self, norm, batch):
         """1 if a step was skipped because the norm of its gradient is not finite, else 0.
@@ -414,14 +433,14 @@ class Run:
         return cli.markdown(rows)
 
     def save_adapter(self, model, base, ema):
-        """Write the averages as an adapter of the model `base` into adapters/, in a folder named
-        after the step that was logged last, with the figures of its evaluation, if it had one."""
+        """Write the averages as an adapter of the generator `base` into adapters/, in a folder
+        named after the step that was logged last, with the figures of its evaluation, if any."""
         record = self.records[-1]
         if self.processes.first and record["step"]:  # none before the first step
             folder = self.folder / "adapters" / f"{record['step']:08d}"
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
-                lora.save_lora(folder, model, base)
+                lora.save_lora(folder, model, base, diffusers=True)
 
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
@@ -513,6 +532,16 @@ class Run:
         if changed and self.processes.first:
             cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
         return bool(changed)
+
+
+def summary_writer():
+    """TensorBoard's class of writers. Raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard: not installed here ({error}); pip install tensorboard, or "
+                        f"leave it out: log.jsonl and curves.png have the same") from error
+    return SummaryWriter
 
 
 def draw_curves(records, keys, title):

@@ -218,6 +218,12 @@ def read_header(file):
     return entries
 
 
+def read_metadata(file):
+    """{name: text} that a safetensors file says of itself beside its tensors."""
+    with safe_open(file, "numpy") as opened:
+        return opened.metadata() or {}
+
+
 def shapes(views):
     """{tensor name: shape} of the file that `views` describe."""
     return {
@@ -374,10 +380,11 @@ def own_rows(tensor):
     return tensor.to_local(), min(before, tensor.shape[0])
 
 
-def save(path, views, dtype=None):
+def save(path, views, dtype=None, metadata=None):
     """Write the tensors that `views` describe to one safetensors file, whole or not at all.
 
     dtype: of the floating-point tensors in the file; None keeps the model's.
+    metadata: {name: text} that the file then says of itself.
     """
     tensors = {}
     for name, targets in views.items():
@@ -386,7 +393,8 @@ def save(path, views, dtype=None):
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         # Copies, because safetensors refuses tensors that share memory, as slices do.
         tensors[name] = tensor.to(kind, copy=True, memory_format=torch.contiguous_format)
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    metadata = {"format": "pt", **(metadata or {})}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def count_parameters(module):

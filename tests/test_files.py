@@ -156,3 +156,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda *names: (order.append("name"), replace(*names)))
     files.write_whole(tmp_path / "a.txt", "a")
     assert order == ["sync", "name", "sync"]
+
+
+def test_facts_of_a_drawn_picture_stand_in_one_text_too_and_odd_values_in_quotes(tmp_path):
+    facts = {"prompt": "a swan, dark: calm", "seed": 3, "steps": 25, "guidance": 4.5, "model": 'my, "own": model'}
+    files.save_png(Image.new("RGB", (64, 48)), tmp_path / "a.png", **facts)
+    prompt, said = Image.open(tmp_path / "a.png").text["parameters"].split("\n")
+    assert prompt == facts["prompt"]
+    assert said == ('Steps: 25, Sampler: Euler, CFG scale: 4.5, Seed: 3, Size: 64x48, Model: "my, \\"own\\": model"')
+    files.save_png(Image.new("RGB", (64, 48)), tmp_path / "b.png", prompt="x", seed=3)
+    assert "parameters" not in Image.open(tmp_path / "b.png").text

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 import data
+from parts import lora
 from parts.cli import UserError
+from parts.files import write_json
 from parts.pipeline import (
     TINY,
     PromptCache,
@@ -65,6 +69,82 @@ def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
     theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=8, guidance_scale=4.5, height=128, width=128,
                                max_sequence_length=generator.encoders.t5_tokens)
     assert difference(generator.draw([prompt], [0], 128, steps=8, noise=noise), theirs) <= 2
+
+
+OFFICIAL = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",  # Flow-GRPO's own code
+            "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
+
+
+def both_pictures(pipeline, generator):
+    """(ours, diffusers') of one prompt and noise."""
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    prompt = "a dark horse at night"
+    theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=3, guidance_scale=2.0, height=64, width=64)
+    return generator.draw([prompt], [0], 64, steps=3, guidance=2.0, noise=noise), theirs
+
+
+@pytest.fixture(scope="module")
+def plain_picture(folder):
+    return load_generator(folder).draw(["a dark horse at night"], [0], 64, steps=3, guidance=2.0, noise=torch.randn(
+        1, 16, 8, 8, generator=torch.Generator().manual_seed(3)))
+
+
+@torch.no_grad()
+def liven(parameters):
+    generator = torch.Generator().manual_seed(1)
+    for p in parameters:
+        p.copy_(0.15 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_diffusers_draws_the_same_picture_with_an_adapter_of_ours(folder, plain_picture, tmp_path, dual):
+    model = load_generator(folder).mmdit
+    lora.add_lora(model, model.lora_targets(dual), 4, 12.0)
+    liven(p for p in model.parameters() if p.requires_grad)
+    lora.save_lora(tmp_path / "both", model, folder, diffusers=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path / "both")
+    ours, theirs = both_pictures(pipeline, load_generator(folder, adapter=tmp_path / "both"))
+    assert difference(ours, theirs) <= 2 and difference(ours, plain_picture) > 20
+    # the folder without peft's files, and the file alone
+    (tmp_path / "one").mkdir()
+    file = (tmp_path / "both" / lora.DIFFUSERS_FILE).rename(tmp_path / "one" / lora.DIFFUSERS_FILE)
+    for source in (tmp_path / "one", file):
+        alone = load_generator(folder, adapter=source)
+        assert torch.equal(both_pictures(pipeline, alone)[0], ours)
+
+
+@pytest.mark.parametrize("targets, alpha, said", [
+    (OFFICIAL, 2, True), (OFFICIAL, 4, False), (["to_q", "attn.to_v", "attn.to_add_out"], 12, True)])
+def test_an_adapter_of_diffusers_and_of_peft_gives_us_the_same_picture(
+        folder, plain_picture, tmp_path, targets, alpha, said):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    transformer = pipeline.transformer
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    liven(p for name, p in transformer.named_parameters() if "lora_" in name)
+    tensors = get_peft_model_state_dict(transformer)
+    # Without peft's configuration in it a file means that alpha is the rank.
+    metadata = _collate_lora_metadata({"transformer": transformer}) if said else {}
+    pipeline.save_lora_weights(tmp_path / "diffusers", tensors, **metadata)
+    config = transformer.peft_config["default"].to_dict()
+    write_json(tmp_path / "peft" / "adapter_config.json", config | {"target_modules": targets})
+    save_file({f"base_model.model.{name}": t for name, t in tensors.items()},
+              tmp_path / "peft" / "adapter_model.safetensors")
+    for name in ("diffusers", "peft"):
+        ours, theirs = both_pictures(pipeline, load_generator(folder, adapter=tmp_path / name))
+        assert difference(ours, theirs) <= 2 and difference(ours, plain_picture) > 20
+
+
+def test_an_adapter_that_also_changes_text_encoders_is_refused(folder, tmp_path):
+    tensors = {name: torch.ones(shape) for name, shape in (
+        ("transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight", (4, 64)),
+        ("transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight", (64, 4)),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", (64, 4)))}
+    save_file(tensors, tmp_path / lora.DIFFUSERS_FILE)
+    with pytest.raises(UserError, match="unexpected 'text_encoder.text_model"):
+        load_generator(folder, adapter=tmp_path)
 
 
 def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):

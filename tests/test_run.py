@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,3 +294,65 @@ def test_a_run_says_how_much_is_trained_and_by_how_many_threads():
     said = sizes(model, ALONE)
     assert said == f"1.00 M trained of 2.0 M, on 1 × cpu, {torch.get_num_threads()} threads each"
     assert sizes(model, Processes(0, 8, torch.device("cuda"))) == "1.00 M trained of 2.0 M, on 8 × cuda"
+
+
+class Board:
+    """TensorBoard's writer, as far as it is used: {(name, step): values in the order written}."""
+
+    def __init__(self, folder):
+        self.folder, self.shown = folder, {}
+        Path(folder).mkdir(parents=True)
+
+    def add_scalar(self, name, value, step):
+        self.shown.setdefault((name, step), []).append(value)
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_shows_what_the_log_has_and_nothing_of_steps_that_are_undone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    run = make(tmp_path, tensorboard=True)
+    run.read_log(0)
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": step / 2, "kl": math.nan})
+    assert run.writer.folder == str(tmp_path / "tensorboard")
+    assert run.writer.shown == {("loss", 1): [0.5], ("loss", 2): [1.0], ("loss", 3): [1.5]}
+    run.lock_file.close()
+    again = make(tmp_path, tensorboard=True)  # goes on after step 1; the old files would still show 2 and 3
+    again.read_log(1)
+    again.log({"step": 2, "loss": 7.0})
+    assert again.writer.shown == {("loss", 1): [0.5], ("loss", 2): [7.0]}
+    again.lock_file.close()
+    assert make(tmp_path).writer is None  # the flag is no setting: without it the same run goes on
+
+
+def test_tensorboard_where_it_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard: not installed here .*; pip install tensorboard, or leave it out"):
+        make(tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+READ_BY_TENSORBOARD = """
+import sys, torch
+from parts.run import Processes, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+folder = sys.argv[1]
+for done, first in ((0, 1), (1, 10)):
+    run = Run(folder, {"tensorboard": True}, Processes(0, 1, torch.device("cpu")))
+    run.read_log(done)
+    for step in range(done + 1, 4):
+        run.log({"step": step, "loss": float(first * step)})
+    run.lock_file.close()
+events = EventAccumulator(f"{folder}/tensorboard").Reload()
+print([(event.step, event.value) for event in events.Scalars("loss")])
+"""
+
+
+@pytest.mark.slow
+def test_tensorboard_itself_reads_the_figures(tmp_path):
+    """Needs tensorboard, in this Python or in the one of $OTHER_PYTHON."""
+    python = os.environ.get("OTHER_PYTHON", sys.executable)
+    read = subprocess.run([python, "-c", READ_BY_TENSORBOARD, str(tmp_path)], capture_output=True, text=True)
+    assert read.stdout.strip() == "[(1, 1.0), (2, 20.0), (3, 30.0)]", read.stderr[-2000:]

@@ -47,6 +47,8 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["prompt"] == data.with_words(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
+    assert image.text["parameters"] == (f"{image.text['prompt']}\nSteps: {facts['steps']}, Sampler: Euler, CFG scale: 4.5, Seed: 4, "
+                                        "Size: 128x128, Model: tiny/weights with tiny/weights/adapter, Valence: 7.0, Arousal: 3.0")
     assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
@@ -219,8 +221,8 @@ def test_the_miniature_says_which_words_it_never_learned(tmp_path, capsys):
 @pytest.mark.parametrize("flag, kind, message", [
     ("--model", "adapter", "it is an adapter, as --adapter takes it"), ("--model", "judge", "it is a judge, as --judge takes it"),
     ("--judge", ".", "it is a whole generator, as --model takes it"), ("--adapter", "judge", "it is a judge"),
-    ("--model", "adapter/adapter_model.safetensors", "it is an adapter's file: give its folder as --adapter"),
-    ("--adapter", "adapter/adapter_model.safetensors", "give its folder as --adapter"), ("--model", "clip", "it is a 'clip'")])
+    ("--model", "adapter/adapter_model.safetensors", "it is an adapter, as --adapter takes it"),
+    ("--model", "clip", "it is a 'clip'")])
 def test_a_folder_in_the_wrong_place_is_told_what_it_is(flag, kind, message, tmp_path, capsys):
     assert run("--v", 5, "--a", 5, flag, TINY / kind, "--out", tmp_path) == 2
     err = capsys.readouterr().err

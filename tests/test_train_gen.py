@@ -60,6 +60,8 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     assert config["r"] == 32 and "transformer_blocks.0.attn.to_q" in config["target_modules"]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+    for_diffusers = load_file(out / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(for_diffusers[name.replace("base_model.model", "transformer")], t) for name, t in tensors.items())
 
 
 def test_every_checkpoint_and_evaluation_leaves_the_averaged_adapter(unbroken):

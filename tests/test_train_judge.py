@@ -147,6 +147,8 @@ def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dat
     finish(start(dataset, out, *SMALL, "--steps", 2, "--lora", "--lr", "1e-2"))
     config = json.loads((out / "judge" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):  # for servers of models
+        assert (out / "judge" / name).read_bytes() == (train_judge.TINY / name).read_bytes()
     judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))
     qkv, before = (each.model.layers[0].self_attn.qkv_proj.weight for each in (judge, base))
     assert not torch.equal(qkv, before)

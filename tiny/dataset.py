@@ -18,9 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
-from parts import cli
+from parts import cli, imagefolder
 from parts.cli import UserError
-from parts.files import write_rows
 from tiny import scenes
 
 
@@ -31,7 +30,7 @@ def tiny_row(out, split, labels, seed):
     v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
     row = {
         "id": f"{split}_{seed}",
-        "image": f"images/{split}_{seed}.png",
+        "image": imagefolder.place_of(split, f"{split}_{seed}", ".png"),
         "label": nearest_emotion(v, a),
         "v": round(v, 4),
         "a": round(a, 4),
@@ -52,15 +51,15 @@ def write_tiny(out, train, test, labels="true", seed=0):
     labels: V and A of the training rows; "true" those of the scene, "drawn" from the Gaussians of
     its class, as the paper labels its pictures (§4.1). Those of the test rows are always true.
     """
-    (out / "images").mkdir(parents=True, exist_ok=True)
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
         draw = partial(tiny_row, out, split, labels)
         # processes, because drawing holds the interpreter lock
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             rows = pool.map(draw, range(start, start + count), chunksize=16)
             rows = list(tqdm(rows, split, count))
-        write_rows(out / f"{split}.jsonl", rows)
+        imagefolder.write_split(out, split, rows)
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from parts import cli
+from parts import cli, lora
 from parts.files import read_json
 from tiny.dataset import write_tiny
 from tiny.judge_study import check_supervised, run_missing
@@ -83,8 +83,9 @@ def study(args, extra):
         for folder, flags in ROWS.values():
             runs.append(run_of(folder, flags, seed, args.cases, extra))
     run_missing(runs, args.jobs, "generators")
-    # the adapter that sample.py draws with
-    shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True)
+    # the adapter that sample.py draws with; once, as the miniature's weights may have 24 MiB
+    shutil.copytree(STUDY / f"both_seed{SEEDS[0]}" / "adapter", SHIPPED, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns(lora.DIFFUSERS_FILE))
 
     # 3. the table
     rows = [("rewards", *FIGURES.values())]
