@@ -72,7 +72,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
-    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
+    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
     "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
@@ -85,7 +85,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
 GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
-RARE = ("guided_pictures", "skip_last", "window", "window_within", "step_weights",
+RARE = ("tensorboard", "guided_pictures", "skip_last", "window", "window_within", "step_weights",
         "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
         "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")

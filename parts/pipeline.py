@@ -114,7 +114,7 @@ def brought(device, *modules):
     Judge and generator may so take turns on a GPU that holds one of them. device None: all stay; a
     JudgeServer has no weights here.
     """
-    ours = [module for module in modules if isinstance(module, torch.nn.Module) and device]
+    ours = [module for module in modules if device and hasattr(module, "parameters")]
     tensors = [tensor for module in ours for tensor in (*module.parameters(), *module.buffers())]
     waiting = [tensor.data for tensor in tensors]
     try:
