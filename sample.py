@@ -109,8 +109,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
-    group.add_argument("--play", action="store_true", help="serve a page to click targets in, which "
-                       "begins with --v, --a and --prompt")
+    group.add_argument("--play", action="store_true", help="serve a page to click targets in, "
+                       "which begins with --v, --a and --prompt")
     server.add_port(group)
     args = presets.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)

@@ -464,12 +464,8 @@ def train(args, processes):
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
     own = own_reward.load(args.reward)
-    judge_source, scorer_source, adapter = (
-        None if source == "none" else source
-        for source in (args.judge, args.pickscore, args.init_adapter))
-    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, None, adapter),
-              lora.files_with_base(judge_source),
-              clip.files_of_pickscore(scorer_source) if scorer_source else [])
+    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
+              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
     judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":

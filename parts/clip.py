@@ -429,7 +429,9 @@ def pickscore_processor(source):
 
 
 def files_of_pickscore(source):
-    """What `load_pickscore` reads, for hub.fetch."""
+    """What `load_pickscore` reads, for hub.fetch; of the source "none" nothing."""
+    if source == "none":
+        return []
     return [(source, ["*"]), (pickscore_processor(source), ["*.txt", "*.json"])]
 
 

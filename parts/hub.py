@@ -41,8 +41,8 @@ def is_hub_id(source):
 def fetch(*wishes):
     """Download what is not here yet of all hub ids among the wishes; nothing, if one is refused.
 
-    wishes: lists of (source, patterns of its files). Sources that are None or no hub ids are passed
-    over; who loads them tells what is wrong. Raises UserError.
+    wishes: lists of (source, patterns of its files). Sources that are None, "none" or no hub
+    ids are passed over; who loads them tells what is wrong. Raises UserError.
     """
     patterns = {}  # {hub id: all that is wanted of it}
     for source, wanted in (wish for each in wishes for wish in each):
