@@ -4,20 +4,18 @@
     python -m tiny.dataset --out tiny/cache/drawn --labels drawn       # labelled as in the paper
 """
 
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
 from parts import cli
 from parts.cli import UserError
 from parts.files import write_rows
 from tiny import scenes
+from tiny.pool import on_all_cores
 
 
 def tiny_row(out, split, labels, seed):
@@ -52,10 +50,7 @@ def write_tiny(out, train, test, labels="true", seed=0):
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
         draw = partial(tiny_row, out, split, labels)
-        # processes, because drawing holds the interpreter lock
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = pool.map(draw, range(start, start + count), chunksize=16)
-            rows = list(tqdm(rows, split, count))
+        rows = on_all_cores(draw, range(start, start + count), split)
         write_rows(out / f"{split}.jsonl", rows)
 
 

@@ -19,10 +19,8 @@ reward feedback is to correct.
 
 import json
 import math
-import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,6 +41,7 @@ from parts.cli import UserError
 from parts.files import write_whole
 from tiny import lessons, publish, scenes
 from tiny.initialise import initialise
+from tiny.pool import on_all_cores
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "cache"
@@ -79,9 +78,7 @@ def draw_row(seed):
 
 def draw_rows(first, count):
     """The rows of `count` seeds, drawn by all cores."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(draw_row, range(first, first + count), chunksize=16)
-        yield from tqdm(rows, "scenes", count)
+    return on_all_cores(draw_row, range(first, first + count), "scenes")
 
 
 def make_data(args):
