@@ -8,12 +8,15 @@ Errors are one line on standard error that names the input, what was expected an
 """
 
 import argparse
+import errno
 import math
 import re
 import sys
 from pathlib import Path
 
 import torch
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a quota or a file that is full
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from parts.cli import UserError
+from parts.cli import FULL, UserError
 from parts.files import read_json, write_whole
 
 DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing without their scales
@@ -85,7 +85,7 @@ def root(source, wanted):
 def download(hub_id, wanted):
     """The local folder of a hub repository; files that match a pattern are fetched into it."""
     # Imported here, because it takes long and most runs read local files.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     # The same weights in other formats and in half precision.
     unwanted = ["*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
@@ -99,11 +99,14 @@ def download(hub_id, wanted):
         raise UserError(
             f"{hub_id}: neither a local path nor a hub repository you can read; check the "
             f"spelling, or run `hf auth login`") from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # also: not in the cache, offline
+    except Exception as error:  # what fetches from the hub raises errors of several libraries
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, constants.HF_HUB_CACHE) from error
         raise UserError(
-            f"{hub_id}: not on this machine and the hub cannot be reached ({reason}); connect to "
-            f"the network, or download it elsewhere and give its folder") from error
+            f"{hub_id}: the hub cannot be reached, or broke off ({reason}); what came whole is "
+            f"kept, and the same command goes on with the rest; or download it elsewhere and give "
+            f"its folder") from error
 
 
 LIMITS = {  # greatest values of a config.json that a model could have; 10⁹ layers would never end
