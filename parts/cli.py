@@ -179,7 +179,8 @@ def device_of(wish):
 
 
 def run_program(work, stopped="stopped; the same command goes on where it was"):
-    """The exit code of work(): 2 for what the user can mend, 130 for Ctrl-C, each with its line."""
+    """The exit code of work(): 2 for what the user can mend, 1 for a full disk, 130 for Ctrl-C,
+    each with its line."""
     try:
         return work() or 0  # a program without an exit code of its own ended well
     except torch.OutOfMemoryError as error:
@@ -187,7 +188,22 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
         say(f"error: the GPU has too little memory ({reason}); try what the program has of "
             f"--checkpointing, a smaller --micro or --size, --encoders leave; or --device cpu")
         return 2
-    except (UserError, OSError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # torch has no kind of its own for memory that a CPU's allocator did not get
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        say("error: this machine has too little memory; try what the program has of "
+            "--checkpointing, a smaller --micro or --size")
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            say(f"error: {error}")
+            return 2
+        # of a copy the second name is that of the file to be written
+        say(f"error: {error.filename2 or error.filename or 'a file'}: cannot be written "
+            f"({error.strerror}); make room there, and give the same command again")
+        return 1
+    except UserError as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:

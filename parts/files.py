@@ -1,15 +1,18 @@
 """Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
 
+import errno
 import json
 import math
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from parts.cli import UserError
+from parts.cli import FULL, UserError
 
 UMASK = os.umask(0o022)  # what new files leave out of their rights; asking for it sets it
 os.umask(UMASK)
@@ -23,20 +26,30 @@ def write_whole(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if callable(content):
-        content(temporary)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        temporary.write_text(content, encoding="utf-8")
-    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
-    # On the disk before it has its name: after a power cut a file could else be there, and empty.
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        with naming(path):
+            fill(temporary, content)
+    except Exception:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
     sync_folder(path.parent)
     return path
+
+
+def fill(path, content):
+    """Write text, bytes, or what content(path) writes, down to the disk."""
+    if callable(content):
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    os.chmod(path, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
+    # On the disk before it has its name: after a power cut a file could else be there, and empty.
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder):
@@ -45,6 +58,34 @@ def sync_folder(folder):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+@contextmanager
+def naming(path):
+    """Within it a disk's refusal to write is an OSError that names `path`.
+
+    Python leaves the name out; safetensors and torch tell the reason in errors of their own kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def refusal(error):
+    """The system's number of a full or failing disk, from an error or what led to it, or None."""
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors quotes it
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (*FULL, errno.EIO):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -68,8 +109,15 @@ def write_json(path, value):
 
 
 def write_rows(path, rows):
-    """Write JSON lines."""
+    """Write a file of JSON lines."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_rows(path, rows):
+    """Write JSON lines at the end of a file, in one piece."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(lines)
 
 
 def read_records(path, until=math.inf):

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from parts import checkpoints, cli, lora
 from parts.cli import UserError
 from parts.files import (
+    append_rows,
     open_picture,
     read_json,
     read_records,
@@ -353,8 +354,7 @@ class Run:
         if self.processes.first and again:
             write_rows(self.log_path, self.records)
         elif self.processes.first:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rounded) + "\n")
+            append_rows(self.log_path, [rounded])
 
     def read_log(self, step):
         """Take up the log of a run that goes on after `step`, and return that step's record; lines

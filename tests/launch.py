@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,17 @@ def finish(process, code=0):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == code, output[-3000:]
     return output
+
+
+@contextmanager
+def full_disk(size):
+    """Within it no file of this process can grow beyond so many bytes; the system refuses it as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal that comes with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def log_of(out):

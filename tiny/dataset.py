@@ -13,7 +13,7 @@ import numpy as np
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
 from parts import cli
 from parts.cli import UserError
-from parts.files import write_rows
+from parts.files import naming, write_rows
 from tiny import scenes
 from tiny.pool import on_all_cores
 
@@ -31,7 +31,8 @@ def tiny_row(out, split, labels, seed):
         "a": round(a, 4),
         "neutral": scenes.neutral_caption(scene),
     }
-    scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
+    with naming(out / row["image"]):
+        scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
     # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
