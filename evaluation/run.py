@@ -29,7 +29,7 @@ from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
 from parts import cli, clip, lora, weights
 from parts.cli import UserError, integer, number
-from parts.files import append_rows, open_picture, read_json, whole_records, write_json
+from parts.files import append_rows, lock, open_picture, read_json, whole_records, write_json
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
@@ -176,6 +176,9 @@ def open_run(args, command, cases, generator):
         for key in ("size", "sample_steps", "guidance", "rounds", "n", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
+    if not lock(out / ".lock"):
+        raise UserError(f"{out}: another evaluation is writing there; wait for its end, or give "
+                        f"another --out")
     before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
     changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
     if changed:

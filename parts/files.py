@@ -16,6 +16,7 @@ from parts.cli import FULL, UserError
 
 UMASK = os.umask(0o022)  # what new files leave out of their rights; asking for it sets it
 os.umask(UMASK)
+LOCKED = []  # open files, see `lock`
 
 
 def write_whole(path, content):
@@ -86,6 +87,25 @@ def refusal(error):
             return number
         error = error.__cause__ or error.__context__
     return None
+
+
+def lock(path):
+    """Whether this process now has a file for itself, until it ends, however it ends.
+
+    Where the system knows no such locks, as Windows, that is always taken to be so.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    LOCKED.append(file)  # closing it would give the lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------

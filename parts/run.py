@@ -14,7 +14,6 @@ processes. No state of a random generator is stored: every step derives its seed
 seed and its own number.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -37,6 +36,7 @@ from parts import checkpoints, cli, lora
 from parts.cli import UserError
 from parts.files import (
     append_rows,
+    lock,
     open_picture,
     read_json,
     read_records,
@@ -286,14 +286,7 @@ class Run:
 
     def lock(self):
         """Make this run the only one that writes into its folder, until its process ends."""
-        held = False
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.folder / ".lock", "w")
-            try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                held = True
+        held = self.processes.first and not lock(self.folder / ".lock")
         if self.processes.total({"held": held})["held"]:
             raise UserError(f"{self.folder}: another run is writing there; wait for its end, or "
                             f"choose another --out")

@@ -43,6 +43,20 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@contextmanager
+def locked(path):
+    """Within it another process has locked the file; BlockingIOError if this one has it already."""
+    code = ("import fcntl, sys\n"
+            "try: fcntl.lockf(file := open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+            "except OSError: sys.exit()\n"
+            "print('locked', flush=True); sys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        if other.stdout.readline() != "locked\n":
+            raise BlockingIOError(path)
+        yield
+        other.kill()  # which gives the lock up
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

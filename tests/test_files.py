@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from evaluation import rate
 from parts import checkpoints, files, weights
 from parts.cli import UserError
-from tests.launch import full_disk
+from tests.launch import full_disk, locked
 from tiny import pretrain
 
 
@@ -193,3 +193,9 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
 
     with pytest.raises(ZeroDivisionError):
         files.write_whole(tmp_path / "a.txt", fail)
+
+
+def test_a_file_is_locked_until_the_process_ends(tmp_path):
+    with locked(tmp_path / ".lock"):
+        assert not files.lock(tmp_path / ".lock")
+    assert files.lock(tmp_path / ".lock") and files.lock(tmp_path / "new" / ".lock")

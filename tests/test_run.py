@@ -4,10 +4,7 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +24,7 @@ from parts.run import (
     sizes,
     start_processes,
 )
+from tests.launch import locked
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -121,18 +119,11 @@ def test_a_judge_that_answers_garbage_is_noticed_once(tmp_path, capsys):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path):
-    code = (f"import sys, torch; sys.path.insert(0, {str(Path.cwd())!r})\n"
-            "from parts.run import Processes, Run\n"
-            f"run = Run({str(tmp_path)!r}, {{}}, Processes(0, 1, torch.device('cpu')))\n"
-            "print('runs', flush=True); sys.stdin.read()\n")
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "runs\n"
-        with pytest.raises(UserError, match="another run is writing there"):
-            make(tmp_path)
-    finally:
-        other.communicate()
-    make(tmp_path)  # it has ended
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another run is writing there"):
+        make(tmp_path)
+    make(tmp_path)  # the other has ended
+    with pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
+        pass
 
 
 def test_a_start_that_fails_leaves_no_settings(tmp_path):
