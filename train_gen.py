@@ -364,7 +364,7 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    settings = vars(args) | {"rows": data.digest(rows)}
+    settings = vars(args) | {"rows": data.digest(rows), "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit

@@ -324,7 +324,8 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    settings = vars(args) | {"rows": data.digest(rows)}
+    files = {"model": weights.fingerprint(lora.with_base(args.model))}
+    settings = vars(args) | {"rows": data.digest(rows), "files": files}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, GRPO")
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)

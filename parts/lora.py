@@ -20,7 +20,7 @@ from torch import nn
 from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
-from parts.weights import index, load, own_rows, save
+from parts.weights import find, index, load, own_rows, save
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -156,6 +156,14 @@ def base_of(folder):
         seen.add(path.parent.resolve())
         following = str(read_json(path).get("base_model_name_or_path"))
     return base
+
+
+def with_base(source):
+    """[local paths] of a model, or of an adapter and the models that it leads to."""
+    paths = [find(source)]
+    while (base := base_of(paths[-1])) is not None:
+        paths.append(find(base))
+    return paths
 
 
 def adapter_in(source):

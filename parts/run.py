@@ -53,6 +53,7 @@ NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the tra
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
+START_ONLY = {"init_adapter"}  # models that a run with a checkpoint has no more need of
 SKIPS = 3  # steps in a row without a finite gradient that end a run
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
@@ -254,7 +255,8 @@ class Run:
 
     settings: written to settings.json, by `read_log`, when all that can fail at the start has been
     done. A run that goes on must have the same values, but for those of MAY_CHANGE; else UserError,
-    as if another run is writing into the folder. curves: keys of the log. title: above the curves.
+    as if another run is writing into the folder. One of them may be files, {flag of a model:
+    weights.fingerprint}. curves: keys of the log. title: above the curves.
     """
 
     def __init__(self, folder, settings, processes, curves=(), title=""):
@@ -275,14 +277,7 @@ class Run:
         self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
         path = self.folder / "settings.json"
         if path.exists():
-            before = read_json(path)
-            changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE)
-                       if before.get(name) != self.settings[name]]
-            if changed:
-                held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-                given = ", ".join(repr(self.settings[name]) for name in changed)
-                raise UserError(f"{folder} holds a run with {held}, not {given}; choose another "
-                                f"--out, or repeat its settings to go on")
+            self.compare(read_json(path))
 
     def lock(self):
         """Make this run the only one that writes into its folder, until its process ends."""
@@ -290,6 +285,32 @@ class Run:
         if self.processes.total({"held": held})["held"]:
             raise UserError(f"{self.folder}: another run is writing there; wait for its end, or "
                             f"choose another --out")
+
+    def compare(self, before):
+        """Raise UserError unless the settings of the run in the folder, `before`, are this run's,
+        and so are the files of its models, as far as it still reads them."""
+        # 1. settings
+        changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE - {"files"})
+                   if before.get(name) != self.settings[name]]
+        if changed:
+            held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
+            given = ", ".join(repr(self.settings[name]) for name in changed)
+            raise UserError(f"{self.folder} holds a run with {held}, not {given}; choose another "
+                            f"--out, or repeat its settings to go on")
+        # 2. files
+        files = self.settings.get("files", {})
+        if "files" not in before:  # of a run before their fingerprints were kept
+            if files and self.processes.first:
+                cli.say(f"{self.folder}: does not say of which files its models were; those there "
+                        f"are now are taken, and kept in mind")
+            return
+        read = files.keys() - (START_ONLY if self.checkpoints() else set())
+        changed = [name for name in sorted(read) if before["files"].get(name) != files[name]]
+        if changed:
+            named = ", ".join(f"--{name.replace('_', '-')} {self.settings[name]}"
+                              for name in changed)
+            raise UserError(f"{self.folder} holds a run with other files of {named}; put those "
+                            f"back, or choose another --out")
 
     def __enter__(self):
         # those that stood before come back when the block ends, so that Ctrl-C works as usual then
@@ -408,7 +429,6 @@ class Run:
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
                 lora.save_lora(folder, model, base)
-
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
         if self.processes.first:

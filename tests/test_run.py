@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from argparse import Namespace
 
@@ -137,6 +138,25 @@ def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     make(tmp_path, save_every=7)
     with pytest.raises(UserError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
         make(tmp_path, lr=0.2)
+
+
+def test_a_folder_goes_on_with_the_same_files_of_models_only(tmp_path, capsys):
+    settings = {"judge": "some/judge", "init_adapter": "an/adapter"}
+    run = make(tmp_path, **settings)
+    run.read_log(0)
+    run.save(2, {})
+    before = {"judge": "12ab", "init_adapter": "34cd"}
+    make(tmp_path, **settings, files=before).read_log(2)  # a run of an older version, which has kept none
+    assert "does not say of which files its models were; those there are now are taken" in capsys.readouterr().err
+    make(tmp_path, **settings, files=before)
+    make(tmp_path, **settings, files={**before, "init_adapter": "now another"})  # the checkpoint has replaced it
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a run with other files of --judge some/judge; put those back") as raised:
+        make(tmp_path, **settings, files={**before, "judge": "56ef"})
+    assert "\n" not in str(raised.value)
+    shutil.rmtree(tmp_path / "checkpoint-00000002")
+    with pytest.raises(UserError, match="other files of --init-adapter an/adapter;"):
+        make(tmp_path, **settings, files={**before, "init_adapter": "now another"})
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):

@@ -17,7 +17,7 @@ import feedback
 import grpo
 import train_gen
 from parts import lora, pipeline
-from parts.files import read_json, read_records
+from parts.files import read_json, read_records, write_json
 from parts.pipeline import to_images
 from parts.run import Processes
 from tests import launch
@@ -174,6 +174,22 @@ def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
     args = ["--data", str(tmp_path / "dataset"), "--out", str(tmp_path / "run"), *SMALL, "--steps", "6"]
     assert train_gen.main(args) == 2
     assert "holds a run with rows '" in capsys.readouterr().err
+
+
+def test_another_judge_in_the_same_folder_is_noticed_and_a_run_of_an_older_version_goes_on(dataset, unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out)
+    settings = read_json(out / "settings.json")
+    assert settings["files"].keys() == {"model", "judge", "pickscore"}
+    write_json(out / "settings.json", settings | {"files": settings["files"] | {"judge": "of another"}})
+    args = ["--data", str(dataset), "--out", str(out), *SMALL, "--steps", "5"]
+    assert train_gen.main(args) == 2
+    error = capsys.readouterr().err
+    assert f"holds a run with other files of --judge {settings['judge']}; put those back" in error and error.count("\n") == 1
+    del settings["files"]
+    write_json(out / "settings.json", settings)
+    assert train_gen.main(args) == 0 and "does not say of which files its models were" in capsys.readouterr().err
+    assert train_gen.main(args) == 0 and "does not say" not in capsys.readouterr().err
 
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):

@@ -72,6 +72,15 @@ def same_end(out, unbroken):
     assert without_times(log_of(out)) == without_times(log_of(unbroken))
 
 
+def test_another_model_in_the_same_folder_is_noticed(dataset, unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"files": {"model": "of another"}}))
+    assert train_judge.main(["--data", str(dataset), "--out", str(out), *SMALL, "--steps", "5"]) == 2
+    assert f"holds a run with other files of --model {train_judge.TINY}; put those back" in capsys.readouterr().err
+
+
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
     killed = launch.kill_inside_second_checkpoint("train_judge", dataset, out, *SMALL, "--steps", 5)

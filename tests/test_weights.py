@@ -1,13 +1,14 @@
 """Finding, checking, reading and writing safetensors."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import httpx2
+import pytest
 import torch
 from huggingface_hub import errors
 from hypothesis import given, settings
@@ -215,7 +216,6 @@ def test_hub_errors_say_what_to_do(monkeypatch, kind, advice):
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_is_asked_for_one_component_without_half_precision_copies(monkeypatch, tmp_path):
 @pytest.mark.parametrize("error", [
     httpx2.RemoteProtocolError("peer closed connection without sending complete message body (received 5 bytes, expected 9)"),
     httpx2.ReadTimeout("The read operation timed out"), RuntimeError("Data processing error: CAS service error"),
@@ -255,6 +255,7 @@ def test_a_fingerprint_tells_models_by_header_values_and_configuration_and_not_b
     assert len({first, *others}) == 6
 
 
+def test_the_hub_is_asked_for_one_component_without_half_precision_copies(monkeypatch, tmp_path):
     (tmp_path / "vae").mkdir()
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or str(tmp_path))
