@@ -371,10 +371,12 @@ def train(args, processes):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = training.EMA(trained, args.ema)
-    done = run.load(checkpoints.state_of(optimizer, ema), args.steps)
+    state = checkpoints.state_of(optimizer, ema)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
+    run.say_disk(state, lora.file_size(model), args, on_the_way=True)
     if args.encoders == "leave":
         needed = prompts_needed(done, rows, held_out, args, processes)
         models.generator.encoders.encode_and_free(needed, progress=processes.first)

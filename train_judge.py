@@ -331,10 +331,13 @@ def train(args, processes):
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    done = run.load(checkpoints.state_of(optimizer), args.steps)
+    state = checkpoints.state_of(optimizer)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} pictures, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} answers")
+    run.say_disk(state, lora.file_size(model) if args.lora else 2 * weights.count_parameters(model),
+                 args)
     record = run.read_log(done)
     # a new run, or one that was stopped in an evaluation
     if training.evaluation_due(done, args) and not training.figures_of(record):

@@ -126,6 +126,12 @@ def lora_views(model):
     return views
 
 
+def file_size(model):
+    """Bytes of a model's adapter in a file, but for its header."""
+    views = lora_views(model).values()
+    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+
+
 def save_lora(folder, model, base):
     """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to."""
     layers = lora_layers(model).values()

@@ -54,6 +54,11 @@ MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
 START_ONLY = {"init_adapter"}  # models that a run with a checkpoint has no more need of
+# Bytes that bound what lies beside the values of tensors: in a checkpoint for each tensor, of the
+# log for each step, of the pictures of an evaluation (their own file, and a row of strip.png).
+PER_TENSOR = 1_800
+PER_STEP = 2_000
+PER_EVALUATION = 2 * 6 * 128 * 128 * 3
 SKIPS = 3  # steps in a row without a finite gradient that end a run
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
@@ -422,13 +427,19 @@ class Run:
 
     def save_adapter(self, model, base, ema):
         """Write the averages as an adapter of the model `base` into adapters/, in a folder named
-        after the step that was logged last, with the figures of its evaluation, if it had one."""
+        after the step that was logged last, with the figures of its evaluation, if it had one. Of
+        those without figures the last KEEP stay."""
         record = self.records[-1]
         if self.processes.first and record["step"]:  # none before the first step
             folder = self.folder / "adapters" / f"{record['step']:08d}"
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
                 lora.save_lora(folder, model, base)
+            evaluated = {each["step"] for each in self.records if figures_of(each)}
+            folders = sorted((self.folder / "adapters").glob("[0-9]" * 8))
+            for old in [each for each in folders if int(each.name) not in evaluated][:-KEEP]:
+                shutil.rmtree(old)
+
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
         if self.processes.first:
@@ -440,6 +451,26 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------
     # Checkpoints
+
+    def say_disk(self, state, export, args, on_the_way=False):
+        """Say how much the run will write at most, and whether the disk has room for it.
+
+        state: as for `save`. export: bytes of what is exported in the end. on_the_way: whether it
+        is also exported on the way, by `save_adapter`.
+        """
+        if not self.processes.first:
+            return
+        parts = disk_parts(state, export, args, on_the_way)
+        most = sum(count * size for count, size in parts.values())
+        held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder).free
+        told = ", ".join(f"{count:,} {what} of {in_bytes(size)}"
+                         for what, (count, size) in parts.items())
+        cli.say(f"disk: {self.folder} takes at most {in_bytes(most)} ({told}); {in_bytes(free)} "
+                f"are free")
+        if most - held > free:
+            cli.say(f"warning: that is {in_bytes(most - held - free)} more than there may be; make "
+                    f"room on the disk of {self.folder}, or choose another --out")
 
     def checkpoints(self):
         """The folders of the complete ones, oldest first."""
@@ -474,7 +505,8 @@ class Run:
             os.replace(temporary, final)
             sync_folder(self.folder)
             for old in self.checkpoints()[:-KEEP]:
-                shutil.rmtree(old)
+                os.replace(old, old.with_suffix(".tmp"))  # half of it must not count as whole
+                shutil.rmtree(old.with_suffix(".tmp"))
             title = f"{self.title}, step {step:,}"
             save_png(draw_curves(self.records, self.curves, title), self.folder / "curves.png")
         self.processes.wait()
@@ -519,6 +551,27 @@ class Run:
         if changed and self.processes.first:
             cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
         return bool(changed)
+
+
+def disk_parts(state, export, args, on_the_way):
+    """{what: (how many at most, bytes of each)} of the files of a run; as for `Run.say_disk`."""
+    values = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    evaluations = 1 + ((args.steps - 1) // args.eval_every if args.eval_every else 0)
+    parts = {"checkpoints": (KEEP + 1, values + PER_TENSOR * len(state))}  # one is being written
+    if on_the_way:
+        parts["adapters"] = (evaluations + KEEP + 2, export)  # with the final one, and a new one
+        parts["strips of pictures"] = (evaluations + 1, PER_EVALUATION)
+    else:
+        parts["export"] = (1, export)
+    return parts | {"steps' log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
+
+
+def in_bytes(size):
+    """A number of bytes in words, as in "1.9 MB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.{0 if size >= 100 * unit else 1}f} {name}"
+    return f"{size / 1e3:.1f} KB"
 
 
 def draw_curves(records, keys, title):

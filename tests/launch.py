@@ -57,6 +57,11 @@ def locked(path):
         other.kill()  # which gives the lock up
 
 
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

@@ -6,21 +6,26 @@ import os
 import shutil
 import signal
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from parts import lora
 from parts.cli import UserError
 from parts.files import read_records, whole_records
 from parts.run import (
     EMA,
+    KEEP,
     Processes,
     Run,
     batch_indices,
+    disk_parts,
     draw_curves,
     evaluation_due,
+    in_bytes,
     linear,
     sizes,
     start_processes,
@@ -49,6 +54,28 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (2, 9, 10, 11):
         run.save(step, {})
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-00000010", "checkpoint-00000011"]
+
+
+def test_a_run_killed_while_it_removes_an_old_checkpoint_leaves_none_that_counts(tmp_path, monkeypatch):
+    run = make(tmp_path)
+    for step in (2, 4):
+        run.save(step, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (Path(path) / ".metadata").unlink() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.save(6, {})
+    assert [folder.name[-8:] for folder in run.checkpoints()] == ["00000004", "00000006"]
+    assert make(tmp_path).load({}, 99) == 6 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_adapters_without_figures_go_but_for_the_newest(tmp_path):
+    run, model = make(tmp_path), torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 3)})
+    lora.add_lora(model, {"layer": {"layer": 3}}, 2, 2.0)
+    ema = EMA(list(lora.lora_layers(model)["layer"].parameters()), 0.5)
+    for step in range(8):
+        run.log({"step": step, **({"eval_gap": 0.5} if step in (1, 3) else {})})
+        run.save_adapter(model, "base", ema)
+    assert sorted(int(folder.name) for folder in (tmp_path / "adapters").iterdir()) == [1, 3, 6, 7]
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
@@ -157,6 +184,28 @@ def test_a_folder_goes_on_with_the_same_files_of_models_only(tmp_path, capsys):
     shutil.rmtree(tmp_path / "checkpoint-00000002")
     with pytest.raises(UserError, match="other files of --init-adapter an/adapter;"):
         make(tmp_path, **settings, files={**before, "init_adapter": "now another"})
+
+
+def test_a_run_says_what_it_takes_of_the_disk_and_whether_there_is_room(tmp_path, monkeypatch, capsys):
+    run, args = make(tmp_path), Namespace(steps=1000, eval_every=60)
+    state = {"x": torch.empty(10**6, device="meta"), "y": torch.empty(500, dtype=torch.bfloat16, device="meta")}
+    assert disk_parts(state, 75e6, args, True) == {
+        "checkpoints": (KEEP + 1, 4 * 10**6 + 1000 + 2 * 1800), "adapters": (17 + KEEP + 2, 75e6),
+        "strips of pictures": (18, 2 * 6 * 128 * 128 * 3), "steps' log": (1000, 2000), "sheet of curves": (1, 200_000)}
+    assert disk_parts(state, 75e6, Namespace(steps=60, eval_every=0), False)["export"] == (1, 75e6)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    run.say_disk(state, 75e6, args, on_the_way=True)
+    said = capsys.readouterr().err
+    assert said.startswith(f"disk: {tmp_path} takes at most 1.6 GB (3 checkpoints of 4.0 MB, 21 adapters of 75.0 MB, ")
+    assert said.splitlines()[0].endswith("; 1.0 GB are free") and "warning: that is 600 MB more than there may be" in said
+    (tmp_path / "held.bin").write_bytes(b"x" * 10**6)  # what the run has written already needs no more room
+    run.say_disk(state, 75e6, args, on_the_way=True)
+    assert "599 MB more" in capsys.readouterr().err
+    run.say_disk(state, 1e6, args)
+    assert "warning" not in capsys.readouterr().err
+    assert [in_bytes(size) for size in (2_000, 1_910_000, 123.4e6, 16.6e9, 1.2e12)] == [
+        "2.0 KB", "1.9 MB", "123 MB", "16.6 GB", "1,200 GB"]
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
