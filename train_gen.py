@@ -375,17 +375,22 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
-    settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward)}
+    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
+              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
+    settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward),
+                             "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = training.EMA(trained, args.ema)
-    done = run.load(checkpoints.state_of(optimizer, ema), args.steps)
+    state = checkpoints.state_of(optimizer, ema)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
+    run.say_disk(state, lora.file_size(model), args, on_the_way=True)
     if args.encoders == "leave":
         needed = prompts_needed(done, rows, held_out, args, processes)
         models.generator.encoders.encode_and_free(needed, progress=processes.first)
@@ -464,8 +469,6 @@ def train(args, processes):
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
     own = own_reward.load(args.reward)
-    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
-              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
     judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
     scorer = meter = None
     if args.pickscore != "none":

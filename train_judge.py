@@ -267,6 +267,7 @@ def evaluate(model, rows, args, processes, run=None, batch=64):
 def show_figures(args, processes):
     """Print the held-out figures of --model: a table, and a line of JSON for scripts."""
     rows = data.load_rows(args.data, "test")[:args.eval_rows]
+    hub.fetch(lora.files_with_base(args.model))
     figures = evaluate(load_judge(args, processes), rows, args, processes)
     if processes.first:
         figures = {name.removeprefix("eval_"): figure for name, figure in figures.items()}
@@ -280,7 +281,6 @@ def show_figures(args, processes):
 
 def load_judge(args, processes):
     """The judge with its trained parameters: all, in float32, an adapter, or none (--evaluate)."""
-    hub.fetch(lora.files_with_base(args.model))
     if args.lora or args.evaluate:  # on a GPU in bfloat16, which float32 weights are cast to, too
         model = qwen_vl.QwenVL.from_pretrained(args.model, processes.device)
     else:
@@ -335,16 +335,21 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    settings = vars(args) | {"rows": data.digest(rows)}
+    hub.fetch(lora.files_with_base(args.model))
+    files = {"model": weights.fingerprint(lora.with_base(args.model))}
+    settings = vars(args) | {"rows": data.digest(rows), "files": files}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, GRPO")
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    done = run.load(checkpoints.state_of(optimizer), args.steps)
+    state = checkpoints.state_of(optimizer)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} pictures, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} answers")
+    run.say_disk(state, lora.file_size(model) if args.lora else 2 * weights.count_parameters(model),
+                 args)
     record = run.read_log(done)
     # a new run, or one that was stopped in an evaluation
     if training.evaluation_due(done, args) and not training.figures_of(record):

@@ -14,7 +14,6 @@ The page answers this machine only and runs no script. The same command goes on 
 import csv
 import hashlib
 import io
-import os
 import random
 import re
 import string
@@ -31,7 +30,7 @@ import data
 from evaluation.cases import load_cases, pictures_of
 from parts import cli, page
 from parts.cli import UserError, say
-from parts.files import open_picture, write_whole
+from parts.files import lock, open_picture, write_whole
 from parts.page import paragraph, plain
 from parts.server import FOREIGN, LocalHandler, add_port, address, listen
 
@@ -56,8 +55,6 @@ def write_ratings(path, rows):
                 numbers = {name: f"{row[name]:.15g}" for name in SCALES}
                 best = "" if row["best"] is None else int(row["best"])
                 writer.writerow(row | numbers | {"best": best})
-            file.flush()
-            os.fsync(file.fileno())  # before the renaming, or a power cut could leave an empty file
 
     write_whole(path, write)
 
@@ -313,6 +310,8 @@ def prepare(args):
         raise UserError(f"{len(lost)} of {len(pictures)} pictures are missing or cannot be read; "
                         f"draw them first, as .png, .jpg, .jpeg or .webp: {', '.join(lost)}")
     # 3. what is rated already, which must be of these pictures
+    if not lock(args.out.with_name(f".{args.out.name}.lock")):
+        raise UserError(f"{args.out}: another server writes there; stop it, or give another --out")
     methods = sorted(folders)  # so that the orders do not depend on that of the flags
     rows = read_ratings(args.out) if args.out.exists() else []
     rated = Counter((row["rater"], row["case"]) for row in rows)

@@ -13,7 +13,6 @@ twice. Every finished batch is a few lines in the run's folder: the same command
 """
 
 import hashlib
-import json
 import re
 import shlex
 import time
@@ -30,7 +29,15 @@ from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
 from parts import cli, clip, hub, lora, pipeline, presets, weights
 from parts.cli import UserError, integer, number
-from parts.files import open_picture, read_json, save_png, whole_records, write_json
+from parts.files import (
+    append_rows,
+    lock,
+    open_picture,
+    read_json,
+    save_png,
+    whole_records,
+    write_json,
+)
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 
@@ -134,7 +141,7 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
     done = {record["id"] for record in whole_records(path)}
     left = [pair for pair in zip(cases, seeds, strict=True) if pair[0].id not in done]
     bar = tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture")
-    with bar, open(path, "a", encoding="utf-8") as file:
+    with bar:
         for start in range(0, len(left), batch):
             part, part_seeds = zip(*left[start:start + batch])
             began = time.perf_counter()
@@ -142,14 +149,15 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
             seconds = (time.perf_counter() - began) / len(part)  # of drawing alone
             scores = scores_of(instruments, images, part)
             said = {reader: read(images) for reader, read in instruments.readers.items()}
+            records = []
             for i, case in enumerate(part):
                 record = {"id": case.id, "v": case.v, "a": case.a, "group": case.group, "read": {}}
                 for reader, va in said.items():
                     record["read"][reader] = None if np.isnan(va[i][0]) else list(va[i])
                 record |= {key: float(values[i]) for key, values in scores.items()}
                 record["seconds"] = seconds
-                file.write(json.dumps(record) + "\n")
-            file.flush()  # the batch is safe from here on
+                records.append(record)
+            append_rows(path, records)  # the batch is safe from here on
             bar.update(len(part))
 
 
@@ -186,6 +194,9 @@ def open_run(args, command, cases, generator):
         for key in ("size", "sample_steps", "guidance", "rounds", "n", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
+    if not lock(out / ".lock"):
+        raise UserError(f"{out}: another evaluation is writing there; wait for its end, or give "
+                        f"another --out")
     before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
     changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
     if changed:

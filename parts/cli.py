@@ -10,6 +10,7 @@ Errors are one line on standard error that names the input, what was expected an
 import argparse
 import codecs
 import difflib
+import errno
 import math
 import re
 import shutil
@@ -22,6 +23,7 @@ import torch
 from parts import interrupts
 
 ROOT = Path(__file__).resolve().parent.parent
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a quota or a file that is full
 
 
 class UserError(Exception):
@@ -289,7 +291,8 @@ def device_of(wish):
 
 
 def run_program(work, stopped="stopped; the same command goes on where it was"):
-    """The exit code of work(): 2 for what the user can mend, 130 for Ctrl-C, each with its line."""
+    """The exit code of work(): 2 for what the user can mend, 1 for a full disk, 130 for Ctrl-C,
+    each with its line."""
     try:
         with interrupts.raised():
             return work() or 0  # a program without an exit code of its own ended well
@@ -299,7 +302,22 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
             f"--offload, --encoders leave or cpu, --no-t5, --judge {SMALL_JUDGE}, "
             f"--checkpointing, a smaller --micro or --size; or --device cpu")
         return 2
-    except (UserError, OSError) as error:
+    except (MemoryError, RuntimeError) as error:
+        # torch has no kind of its own for memory that a CPU's allocator did not get
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        say("error: this machine has too little memory; try what the program has of "
+            "--checkpointing, a smaller --micro or --size")
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            say(f"error: {error}")
+            return 2
+        # of a copy the second name is that of the file to be written
+        say(f"error: {error.filename2 or error.filename or 'a file'}: cannot be written "
+            f"({error.strerror}); make room there, and give the same command again")
+        return 1
+    except UserError as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:

@@ -1,19 +1,23 @@
 """Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
 
+import errno
 import io
 import json
 import math
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from parts.cli import UserError
+from parts.cli import FULL, UserError
 
 UMASK = os.umask(0o022)  # what new files leave out of their rights; asking for it sets it
 os.umask(UMASK)
+LOCKED = []  # open files, see `lock`
 
 
 def write_whole(path, content):
@@ -24,20 +28,30 @@ def write_whole(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if callable(content):
-        content(temporary)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        temporary.write_text(content, encoding="utf-8")
-    # On the disk before it has its name: after a power cut a file could else be there, and empty.
-    with open(temporary, "r+b") as file:  # Windows wants it open for writing
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
+    try:
+        with naming(path):
+            fill(temporary, content)
+    except Exception:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
     sync_folder(path.parent)
     return path
+
+
+def fill(path, content):
+    """Write text, bytes, or what content(path) writes, down to the disk."""
+    if callable(content):
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    os.chmod(path, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
+    # On the disk before it has its name: after a power cut a file could else be there, and empty.
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def check_writable(folder):
@@ -55,6 +69,53 @@ def sync_folder(folder):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+@contextmanager
+def naming(path):
+    """Within it a disk's refusal to write is an OSError that names `path`.
+
+    Python leaves the name out; safetensors and torch tell the reason in errors of their own kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def refusal(error):
+    """The system's number of a full or failing disk, from an error or what led to it, or None."""
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors quotes it
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (*FULL, errno.EIO):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def lock(path):
+    """Whether this process now has a file for itself, until it ends, however it ends.
+
+    Where the system knows no such locks, as Windows, that is always taken to be so.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    LOCKED.append(file)  # closing it would give the lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,8 +173,15 @@ def write_json(path, value):
 
 
 def write_rows(path, rows):
-    """Write JSON lines."""
+    """Write a file of JSON lines."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_rows(path, rows):
+    """Write JSON lines at the end of a file, in one piece."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(lines)
 
 
 def read_records(path, until=math.inf):

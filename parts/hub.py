@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from parts.cli import UserError
+from parts.cli import FULL, UserError
 
 UNWANTED = (  # the same weights in other formats and in half precision
     "*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*")
@@ -97,7 +97,7 @@ DURING = "the download broke off ({}); the same command goes on where it was"
 @contextmanager
 def told(hub_id, otherwise):
     """Tell errors of the hub's library in one line. otherwise: of those that have none below."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -112,6 +112,8 @@ def told(hub_id, otherwise):
             f"{hub_id}: neither a local path nor a hub repository you can read; check the "
             f"spelling, or run `hf auth login`") from error
     except Exception as error:  # of the hub, the network or the disk: each library has its own
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, constants.HF_HUB_CACHE) from error
         if isinstance(error, errors.LocalEntryNotFoundError):
             otherwise = BEFORE
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__

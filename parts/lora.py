@@ -22,7 +22,7 @@ from torch import nn
 from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
-from parts.weights import index, load, own_rows, read_metadata, save
+from parts.weights import find, index, load, own_rows, read_metadata, save
 
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's
 ADAPTER_PREFIX = "base_model.model."  # of its tensors' names
@@ -132,6 +132,12 @@ def lora_views(model, prefix=ADAPTER_PREFIX):
     return views
 
 
+def file_size(model):
+    """Bytes of a model's adapter in a file, but for its header."""
+    views = lora_views(model).values()
+    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+
+
 def save_lora(folder, model, base, diffusers=False):
     """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to.
 
@@ -179,6 +185,14 @@ def files_with_base(source):
     """What loading a model, or an adapter with the model it belongs to, reads, for hub.fetch."""
     base = None if source is None else base_of(Path(source).expanduser())
     return [(source, ["*"]), *([] if base is None else files_with_base(base))]
+
+
+def with_base(source):
+    """[local paths] of a model, or of an adapter and the models that it leads to."""
+    paths = [find(source)]
+    while (base := base_of(paths[-1])) is not None:
+        paths.append(find(base))
+    return paths
 
 
 def adapter_in(source):

@@ -206,14 +206,9 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
                         f"a folder or hub id that does, such as {PAPER}")
 
     # 1. check the headers of all files, so that a damaged one is refused before 17 GB are read
-    listed = read_json(weights.find_file(rest, "model_index.json"))
     scheduler = read_json(weights.find_file(rest, "scheduler/scheduler_config.json"))
-    use_t5 = use_t5 and text_encoders.has_t5(listed)
-    sources = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
-    if use_t5:
-        sources["text_encoder_3"] = rest
-    for component, where in sources.items():
-        weights.index(weights.find(where, component))
+    for path in weight_paths(source, rest, use_t5):
+        weights.index(path)
     name = name_of(source)
     if adapter is not None:
         adapter = weights.find(lora.adapter_in(adapter))
@@ -243,6 +238,29 @@ def files_of_generator(source, use_t5=True, encoders_from=None, adapter=None):
     head = ["model_index.json", "scheduler/*", "transformer/config.json"]
     return [(encoders_from or source, head + texts), (source, ["transformer/*", "vae/*"]),
             (adapter, ["*"])]
+
+
+def weight_paths(source, rest, use_t5):
+    """[local path of a component's weights] of a generator, whose text encoders are in `rest`;
+    T5's only if the pipeline has it and use_t5 is true."""
+    listed = read_json(weights.find_file(rest, "model_index.json"))
+    components = {"transformer": source, "vae": source, "text_encoder": rest,
+                  "text_encoder_2": rest}
+    if use_t5 and text_encoders.has_t5(listed):
+        components["text_encoder_3"] = rest
+    return [weights.find(where, component) for component, where in components.items()]
+
+
+def fingerprints(args):
+    """{flag of train_gen.py: what tells the model that it names from others}."""
+    paths = {"model": weight_paths(args.model, args.model, not args.no_t5)}
+    if args.judge != "none" and not is_address(args.judge):
+        paths["judge"] = lora.with_base(args.judge)
+    if args.pickscore != "none":
+        paths["pickscore"] = [weights.find(args.pickscore)]
+    if args.init_adapter != "none":
+        paths["init_adapter"] = [weights.find(lora.adapter_in(args.init_adapter))]
+    return {flag: weights.fingerprint(found) for flag, found in paths.items()}
 
 
 def described(generator):

@@ -13,6 +13,7 @@ tensors.
 """
 
 import fnmatch
+import hashlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -30,6 +31,7 @@ from parts.files import kind_of, read_json, write_whole
 DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing without their scales
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+SAMPLES = 64  # places of a file whose values are part of its fingerprint, 1,024 bytes each
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,6 +224,28 @@ def read_metadata(file):
     """{name: text} that a safetensors file says of itself beside its tensors."""
     with safe_open(file, "numpy") as opened:
         return opened.metadata() or {}
+
+
+def fingerprint(paths):
+    """What tells the checkpoints at local paths from others, wherever they lie.
+
+    It is of their configurations, and of each file's header and some of its values: the header of a
+    model that was trained further is the same. Reading them takes no time to speak of.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for config in sorted(path.glob("*config.json")):
+            digest.update(config.read_bytes())
+        for file in files_of(path)[0]:
+            tensors = [(name, str(entry.dtype), entry.shape, entry.start)
+                       for name, entry in read_header(file).items()]
+            digest.update(repr(sorted(tensors)).encode())
+            size = file.stat().st_size
+            with open(file, "rb", buffering=0) as opened:
+                for i in range(SAMPLES):
+                    opened.seek(size * i // SAMPLES)
+                    digest.update(opened.read(1024))
+    return digest.hexdigest()[:16]
 
 
 def shapes(views):

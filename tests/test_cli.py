@@ -88,6 +88,10 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("error, code, line", [
     (cli.UserError("a.json: missing"), 2, "error: a.json: missing"), (FileNotFoundError(2, "No such file", "a"), 2, "'a'"),
+    (OSError(28, "No space left", "log.jsonl"), 1, "error: log.jsonl: cannot be written (No space left); make room there"),
+    (OSError(27, "File too large", "from", None, "to"), 1, "error: to: cannot be written (File too large)"),
+    (MemoryError(), 2, "error: this machine has too little memory; "),
+    (RuntimeError("[alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 2, "this machine has too little memory"),
     (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "too little memory (CUDA out of memory.)"),
     (torch.OutOfMemoryError("x"), 2, "--offload, --encoders leave or cpu, --no-t5, --judge Qwen/Qwen2.5-VL-3B-Instruct"),
     (KeyboardInterrupt(), 130, "the same command goes on")])
@@ -104,6 +108,9 @@ def test_success_is_0_and_what_is_no_users_mistake_is_raised():
     assert cli.run_program(lambda: None) == 0 and cli.run_program(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         cli.run_program(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="shape"):
+        cli.run_program(lambda: torch.zeros(2).view(3))
+    assert cli.run_program(lambda: torch.empty(2**60)) == 2  # as torch itself says it
 
 
 def test_a_table_has_its_head():

@@ -21,6 +21,7 @@ from evaluation.cases import Case, for_others, grid_of, held_out_cases, seeds_of
 from parts import clip
 from parts.files import write_rows
 from parts.pipeline import TINY, load_generator
+from tests.launch import locked
 from tiny import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,8 @@ def test_the_program_prints_a_table_writes_json_and_goes_on_or_refuses_another_r
     assert (tmp_path / "words.jsonl").stat().st_mtime_ns == before
     assert main([*flags, "--sample-steps", "3"]) == 2
     assert "holds another evaluation (sample_steps changed)" in capsys.readouterr().err
+    with pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
+        pass
 
 
 def test_a_judge_may_be_an_address_with_or_without_a_name():

@@ -1,5 +1,8 @@
 """Prompts to pictures, the whole line against diffusers."""
 
+import json
+import shutil
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import data
 from parts import lora
@@ -18,6 +21,7 @@ from parts.pipeline import (
     TINY,
     PromptCache,
     brought,
+    fingerprints,
     home_of_weights,
     load_generator,
     load_judge,
@@ -273,3 +277,32 @@ def test_prompts_that_are_encoded_ahead_all_stay():
     prompts = ["a", "bb", "ccc", "dddd"]
     cache.encode_and_free(prompts, progress=False)
     assert cache.encode(prompts)[1][:, 0].tolist() == [1, 2, 3, 4] and cache.encoders is None
+
+
+def test_each_model_of_a_training_is_told_apart_by_its_own_files(tmp_path):
+    shutil.copytree(TINY, tmp_path / "tiny")
+    folder = tmp_path / "tiny"
+    args = Namespace(model=str(folder), no_t5=False, judge=str(folder / "judge"), pickscore=str(folder / "clip"),
+                     init_adapter=str(folder / "adapter"))
+
+    def changed(path):
+        """The flags whose models differ after the values in a file are others, as after training."""
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        before.append(fingerprints(args))
+        return [flag for flag, digest in before[-1].items() if digest != before[-2][flag]]
+
+    before = [fingerprints(args)]
+    assert before[0].keys() == {"model", "judge", "pickscore", "init_adapter"} and len(set(before[0].values())) == 4
+    assert changed(folder / "vae" / "diffusion_pytorch_model.safetensors") == ["model"]
+    assert changed(folder / "judge" / "model.safetensors") == ["judge"]
+    assert changed(folder / "clip" / "model.safetensors") == ["pickscore"]
+    assert changed(folder / "adapter" / "adapter_model.safetensors") == ["init_adapter"]
+    args.judge = args.pickscore = args.init_adapter = "none"
+    assert fingerprints(args).keys() == {"model"}
+
+
+def test_the_model_of_an_adapter_is_part_of_its_fingerprint(tmp_path):
+    for name, base in (("a", TINY / "judge"), ("b", tmp_path / "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert lora.with_base(tmp_path / "b") == [tmp_path / "b", tmp_path / "a", TINY / "judge"]

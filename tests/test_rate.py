@@ -28,7 +28,7 @@ from evaluation import rate
 from evaluation.__main__ import main
 from evaluation.cases import Case
 from parts.cli import UserError
-from tests.launch import ROOT
+from tests.launch import ROOT, locked
 from tests.test_page import MEASURE, Parsed, chromium
 
 METHODS = {"sparrow": 40, "magpie": 120, "heron": 200}  # each the red of its pictures
@@ -374,6 +374,14 @@ def test_a_file_of_other_pictures_is_refused_and_left_as_it_is(folder):
         rate.prepare(wishes(folder))
 
 
+def test_a_second_server_on_one_file_is_refused_while_the_first_runs(folder):
+    with locked(folder / ".ratings.csv.lock"), pytest.raises(UserError, match="another server writes there; stop it"):
+        rate.prepare(wishes(folder))
+    rate.prepare(wishes(folder))
+    with pytest.raises(BlockingIOError), locked(folder / ".ratings.csv.lock"):
+        pass
+
+
 def test_ratings_that_cannot_be_written_are_not_lost_silently(folder, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -383,7 +391,7 @@ def test_ratings_that_cannot_be_written_are_not_lost_silently(folder, monkeypatc
         before = (folder / "ratings.csv").read_bytes()
         given = hidden(read(first(address, "Anna"))[0]) | ratings(3) | {"best": 0}
         with monkeypatch.context() as patch:
-            patch.setattr(rate.os, "fsync", full)
+            patch.setattr("os.fsync", full)
             page, _ = read(f"{address}/case", given, 500)
         assert "go back and send them again" in page.text("h1") and "No space left" in capsys.readouterr().err
         assert (folder / "ratings.csv").read_bytes() == before

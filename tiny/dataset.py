@@ -8,19 +8,18 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
     from parts import interrupts
     interrupts.catch()
 
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import VA_MAX, VA_MIN, draw_va, nearest_emotion
 from parts import cli, imagefolder
 from parts.cli import UserError
+from parts.files import naming
 from tiny import scenes
+from tiny.pool import on_all_cores
 
 
 def tiny_row(out, split, labels, seed):
@@ -36,7 +35,8 @@ def tiny_row(out, split, labels, seed):
         "a": round(a, 4),
         "neutral": scenes.neutral_caption(scene),
     }
-    scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
+    with naming(out / row["image"]):
+        scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
     # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
@@ -55,10 +55,7 @@ def write_tiny(out, train, test, labels="true", seed=0):
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
         draw = partial(tiny_row, out, split, labels)
-        # processes, because drawing holds the interpreter lock
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = pool.map(draw, range(start, start + count), chunksize=16)
-            rows = list(tqdm(rows, split, count))
+        rows = on_all_cores(draw, range(start, start + count), split)
         imagefolder.write_split(out, split, rows)
 
 
