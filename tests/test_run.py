@@ -380,7 +380,6 @@ def test_tensorboard_shows_what_the_log_has_and_nothing_of_steps_that_are_undone
         run.log({"step": step, "loss": step / 2, "kl": math.nan})
     assert run.writer.folder == str(tmp_path / "tensorboard")
     assert run.writer.shown == {("loss", 1): [0.5], ("loss", 2): [1.0], ("loss", 3): [1.5]}
-    run.lock_file.close()
     again = make(tmp_path, tensorboard=True)  # goes on after step 1; the old files would still show 2 and 3
     again.read_log(1)
     again.log({"step": 2, "loss": 7.0})
@@ -406,7 +405,6 @@ for done, first in ((0, 1), (1, 10)):
     run.read_log(done)
     for step in range(done + 1, 4):
         run.log({"step": step, "loss": float(first * step)})
-    run.lock_file.close()
 events = EventAccumulator(f"{folder}/tensorboard").Reload()
 print([(event.step, event.value) for event in events.Scalars("loss")])
 """

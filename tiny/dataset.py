@@ -55,7 +55,7 @@ def write_tiny(out, train, test, labels="true", seed=0):
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train)):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
         draw = partial(tiny_row, out, split, labels)
-        rows = on_all_cores(draw, range(start, start + count), split)
+        rows = list(on_all_cores(draw, range(start, start + count), split))
         imagefolder.write_split(out, split, rows)
 
 
