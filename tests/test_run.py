@@ -384,7 +384,6 @@ def test_tensorboard_shows_what_the_log_has_and_nothing_of_steps_that_are_undone
     again.read_log(1)
     again.log({"step": 2, "loss": 7.0})
     assert again.writer.shown == {("loss", 1): [0.5], ("loss", 2): [7.0]}
-    again.lock_file.close()
     assert make(tmp_path).writer is None  # the flag is no setting: without it the same run goes on
 
 
