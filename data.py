@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from parts import imagefolder
 from parts.cli import UserError
-from parts.files import parse_lines
+from parts.files import kind_of, parse_lines
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -226,11 +227,13 @@ def digest(rows):
 
 
 def load_rows(folder, split):
-    """The rows of a dataset folder's `split`, "train", "validation" or "test". Raises UserError.
+    """The rows of a dataset folder's `split`, "train", "validation" or "test", as the dataset
+    programs write it or in the layout of parts/imagefolder.py. Raises UserError.
 
-    A dataset without validation.jsonl is watched, in training, by its test rows.
+    A dataset without validation rows is watched, in training, by its test rows.
     """
     def parse(raw):
+        raw = imagefolder.own_row(raw, folder, path)
         v, a = check_va(raw["v"], raw["a"])
         image = Path(folder) / raw["image"]
         labels = raw.get("labels", "true")
@@ -249,10 +252,10 @@ def load_rows(folder, split):
         captions = raw["neutral"], raw.get("emotional")
         return Row(str(raw["id"]), image, raw["label"], v, a, *captions, labels)
 
-    path = Path(folder) / f"{split}.jsonl"
+    path = imagefolder.file_of(folder, split)
     if split == "validation" and not path.is_file():
-        path = Path(folder) / "test.jsonl"
+        path = imagefolder.file_of(folder, "test")
     if not path.is_file():
-        raise UserError(f"{path}: missing; give a dataset folder, or make the miniature's with "
-                        f"`python -m tiny.dataset --out {folder}`")
+        advice = f"make the miniature's with `python -m tiny.dataset --out {folder}`"
+        raise UserError(f"{path}: missing; {kind_of(folder) or advice}; give a dataset folder")
     return parse_lines(path, parse)

@@ -20,6 +20,7 @@ import data
 from parts.cli import plain_text
 from parts.files import parse_json
 from parts.prompts import content_words, fill, lost_words, prompts_in
+from parts.ranking import UNREADABLE, rank
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
           "very excited.")
@@ -224,7 +225,7 @@ class Judgement:
 
     def distance(self, v, a):
         """|V̂ − V| + |Â − A|, 0..16; 16 if the answer could not be read."""
-        return 16.0 if self.v is None else abs(self.v - v) + abs(self.a - a)
+        return UNREADABLE if self.v is None else abs(self.v - v) + abs(self.a - a)
 
 
 def judge_images(judge, images, readings=1, strict=False):
@@ -382,11 +383,9 @@ def timed(work, *args):
 
 
 def best_of(rounds, result="best"):
-    """(index of the round, index in it) of the result: the picture of least loss in all rounds, or
-    "last", in the last one, as Algorithm 1 returns v_I. Among equals the latest round's: a judge
-    says few different numbers, and a later prompt has been improved."""
+    """(index of the round, index in it) of the result: of all rounds the picture that comes first
+    by `rank`, or "last", the best of the last round, as Algorithm 1 returns v_I."""
     if result == "last":
         return len(rounds) - 1, rounds[-1].best
-    losses = [round.pictures[round.best].loss for round in rounds]
-    r = max(r for r, loss in enumerate(losses) if loss == min(losses))
-    return r, rounds[r].best
+    places = [(r, i) for r, each in enumerate(rounds) for i in range(len(each.pictures))]
+    return min(places, key=lambda at: rank(rounds[at[0]].pictures[at[1]].loss, *at))

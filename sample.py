@@ -4,6 +4,7 @@
     python sample.py --v 7 --a 3 --prompt "a castle in the hills in the evening" --n 4
     python sample.py --v 7 --a 3 --rounds 3 --rewrite   # textual feedback: 3 rounds of 8 pictures
     python sample.py --grid 5                           # the valence-arousal plane as one picture
+    python sample.py --play                             # the plane to click in, in a browser
     python sample.py --v 7 --a 3 --no-adapter           # the generator before reward feedback
     python sample.py --v 7 --a 3 --preset paper         # SD3.5-Medium and Qwen2.5-VL-7B, on a GPU
 
@@ -12,6 +13,10 @@ and why; in each further round it has compared the best and the worst picture an
 prompt (feedback.py). A run is a folder: the PNGs, each with its prompt, V, A, seed, model and
 judgement inside, run.json, contact.png, and index.html to look at.
 """
+
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
 
 import json
 import re
@@ -27,18 +32,20 @@ from tqdm import tqdm
 
 import data
 import feedback
-from parts import cli, page, sheets, weights
-from parts.cli import UserError, say
-from parts.files import read_json, save_png, write_whole
+from parts import cli, hub, lora, page, pipeline, play, presets, server, sheets
+from parts.cli import say
+from parts.files import save_png
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
+from tiny import scenes
 
 PRESETS = {  # The adapter is what reward feedback (train_gen.py) has changed in the generator.
     "tiny": {"model": TINY, "adapter": TINY / "adapter", "judge": TINY / "judge"},
     "paper": {"model": PAPER, "adapter": None, "judge": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
 PAPER_NEEDS = ("SD3.5-Medium from the hub (17 GB, licence to accept), Qwen2.5-VL-7B (17 GB) and a "
-               "GPU with 48 GB, or 12 GB with --no-t5 --judge none")
+               "GPU with 48 GB, 24 GB with --offload, or 12 GB with --no-t5 --judge none")
 DEFAULT_PROMPT = "a lighthouse on the sea coast in the evening"
+STEPS = partial(tqdm, desc="drawing", unit="step", leave=False)
 SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
     "form": ("numbers", "numbers", tuple(data.TARGET_FORMS), "how the target enters the prompt"),
     "sample_steps": (25, 25, cli.integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
@@ -74,19 +81,22 @@ def parse_args(argv=None):
 
     # 2. what draws and judges
     group = parser.add_argument_group("models")
-    group.add_argument("--preset", choices=PRESETS, default="tiny",
-                       help="tiny: the miniature; paper: SD3.5-Medium (default: %(default)s)")
+    group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder or hub id of what train_gen.py or peft wrote, "
-                       "or a run's folder: its last one (default: the miniature has one)")
+    group.add_argument("--adapter", help="folder, file or hub id of what train_gen.py, peft or "
+                       "diffusers wrote, or a run: its last one (default: the miniature has one)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
     group.add_argument("--no-t5", action="store_true", help="without T5, which needs 9 GB")
-    group.add_argument("--judge", help="folder or hub id, not the preset's; or none")
+    group.add_argument("--judge", help="folder, hub id or http://…/v1 of it, or none")
     group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--encoders", choices=pipeline.ENCODERS, default="gpu",
+                       help=f"{pipeline.ENCODERS_HELP} (default: gpu)")
+    group.add_argument("--offload", action="store_true", help="judge and generator take turns on "
+                       "the GPU and wait in the host's memory")
     group.add_argument("--compile", action="store_true", help="the generator by torch.compile: "
-                       "a C++ compiler and a minute at first, for many pictures")
+                       "needs a C++ compiler and a minute")
 
     # 3. how, and where the result goes
     cli.add_settings(parser.add_argument_group("sampling"), SAMPLING)
@@ -100,19 +110,24 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")
-    args = cli.parse_settings(parser, SAMPLING | FEEDBACK, argv)
+    group.add_argument("--play", action="store_true", help="serve a page to click targets in, "
+                       "which begins with --v, --a and --prompt")
+    server.add_port(group)
+    args = presets.parse_settings(parser, SAMPLING | FEEDBACK, argv)
     return complete(args, parser.error)
 
 
 def complete(args, refuse):
     """Fill in the defaults that depend on other flags; refuse flags that do not go together."""
-    if args.grid is None and (args.v is None or args.a is None):
+    if args.play and (args.grid or args.out or args.json):
+        refuse("--play: shows its pictures in a browser; leave out --grid, --out and --json")
+    if not (args.play or args.grid) and (args.v is None or args.a is None):
         refuse("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
     if args.adapter and args.no_adapter:
         refuse("--adapter and --no-adapter: give one of them")
-    args.n = args.n or (8 if args.rounds > 1 else 1)
-    if args.rounds > 1 and args.n < 2:
-        refuse(f"--n {args.n}: expected 2 or more, as --rounds compares the best and the worst")
+    args.n = args.n or (8 if args.rounds > 1 else 4 if args.play else 1)
+    if (args.rounds > 1 or args.play) and args.n < 2:
+        refuse(f"--n {args.n}: expected 2 or more, as feedback compares the best and the worst")
     preset = PRESETS[args.preset]
     # The preset's adapter changes the preset's own generator and fits no other.
     if not (args.adapter or args.no_adapter or args.model):
@@ -122,10 +137,14 @@ def complete(args, refuse):
     feeds_back = args.rounds > 1 or args.rewrite
     if args.judge == "none" and feeds_back:
         refuse("--judge none: --rounds and --rewrite need a judge")
+    if args.encoders == "leave" and feeds_back:
+        refuse("--encoders leave: --rounds and --rewrite write prompts later on; give cpu")
+    if args.encoders == "leave" and args.play:
+        refuse("--encoders leave: --play asks for prompts later on; give cpu")
     # A grid without feedback only shows its pictures, so nobody need judge them.
     if args.judge == "none" or (args.grid and not feeds_back):
         args.judge = None
-    if args.out is None:
+    if args.out is None and not args.play:
         name = f"grid{args.grid}" if args.grid else f"v{args.v:g}_a{args.a:g}"
         name += f"_seed{args.seed}"
         if args.prompt != DEFAULT_PROMPT:  # a folder for each prompt
@@ -144,21 +163,30 @@ def run(args):
 
     # 1. load the models, but first refuse what they are not needed for
     check_machine(args)
+    play_server = play.open_page(args.port) if args.play else None
     judge, generator = load(args)
+    settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
+                "size": args.size}
+    options = feedback.RefineOptions(rewrite=args.rewrite, tolerance=args.tolerance, form=args.form,
+                                     seed=args.seed, readings=args.readings)
+    if args.play:  # a browser chooses the targets
+        return play.serve(play_server, play.Studio(
+            args, settings, args.judge, feedback.LONGEST_PROMPT, partial(draw, generator, args),
+            partial(feedback.refine_rounds, judge=judge), partial(feedback.judge_emotion, judge),
+            options))
 
     # 2. the targets, a grid's row by row from the highest arousal down, and the head of run.json
     levels = [1 + 8 * i / (args.grid - 1) for i in range(args.grid)] if args.grid else []
     targets = [(v, a) for a in reversed(levels) for v in levels] or [(args.v, args.a)]
-    settings = {"model": generator.name, "steps": args.sample_steps, "guidance": args.guidance,
-                "size": args.size}
+    if args.encoders == "leave":
+        prompts = [data.TARGET_FORMS[args.form](args.prompt, v, a) for v, a in targets]
+        pipeline.encode_and_free(generator, prompts)
     record = {
-        "prompt": args.prompt, **settings, "judge": args.judge and name_of(args.judge),
+        "prompt": args.prompt, **settings, "judge": args.judge,
         "seed": args.seed, "rounds": args.rounds, "images_per_round": args.n,
         "form": args.form, "rewrite": args.rewrite, "tolerance": args.tolerance,
         "readings": args.readings, "result": args.result, "questions": args.questions,
         "device": args.device, "torch": torch.__version__, "grid": None, "cells": [], "seconds": {}}
-    options = feedback.RefineOptions(rewrite=args.rewrite, tolerance=args.tolerance, form=args.form,
-                                     seed=args.seed, readings=args.readings)
 
     # 3. for each target draw, judge, and improve the prompt (Algorithm 1)
     # With one picture a target, a row of the grid is one batch, drawn ahead of its targets.
@@ -167,7 +195,8 @@ def run(args):
     bar = tqdm(targets, desc="grid", unit="target", leave=False, disable=args.grid is None)
     for index, (v, a) in enumerate(bar):
         if one_each and index % args.grid == 0:
-            ahead = draw_row(generator, args, targets[index:index + args.grid])
+            row = targets[index:index + args.grid]
+            ahead, row_seconds = feedback.timed(draw_row, generator, args, row)
         facts = {"valence": v, "arousal": a, **settings}
         generate = partial(draw_and_save, generator, args, ahead, facts)
         rounds = []
@@ -175,6 +204,8 @@ def run(args):
         record["cells"].append(cell)
         for finished in feedback.refine_rounds(
                 args.prompt, v, a, generate, judge, args.rounds, args.n, options):
+            if one_each:
+                finished.seconds["draw"] += row_seconds / args.grid  # its share of the row's
             rounds.append(finished)
             cell["rounds"].append(save_round(args, facts, finished))
             r, i = feedback.best_of(rounds, args.result)
@@ -194,44 +225,39 @@ def run(args):
         save_png(grid, args.out / record["grid"], prompt=args.prompt, seed=args.seed, **settings)
     page.write(record, args.out, started)
     say(page.latency(record))
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = json.dumps(record, indent=1)  # in ASCII, for a pipe of any encoding
     print(text if args.json else page.summary(record, args.out))
 
 
 def check_machine(args):
     """Refuse, before models are loaded, what cannot be done here."""
     args.device = cli.device_of(args.device)
-    file = args.out / "run.json"
-    if file.exists() and (before := read_json(file).get("prompt")) != args.prompt:
-        raise UserError(f"{args.out} holds pictures of {before!r}; give another --out")
-    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
-        write_whole(args.out / ".probe", "").unlink()
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); choose another "
-                        f"folder") from error
+    if not args.play:  # which writes nothing
+        page.check_folder(args.out, args.prompt)
+    if args.preset == "tiny" and (remark := scenes.remark_on(args.prompt)):
+        say(remark)
 
 
 def load(args):
     """(the judge as feedback.py asks it, or None; the Generator)."""
+    hub.fetch(lora.files_with_base(args.judge), pipeline.files_of_generator(
+        args.model, not args.no_t5, args.text_encoders, args.adapter))
     judge = None
     if args.judge is not None:
-        model = load_judge(args.judge, args.device, args.size)
+        model = load_judge(args.judge, args.device, args.size, args.offload)
         # A rewrite, with its analysis, is the longest answer that is asked for.
-        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT)
-    generator = load_generator(args.model, args.device, use_t5=not args.no_t5,
-                               encoders_from=args.text_encoders, adapter=args.adapter)
+        judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=not args.play,
+                         offload=args.device if args.offload else None)
+        args.judge = name_of(args.judge)  # as the pictures and run.json tell it
+    generator = load_generator(
+        args.model, args.device, use_t5=not args.no_t5, encoders_from=args.text_encoders,
+        encoders=args.encoders, adapter=args.adapter, offload=args.offload)
     if args.compile:
         for block in generator.mmdit.joint_blocks:
             block.compile()
-    # The MMDiT has position embeddings for so many patches a side and no more.
-    config = generator.mmdit.config
-    limit = config.positions * config.patch * generator.vae.factor
-    if args.size > limit:
-        raise UserError(f"--size {args.size}: {args.model} draws at most {limit} pixels")
-    millions = weights.count_parameters(generator.mmdit) / 1e6
-    dtype = str(generator.dtype).removeprefix("torch.")
-    say(f"{generator.name}: {millions:,.1f} M parameter generator on {args.device} ({dtype}), "
-        f"{args.size} px, {args.sample_steps} steps"
+    pipeline.check_size(generator, args.size, args.model)
+    say(f"{pipeline.described(generator)} on {args.device}, {args.size} px, {args.sample_steps} "
+        f"steps"
         + (f"; --preset paper would need {PAPER_NEEDS}" if args.preset == "tiny" else ""))
     return judge, generator
 
@@ -240,11 +266,10 @@ def load(args):
 # Drawing and saving
 
 
-def draw(generator, args, prompts, seeds):
-    """PIL images of prompts, each with its seed, in one batch."""
-    return to_images(generator.draw(
-        prompts, seeds, size=args.size, steps=args.sample_steps, guidance=args.guidance,
-        progress=partial(tqdm, desc="drawing", unit="step", leave=False)))
+def draw(generator, args, prompts, seeds, progress=STEPS):
+    """PIL images of prompts, each with its seed, in one batch. progress: wraps the steps."""
+    return to_images(generator.draw(prompts, seeds, size=args.size, steps=args.sample_steps,
+                                    guidance=args.guidance, progress=progress))
 
 
 def draw_row(generator, args, targets):
@@ -273,31 +298,16 @@ def save_picture(args, facts, prompt, seed, image, judgement=None):
     # Every round draws the next n seeds, so the seed tells the round.
     target = f"v{facts['valence']:g}_a{facts['arousal']:g}_" if args.grid else ""
     name = f"{target}round{(seed - args.seed) // args.n}_seed{seed}.png"
-    said = {}
-    if judgement is not None and args.judge is not None:
-        said = {"judge": name_of(args.judge), "judged_valence": judgement.v,
-                "judged_arousal": judgement.a, "judged_emotion": judgement.emotion,
-                "reasoning": judgement.reasoning}
+    said = page.judgement_facts(args.judge, judgement)
     save_png(image, args.out / name, prompt=prompt, seed=seed, **facts, **said)
     return name
 
 
 def save_round(args, facts, finished):
     """Write a round's pictures again, now with their judgements; returns its part of run.json."""
-    images = []
-    for picture in finished.pictures:
-        said = picture.judgement
-        name = save_picture(args, facts, finished.prompt, picture.seed, picture.image, said)
-        loss = None if said.v is None else picture.loss
-        images.append({"file": name, "seed": picture.seed, **vars(said), "loss": loss})
-    # The fields of a Round, with file names in the place of its pictures.
-    entry = {"prompt": finished.prompt, "images": images, **vars(finished)}
-    del entry["pictures"]
-    if args.judge is None:
-        entry["best"] = None
-    if args.judge is None or len(images) == 1:
-        entry["worst"] = None
-    return entry
+    files = [save_picture(args, facts, finished.prompt, picture.seed, picture.image,
+                          picture.judgement) for picture in finished.pictures]
+    return page.round_entry(finished, files, args.judge)
 
 
 def name_emotion(args, facts, cell, best_round, judge):
@@ -313,9 +323,8 @@ def name_emotion(args, facts, cell, best_round, judge):
 def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     args = parse_args(argv)
-    return cli.run_program(
-        partial(run, args),
-        f"stopped; the rounds and pictures finished so far are kept in {args.out}")
+    kept = "" if args.play else f"; the rounds and pictures finished so far are kept in {args.out}"
+    return cli.run_program(partial(run, args), f"stopped{kept}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ In order: settings, rollout, update, evaluation, the loop (`train`). A run start
 after its last checkpoint. Of the P·G pictures of a step n lie on this process, N in one batch.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import math
 import random
 import sys
@@ -27,19 +31,19 @@ import data
 import feedback
 import flow_grpo
 import grpo
-import qwen_vl
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, lora, pipeline, weights
+from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
 TINY_REWARDS = {"emotion": 1.0, "pickscore": 0.5}
-PARTS = (*REWARDS, "meter")  # the miniature's meter as a reward is the ceiling of all judges
+# What a weight may be given to; the miniature's meter as a reward is the ceiling of all judges.
+PARTS = (*REWARDS, "own", "meter")
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
-    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "of the judge, or none"),
+    "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
     "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
@@ -71,19 +75,24 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
-    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written in the end"),
+    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
     "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
-    "encoders": ("gpu", "gpu", ("gpu", "cpu", "leave"),
-                 "where the text encoders live; leave: encode all prompts first, then free them"),
+    "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
     "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
     "seed": (0, 0, integer(0, 2**31), "of the prompts' order and of all noise"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "models and rewards", "form": "rollout", "lr": "update",
+    "micro": "memory, evaluation, checkpoints"}
+RARE = ("tensorboard", "questions", "skip_last", "window", "window_within", "step_weights",
+        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
+        "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
-CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable", "reward_std",
+CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
 
 # --------------------------------------------------------------------------------------------------
@@ -93,10 +102,11 @@ CURVES = ("reward", "reward_emotion", "reward_pickscore", *ERRORS, "unreadable",
 @dataclass
 class Models:
     generator: Generator
-    judge: qwen_vl.QwenVL | None
+    judge: object | None  # of pipeline.load_judge
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
     examiner: object | None  # the miniature's, of content: does a picture show its subject?
+    own: object | None = None  # the function of --reward
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,8 @@ def rewards_of(images, rows, models, reward_weights, readings):
     if models.scorer is not None:
         scores = clip.pick_score(models.scorer, images, [row.neutral for row in rows])
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
+    if models.own is not None:
+        parts["own"] = own_reward.rewards(models.own, images, rows)
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         read["meter"] = torch.tensor(measured, dtype=torch.float64)
@@ -343,17 +355,22 @@ def train(args, processes):
     # rows, the run's folder, models with a new adapter
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
-    settings = vars(args) | {"rows": data.digest(rows)}
+    hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
+              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
+    settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward),
+                             "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = training.EMA(trained, args.ema)
-    done = run.load(checkpoints.state_of(optimizer, ema), args.steps)
+    state = checkpoints.state_of(optimizer, ema)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
+    run.say_disk(state, lora.file_size(model), args, on_the_way=True)
     if args.encoders == "leave":
         needed = prompts_needed(done, rows, held_out, args, processes)
         models.generator.encoders.encode_and_free(needed, progress=processes.first)
@@ -421,7 +438,7 @@ def train(args, processes):
 
     if processes.first:
         with ema:
-            lora.save_lora(args.out / "adapter", model, models.generator.name)
+            lora.save_lora(args.out / "adapter", model, models.generator.name, diffusers=True)
         print(run.evaluations())
         print(args.out / "adapter")
     processes.wait()
@@ -430,7 +447,8 @@ def train(args, processes):
 
 def load_models(args, device):
     """Models, with a new adapter in the generator."""
-    judge = None if args.judge == "none" else qwen_vl.QwenVL.from_pretrained(args.judge, device)
+    own = own_reward.load(args.reward)
+    judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
     scorer = meter = examiner = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)
@@ -439,7 +457,7 @@ def load_models(args, device):
         from tiny.scenes import measure_va as meter
         examiner = Examiner.from_pretrained()
     generator = load_generator(args.model, device, use_t5=not args.no_t5,
-                               encoders_device="cpu" if args.encoders == "cpu" else None)
+                               encoders=args.encoders)
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
@@ -450,7 +468,7 @@ def load_models(args, device):
     lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
     if args.init_adapter != "none":
         lora.fill_lora(adapter, generator.mmdit)
-    return Models(generator, judge, scorer, meter, examiner)
+    return Models(generator, judge, scorer, meter, examiner, own)
 
 
 def prompts_needed(start, rows, held_out, args, processes):
@@ -465,7 +483,7 @@ def prompts_needed(start, rows, held_out, args, processes):
 
 def summary(rewards, sums, deviation, norm, processes):
     """The log's figures of a step. rewards {part: [P,G]}; sums, deviation: of this process."""
-    names = {"total": "reward", "emotion": "reward_emotion", "pickscore": "reward_pickscore"}
+    names = {"total": "reward", **{name: f"reward_{name}" for name in PARTS}}
     means = {names.get(name, name): float(part.nanmean()) for name, part in rewards.items()}
     if "judge_v_error" in rewards:
         means["unreadable"] = float(rewards["judge_v_error"].isnan().double().mean())
@@ -478,9 +496,11 @@ def summary(rewards, sums, deviation, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen", GROUPS, RARE)
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    args = cli.parse_settings(parser, SETTINGS, argv)
+    parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
+                        "weight: --reward-weights emotion=1,own=0.5")
+    args = presets.parse_settings(parser, SETTINGS, argv)
     trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,
@@ -491,6 +511,8 @@ def parse_args(argv=None):
     for name, flag in (("emotion", "judge"), ("pickscore", "pickscore")):
         if name in args.reward_weights and getattr(args, flag) == "none":
             parser.error(f"--{flag} none, but --reward-weights has {name}: leave it out there")
+    if (args.reward is None) == ("own" in args.reward_weights):
+        parser.error("--reward FILE:FUNCTION and --reward-weights …,own=1: give both or neither")
     return args
 
 

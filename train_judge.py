@@ -15,6 +15,10 @@ The order of this file: settings, rollout, update, evaluation, models, the loop 
 questions of this process in a step, p of them in one pass, G answers to each, of at most C tokens.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
 import sys
@@ -31,7 +35,7 @@ import feedback
 import grpo
 import qwen_vl
 from evaluation.metrics import label_floor
-from parts import checkpoints, cli, lora, sharding
+from parts import checkpoints, cli, hub, lora, presets, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
 from parts.files import open_picture
@@ -76,6 +80,11 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
     "seed": (0, 0, integer(0, 2**31), "of the order of questions and of all answers"),
 }
+GROUPS = {  # of --help: first setting, title
+    "model": "rollout", "lr": "update", "epsilon": "reward", "temperature": "answers",
+    "micro": "memory", "lora_rank": "adapter", "eval_every": "evaluation, checkpoints"}
+RARE = ("tensorboard", "iterations", "max_grad_norm", "mismatch", "lora_alpha", "eval_rows",
+        "save_minutes")
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
           "clip_fraction", "zero_spread", "grad_norm", "eval_v_error", "eval_a_error",
           "eval_class_accuracy", "tokens_per_second")
@@ -265,6 +274,7 @@ def evaluate(model, rows, args, processes, run=None, batch=64):
 def show_figures(args, processes):
     """Print the held-out figures of --model: a table, and a line of JSON for scripts."""
     rows = data.load_rows(args.data, "test")[:args.eval_rows]
+    hub.fetch(lora.files_with_base(args.model))
     figures = evaluate(load_judge(args, processes), rows, args, processes)
     if processes.first:
         figures = {name.removeprefix("eval_"): figure for name, figure in figures.items()}
@@ -307,6 +317,7 @@ def export(model, folder, args, processes):
     if args.lora:
         if processes.first:
             lora.save_lora(folder, model, args.model)
+            model.processor.save_pretrained(folder)
     else:
         make = partial(qwen_vl.QwenVL, model.config, model.processor)
         plain = sharding.whole(model, make, torch.bfloat16, processes.first)
@@ -325,16 +336,21 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)
-    settings = vars(args) | {"rows": data.digest(rows)}
+    hub.fetch(lora.files_with_base(args.model))
+    files = {"model": weights.fingerprint(lora.with_base(args.model))}
+    settings = vars(args) | {"rows": data.digest(rows), "files": files}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, GRPO")
     model = load_judge(args, processes)
     reference = load_reference(model, args, processes)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    done = run.load(checkpoints.state_of(optimizer), args.steps)
+    state = checkpoints.state_of(optimizer)
+    done = run.load(state, args.steps)
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} pictures, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} answers")
+    run.say_disk(state, lora.file_size(model) if args.lora else 2 * weights.count_parameters(model),
+                 args)
     record = run.read_log(done)
     # a new run, or one that was stopped in an evaluation
     if training.evaluation_due(done, args) and not training.figures_of(record):
@@ -411,12 +427,13 @@ def summary(rollout, sums, greatest, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge")
+    parser = cli.training_parser(__doc__, SETTINGS, "runs/judge", GROUPS, RARE)
     add = parser.add_argument
     add("--steps", type=integer(1, 10**7), help=f"in place of --epochs: {cli.STEPS_HELP}")
     add("--lora", action="store_true", help="train an adapter of the language model only")
     add("--evaluate", action="store_true", help="no training: held-out figures of --model")
     args = parser.parse_args(argv)
+    presets.choose(args, parser.error)
     if args.lora and args.lr is None and args.preset == "paper":
         args.lr = LORA_LR
     return cli.fill_settings(args, SETTINGS)

@@ -44,7 +44,7 @@ import mmdit
 import qwen_vl
 from bench.measure import Rows, Skipped, free, markdown, measured, peak_rates, profiled
 from kernels import FORMS
-from parts import layouts, lora, ops, pipeline, sharding, vae
+from parts import cli, layouts, lora, ops, pipeline, sharding, vae
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = torch.bfloat16  # the type of all models
@@ -1097,8 +1097,7 @@ BESIDE = 7  # the first so many tell what is right, not how fast, and run side b
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")

@@ -13,7 +13,6 @@ operations beside them), and the plain form's (what its torch operations read an
 left out of account, for all three.
 """
 
-import argparse
 import contextlib
 import re
 import subprocess
@@ -35,8 +34,7 @@ import flow_grpo
 import mmdit
 import qwen_vl
 from kernels import log_probs, triton_heads, triton_norms, triton_steps
-from parts import ops
-from parts.cli import markdown
+from parts import cli, ops
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 MODULES = (triton_heads, triton_norms, triton_steps)
@@ -309,8 +307,7 @@ def resource_rows(compiled, targets):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100],
                         help="compute capabilities, times ten")
     parser.add_argument("--types", nargs="+", default=["bfloat16", "float32"],
@@ -329,9 +326,9 @@ def main(argv=None):
         byte_rows.append((*key, *megabytes, f"{ours / case.least:.2f}", f"{plain / ours:.1f}"))
     print(f"triton {triton.__version__}: registers a thread, bytes of shared memory\n")
     rows, spilled = resource_rows(compiled, args.targets)
-    print(markdown(rows))
+    print(cli.markdown(rows))
     print(f"\n{len(compiled) * len(args.targets)} kernels compiled, {spilled} spill registers\n")
-    print(markdown(byte_rows))
+    print(cli.markdown(byte_rows))
     return 1 if spilled else 0
 
 

@@ -14,6 +14,10 @@ Left out: the CUDA context (about 0.5 GB), the allocator's waste, evaluations, l
 bytes are decimal: 1 GB = 10⁹ bytes. n: pictures or questions in one batch.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import argparse
 import functools
 import math

@@ -10,7 +10,6 @@ written: machine, versions, and each program's command, seconds, rows, note and 
 the end, and the others go on; then, but not for a missed requirement, the exit status is 1. The machine must be idle.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import itertools
@@ -163,7 +162,7 @@ def write(path, facts, works):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--only", help=f"these programs, with commas between (default: {','.join(STANDARD)})")
     parser.add_argument("--no-growth", action="store_true", help="the standard sizes only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no growth: whether all run; times mean nothing")

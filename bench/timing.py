@@ -3,7 +3,6 @@
 Shapes do not matter here; times are in seconds, rates in 1/s.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -118,7 +117,7 @@ def profile(function, top=12):
 
 def make_parser(doc, repeats=5):
     """ArgumentParser of a program with the flags that all have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(doc)
     parser.add_argument("--repeats", type=int, default=repeats, help="times, in turn (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, as bench/run.py reads them")

@@ -8,6 +8,10 @@
 Each of the four explains itself with --help.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import sys
 
 from evaluation import cases, rate, run, tables

@@ -14,16 +14,13 @@ The page answers this machine only and runs no script. The same command goes on 
 import csv
 import hashlib
 import io
-import os
 import random
 import re
 import string
-import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
@@ -33,8 +30,9 @@ import data
 from evaluation.cases import load_cases, pictures_of
 from parts import cli, page
 from parts.cli import UserError, say
-from parts.files import open_picture, write_whole
+from parts.files import lock, open_picture, write_whole
 from parts.page import paragraph, plain
+from parts.server import FOREIGN, LocalHandler, add_port, address, listen
 
 COLUMNS = ["time", "rater", "case", "method", "v", "a", "quality", "best"]
 SCALES = {  # of each picture: the question's name, the highest value, and words for 1 and for that
@@ -44,8 +42,6 @@ SCALES = {  # of each picture: the question's name, the highest value, and words
 }
 LETTERS = string.ascii_uppercase  # of the pictures of a case, and so of at most 26 methods
 NAME = re.compile(r"(?=.*\w)[\w .-]{1,40}")  # of a rater
-LIMIT = 100_000  # bytes of a form
-POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'"
 
 
 # The file of ratings: CSV with a row for each rater, case and method
@@ -59,8 +55,6 @@ def write_ratings(path, rows):
                 numbers = {name: f"{row[name]:.15g}" for name in SCALES}
                 best = "" if row["best"] is None else int(row["best"])
                 writer.writerow(row | numbers | {"best": best})
-            file.flush()
-            os.fsync(file.fileno())  # before the renaming, or a power cut could leave an empty file
 
     write_whole(path, write)
 
@@ -232,23 +226,21 @@ def next_page(study, rater):
                     paragraph("All pages are rated and kept. You can close this window."))
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(LocalHandler):
     """Answers a request about server.study."""
-    timeout = 60  # seconds that a browser may take to send it
+    policy = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'"
 
-    def log_message(self, *_):
-        return  # `save` says how far the raters are; not every request
+    def refuse(self, status, why):
+        self.send(status, document(why, "", ""))
 
     def do_GET(self):
         path, _, query = self.path.partition("?")
         self.answer(path, dict(parse_qsl(query)))
 
     def do_POST(self):
-        length = self.headers.get("Content-Length", "")  # which anyone can send
-        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > LIMIT:
-            return self.send(413, document("This is not a form of these pages", "", ""))
-        content = self.rfile.read(int(length)).decode("ascii", "replace")
-        return self.answer(self.path, dict(parse_qsl(content)))
+        content = self.read_body()
+        if content is not None:
+            self.answer(self.path, dict(parse_qsl(content.decode("ascii", "replace"))))
 
     def answer(self, path, form):
         """Send a page or a picture, or keep a form's answers; whatever is odd comes first."""
@@ -257,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
         case = study.cases.get(form.get("case"))
         indices = [str(index) for index in range(len(study.methods))]
         if self.foreign():
-            return self.send(403, document("These pages are for this machine only", "", ""))
+            return self.refuse(403, FOREIGN)
         if path == "/":
             return self.send(200, start_page(study))
         if path == "/picture" and case and form.get("at") in indices:
@@ -289,25 +281,6 @@ class Handler(BaseHTTPRequestHandler):
         # A redirection, so that a page that is loaded anew does not send the form once more.
         return self.send(303, "", Location="/case?" + urlencode({"rater": rater}))
 
-    def foreign(self):
-        """Whether another site may be behind it, by a name that leads here or a form of its own."""
-        port = "" if self.server.server_port == 80 else f":{self.server.server_port}"
-        hosts = [f"127.0.0.1{port}", f"localhost{port}"]
-        origin = self.headers.get("Origin") if self.command == "POST" else None  # of the form
-        ours = [None, *(f"http://{host}" for host in hosts)]
-        return self.headers.get("Host") not in hosts or origin not in ours
-
-    def send(self, status, content, kind="text/html; charset=utf-8", **headers):
-        content = content if isinstance(content, bytes) else content.encode()
-        headers |= {"Content-Type": kind, "Content-Length": str(len(content)),
-                    "Cache-Control": "no-store", "Content-Security-Policy": POLICY,
-                    "X-Content-Type-Options": "nosniff"}
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
 
 def prepare(args):
     """The Study of the arguments, with every picture looked at. Raises UserError or OSError."""
@@ -337,6 +310,8 @@ def prepare(args):
         raise UserError(f"{len(lost)} of {len(pictures)} pictures are missing or cannot be read; "
                         f"draw them first, as .png, .jpg, .jpeg or .webp: {', '.join(lost)}")
     # 3. what is rated already, which must be of these pictures
+    if not lock(args.out.with_name(f".{args.out.name}.lock")):
+        raise UserError(f"{args.out}: another server writes there; stop it, or give another --out")
     methods = sorted(folders)  # so that the orders do not depend on that of the flags
     rows = read_ratings(args.out) if args.out.exists() else []
     rated = Counter((row["rater"], row["case"]) for row in rows)
@@ -356,19 +331,15 @@ def prepare(args):
 
 def serve(study, port):
     """The server of a study, on this machine only; its serve_forever answers."""
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except OSError as error:
-        raise UserError(f"--port {port}: {error}; give a free one, or 0 for any") from error
+    server = listen(Handler, port)
     server.study = study
-    server.handle_error = lambda *_: say(f"error: a request broke off: {sys.exc_info()[1]}")
     return server
 
 
 def rate(args):
     server = serve(prepare(args), args.port)
     try:
-        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        print(address(server), flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         # Taken for good: what is being written is finished, and nothing more begun.
@@ -384,8 +355,7 @@ def main(argv):
                         help="a method and the folder of its pictures, <id>.png each")
     parser.add_argument("--out", type=Path, default="ratings.csv",
                         help="file of the ratings (default: %(default)s)")
-    parser.add_argument("--port", type=cli.integer(0, 65535), default=8000,
-                        help="0 takes any that is free (default: %(default)s)")
+    add_port(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the orders (default: %(default)s)")
     args = parser.parse_args(argv)
     return cli.run_program(lambda: rate(args))

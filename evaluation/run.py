@@ -13,7 +13,6 @@ twice. Every finished batch is a few lines in the run's folder: the same command
 """
 
 import hashlib
-import json
 import re
 import shlex
 import time
@@ -28,9 +27,17 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, lora, weights
+from parts import cli, clip, hub, lora, pipeline, presets, weights
 from parts.cli import UserError, integer, number
-from parts.files import open_picture, read_json, whole_records, write_json
+from parts.files import (
+    append_rows,
+    lock,
+    open_picture,
+    read_json,
+    save_png,
+    whole_records,
+    write_json,
+)
 from parts.pipeline import PAPER, TINY, judge_of, load_generator, load_judge, name_of, to_images
 from tiny import scenes
 from tiny.examiner import Examiner
@@ -76,6 +83,15 @@ def draw_with(generator, form, args, judge, cases, seeds):
             seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
         r, i = feedback.best_of(rounds, args.result)  # by the judge that rewrites
         images.append(rounds[r].pictures[i].image)
+    return images
+
+
+def draw_and_keep(draw, folder, cases, seeds):
+    """draw(cases, seeds), whose pictures are also written as <id>.png, as --images reads them."""
+    images = draw(cases, seeds)
+    for image, case, seed in zip(images, cases, seeds, strict=True):
+        save_png(image, folder / f"{case.id}.png", neutral=case.neutral, valence=case.v,
+                 arousal=case.a, seed=seed)
     return images
 
 
@@ -135,7 +151,7 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
     done = {record["id"] for record in whole_records(path)}
     left = [pair for pair in zip(cases, seeds, strict=True) if pair[0].id not in done]
     bar = tqdm(total=len(cases), initial=len(cases) - len(left), desc=name, unit="picture")
-    with bar, open(path, "a", encoding="utf-8") as file:
+    with bar:
         for start in range(0, len(left), batch):
             part, part_seeds = zip(*left[start:start + batch])
             began = time.perf_counter()
@@ -143,14 +159,15 @@ def measure(draw, cases, seeds, path, instruments, batch, name=""):
             seconds = (time.perf_counter() - began) / len(part)  # of drawing alone
             scores = scores_of(instruments, images, part)
             said = {reader: read(images) for reader, read in instruments.readers.items()}
+            records = []
             for i, case in enumerate(part):
                 record = {"id": case.id, "v": case.v, "a": case.a, "group": case.group, "read": {}}
                 for reader, va in said.items():
                     record["read"][reader] = None if np.isnan(va[i][0]) else list(va[i])
                 record |= {key: float(values[i]) for key, values in scores.items()}
                 record["seconds"] = seconds
-                file.write(json.dumps(record) + "\n")
-            file.flush()  # the batch is safe from here on
+                records.append(record)
+            append_rows(path, records)  # the batch is safe from here on
             bar.update(len(part))
 
 
@@ -179,6 +196,7 @@ def open_run(args, command, cases, generator):
         "judges": {name: stamp(source) for name, source in args.judge.items()},
         "clip": stamp(args.clip), "other_clip": stamp(args.other_clip),
         "aesthetic": stamp(args.aesthetic),
+        "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device,
         "questions": args.questions}
     if generator is not None:
@@ -188,6 +206,9 @@ def open_run(args, command, cases, generator):
         for key in ("size", "sample_steps", "guidance", "rounds", "n", "result", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
+    if not lock(out / ".lock"):
+        raise UserError(f"{out}: another evaluation is writing there; wait for its end, or give "
+                        f"another --out")
     before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
     changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
     if changed:
@@ -200,22 +221,24 @@ def open_run(args, command, cases, generator):
 def parse_args(argv):
     parser = cli.parser(__doc__, prog="python -m evaluation run")
     add = parser.add_argument
-    add("--preset", choices=["tiny", "paper"], default="tiny", help="defaults of what follows")
+    add("--preset", choices=cli.PRESETS, help=cli.PRESET_HELP)
     add("--cases", default="200",
         help="a file of cases, or how many of the miniature's (default: %(default)s)")
     add("--split", choices=["test", "validation"], default="test",
         help="of the miniature's cases; choices are made by the second (default: %(default)s)")
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
-        help="folder or hub id of a judge, once for each; the first one also gives the feedback")
+        help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
     add("--name", help="of the method in tables (default: that of the generator or the folder)")
+    add("--keep-pictures", action="store_true",
+        help="write each as <form>/<id>.png, for `rate` and `--images`")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", type=Path, help="folder of the run (default: out/evaluate and the name)")
     cli.add_settings(parser, SETTINGS)
-    return cli.parse_settings(parser, SETTINGS, argv)
+    return presets.parse_settings(parser, SETTINGS, argv)
 
 
 def complete(args):
@@ -223,7 +246,7 @@ def complete(args):
     args.device = cli.device_of(args.device)
     judges = {}
     for i, text in enumerate(args.judge):
-        name, _, source = text.rpartition("=")  # [NAME=]SOURCE
+        name, source = re.fullmatch(r"(?:([^=/]*)=)?(.*)", text).groups()  # [NAME=]SOURCE
         judges[name or f"judge{i or ''}"] = source
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
@@ -260,6 +283,8 @@ def evaluate(args, command):
         pictures_of(args.images, cases)
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
+    hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)
@@ -282,6 +307,8 @@ def evaluate(args, command):
         draw = partial(draw_with, generator, form, args, first_judge)
         if args.images:
             draw = partial(read_pictures, args.images)
+        elif args.keep_pictures:
+            draw = partial(draw_and_keep, draw, out / form)
         measure(draw, cases, seeds, out / f"{form}.jsonl", instruments, args.micro, form)
     # 5. all figures, as a table and as JSON
     methods = tables.read_run(out)

@@ -4,6 +4,7 @@ In the order data meets it: pictures to patches, the chat template, the tokenize
 which joins them. `qwen_vl.py` goes on from a `Prompt`.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from parts import weights
 from parts.cli import UserError
-from parts.files import read_json, write_json, write_whole
+from parts.files import as_json, read_json, write_whole
 
 IMAGE_TOKEN = 151_655  # published id of <|image_pad|>
+TEMPLATE = Path(__file__).parent / "chat_template.jinja"  # `chat_text`, for other programs
+CARRIED = (  # files of a folder that a processor read there is written with, too, as they are
+    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "generation_config.json", "chat_template.jinja", "chat_template.json",
+    "video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,6 +191,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image = image
         self.image_token = image_token
+        self.source = None  # the folder that it was read from
         self.stop = tuple(stop or map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")))
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -217,10 +225,7 @@ class Processor:
     def from_pretrained(cls, folder, image_token=IMAGE_TOKEN):
         """The processor of a folder of Qwen2.5-VL. Raises UserError."""
         folder = Path(folder)
-        file = folder / "preprocessor_config.json"
-        if not file.exists() and (folder / "processor_config.json").exists():
-            file = folder / "processor_config.json"  # a newer layout
-        raw = read_json(file)
+        raw = read_json(image_file(folder))
         raw = raw.get("image_processor", raw)
         size = raw.get("size") or {}
         fields = {
@@ -235,20 +240,55 @@ class Processor:
         if (folder / "generation_config.json").exists():
             stop = read_json(folder / "generation_config.json").get("eos_token_id")
             stop = [stop] if isinstance(stop, int) else stop
-        return cls(read_tokenizer(folder), ImageConfig(**fields), image_token, stop)
+        made = cls(read_tokenizer(folder), ImageConfig(**fields), image_token, stop)
+        made.source = folder
+        return made
 
     def save_pretrained(self, folder):
-        """Write the tokenizer and what else from_pretrained reads, in the published layout."""
+        """Write the tokenizer and what else from_pretrained reads, in the published layout, and the
+        chat template, which transformers and servers of models want.
+
+        The files of the folder that this processor was read from are carried over. Only of the
+        settings of pictures ours count, for training may have changed them.
+        """
         folder = Path(folder)
+        # 1. what there was
+        source = self.source
+        names = [name for name in CARRIED if source and (source / name).exists()]
+        files = {name: (source / name).read_bytes() for name in names}
+        # 2. the settings of pictures
         image = self.image
-        write_json(folder / "preprocessor_config.json", {
-            "image_processor_type": "Qwen2VLImageProcessor", "patch_size": image.patch,
-            "temporal_patch_size": image.frames, "merge_size": image.merge,
-            "min_pixels": image.min_pixels, "max_pixels": image.max_pixels,
-            "image_mean": list(image.mean), "image_std": list(image.std)})
-        write_json(folder / "generation_config.json", {
-            "eos_token_id": list(self.stop), "pad_token_id": self.stop[-1]})
-        write_whole(folder / "tokenizer.json", self.tokenizer.to_str())
-        write_json(folder / "tokenizer_config.json", {
+        file = image_file(source).name if names else "preprocessor_config.json"
+        whole = json.loads(files.get(file, "{}"))
+        settings = {
+            "image_processor_type": "Qwen2VLImageProcessor", **whole.get("image_processor", whole),
+            "patch_size": image.patch, "temporal_patch_size": image.frames,
+            "merge_size": image.merge, "min_pixels": image.min_pixels,
+            "max_pixels": image.max_pixels, "image_mean": list(image.mean),
+            "image_std": list(image.std)}
+        settings.pop("size", None)  # another name for min_pixels and max_pixels
+        if "image_processor" in whole:
+            settings = whole | {"image_processor": settings}
+        settings["processor_class"] = "Qwen2_5_VLProcessor"
+        files[file] = as_json(settings)
+        # 3. what there was not
+        files.setdefault("generation_config.json", as_json({
+            "eos_token_id": list(self.stop), "pad_token_id": self.stop[-1]}))
+        if "vocab.json" not in files:
+            files.setdefault("tokenizer.json", self.tokenizer.to_str())
+        files.setdefault("tokenizer_config.json", as_json({
             "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>"})
+            "pad_token": "<|endoftext|>"}))
+        in_config = "chat_template" in json.loads(files["tokenizer_config.json"])
+        if not in_config and files.keys().isdisjoint({"chat_template.jinja", "chat_template.json"}):
+            files["chat_template.jinja"] = TEMPLATE.read_text(encoding="utf-8")
+        # 4. the tokenizer's configuration last: a folder that has one is whole
+        for name in sorted(files, key=CARRIED.index):
+            write_whole(folder / name, files[name])
+
+
+def image_file(folder):
+    """The file of a folder that has the settings of pictures."""
+    newer = folder / "processor_config.json"
+    older = folder / "preprocessor_config.json"
+    return newer if newer.exists() and not older.exists() else older

@@ -17,6 +17,7 @@ import torch
 from torch.distributed import checkpoint
 
 from parts.cli import UserError
+from parts.files import naming
 
 METADATA = {"Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
             "MetadataIndex", "StorageMeta", "_StorageInfo", "_MEM_FORMAT_ENCODING", "_get_layout",
@@ -45,7 +46,7 @@ def state_of(optimizer, ema=None):
 def write(folder, state):
     """Write this process's part; when it returns, all processes' are on the disk."""
     # Copying ahead would use a GPU that is there also where --device is cpu.
-    writer = checkpoint.FileSystemWriter(folder, per_thread_copy_ahead=0)
+    writer = Writer(folder, per_thread_copy_ahead=0)
     with failures_raised():
         checkpoint.save(state, storage_writer=writer)
 
@@ -93,6 +94,21 @@ def failures_raised():
     except checkpoint.CheckpointException as error:
         # {rank: (error, traceback)} of the processes where it failed, which all processes get
         raise next(iter(error.failures.values()))[0] from None
+
+
+class Writer(checkpoint.FileSystemWriter):
+    """Writes a checkpoint's folder; unlike torch's own, it tells a full disk from other failures.
+
+    It must be told here: what failed is sent to the other processes without what led to it.
+    """
+
+    def write_data(self, *args):
+        with naming(self.path):
+            return super().write_data(*args)
+
+    def finish(self, **options):
+        with naming(self.path):
+            return super().finish(**options)
 
 
 class Reader(checkpoint.FileSystemReader):

@@ -418,10 +418,21 @@ class CLIP(nn.Module):
 
 
 def load_pickscore(source, device):
-    """PickScore from a folder or hub id; as published it has no processor of its own."""
+    """PickScore from a folder or hub id."""
+    return CLIP.from_pretrained(source, device, processor=pickscore_processor(source))
+
+
+def pickscore_processor(source):
+    """The hub id of PickScore's processor; as published it has none of its own. Else None."""
     complete = (Path(source) / "preprocessor_config.json").exists()
-    processor = None if complete else PICKSCORE_PROCESSOR
-    return CLIP.from_pretrained(source, device, processor=processor)
+    return None if complete else PICKSCORE_PROCESSOR
+
+
+def files_of_pickscore(source):
+    """What `load_pickscore` reads, for hub.fetch; of the source "none" nothing."""
+    if source == "none":
+        return []
+    return [(source, ["*"]), (pickscore_processor(source), ["*.txt", "*.json"])]
 
 
 def pick_score(model, images, prompts):

@@ -1,18 +1,23 @@
 """Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
 
+import errno
+import io
 import json
 import math
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from parts.cli import UserError
+from parts.cli import FULL, UserError
 
 UMASK = os.umask(0o022)  # what new files leave out of their rights; asking for it sets it
 os.umask(UMASK)
+LOCKED = []  # open files, see `lock`
 
 
 def write_whole(path, content):
@@ -23,20 +28,39 @@ def write_whole(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if callable(content):
-        content(temporary)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        temporary.write_text(content, encoding="utf-8")
-    os.chmod(temporary, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
-    # On the disk before it has its name: after a power cut a file could else be there, and empty.
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        with naming(path):
+            fill(temporary, content)
+    except Exception:
+        temporary.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
     # Renaming within a folder is one step of the file system: there is no moment in between.
     os.replace(temporary, path)
     sync_folder(path.parent)
     return path
+
+
+def fill(path, content):
+    """Write text, bytes, or what content(path) writes, down to the disk."""
+    if callable(content):
+        content(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8")
+    os.chmod(path, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
+    # On the disk before it has its name: after a power cut a file could else be there, and empty.
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def check_writable(folder):
+    """Raise UserError unless a file can be written into the folder of --out."""
+    try:  # Permissions alone do not tell: a disk may be full or mounted for reading only.
+        write_whole(Path(folder) / ".probe", "").unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot write there ({error.strerror}); choose another "
+                        f"folder") from error
 
 
 def sync_folder(folder):
@@ -45,6 +69,53 @@ def sync_folder(folder):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+@contextmanager
+def naming(path):
+    """Within it a disk's refusal to write is an OSError that names `path`.
+
+    Python leaves the name out; safetensors and torch tell the reason in errors of their own kinds.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def refusal(error):
+    """The system's number of a full or failing disk, from an error or what led to it, or None."""
+    while error is not None:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors quotes it
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number in (*FULL, errno.EIO):
+            return number
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def lock(path):
+    """Whether this process now has a file for itself, until it ends, however it ends.
+
+    Where the system knows no such locks, as Windows, that is always taken to be so.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w")
+    LOCKED.append(file)  # closing it would give the lock up
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,18 +141,59 @@ def read_json(path):
         if not isinstance(content, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: missing or not a JSON object; download the checkpoint again") from error
+        advice = "download the checkpoint again"
+        if not Path(path).exists():
+            advice = kind_of(Path(path).parent) or advice
+        raise UserError(f"{path}: missing or not a JSON object; {advice}") from error
     return content
 
 
+KINDS = (  # of folders: (a pattern of what only they hold, what they are and where they belong)
+    ("adapter_config.json", "it is an adapter, as --adapter takes it"),
+    ("model_index.json", "it is a whole generator, as --model takes it"),
+    ("train.jsonl", "it is a dataset, as --data takes it"),
+    ("test.jsonl", "it is a dataset, as --data takes it"),
+    ("judge/config.json", "it holds a judge: give its folder judge/"),
+    ("judge/adapter_config.json", "it holds a judge: give its folder judge/"),
+    ("log.jsonl", "it is a run of training, as --adapter takes it if it trained a generator"),
+    ("run.json", "it is a run of sample.py"),
+    ("evaluate.json", "it is a run of `python -m evaluation run`"),
+    ("*.safetensors.index.json", ""), ("*.safetensors", ""))  # told by their config.json
+
+
+def kind_of(path):
+    """What a folder or a weights file is, for who gave it where something else was wanted; "" if
+    nothing is known of it."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        lora = b".lora_A." in path.open("rb").read(10**6)  # of the header's names
+        return "it is an adapter, as --adapter takes it" if lora else ""
+    found = [kind for pattern, kind in KINDS if any(path.glob(pattern))]
+    if found and not found[0] and (path / "config.json").exists():
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or config.get("model_type")
+        return "it is a judge, as --judge takes it" if kind == "qwen2_5_vl" else f"it is a {kind!r}"
+    return found[0] if found else ""
+
+
+def as_json(value):
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, as_json(value))
 
 
 def write_rows(path, rows):
-    """Write JSON lines."""
+    """Write a file of JSON lines."""
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_rows(path, rows):
+    """Write JSON lines at the end of a file, in one piece."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(lines)
 
 
 def read_records(path, until=math.inf):
@@ -158,9 +270,37 @@ def open_picture(path):
                         f"JPEG or WebP") from error
 
 
-def save_png(image, path, **facts):
-    """Write a PNG with its facts as text chunks."""
+def png(image, **facts):
+    """The bytes of a PNG of a PIL image, with its facts as text chunks; of a drawn picture also as
+    one text `parameters`, where image browsers and web interfaces of Stable Diffusion look."""
     info = PngInfo()
+    if {"prompt", "seed", "steps", "guidance", "model"} <= facts.keys():
+        facts = facts | {"parameters": parameters_of(image, facts)}
     for key, value in facts.items():
         info.add_itxt(key, str(value))
-    return write_whole(path, lambda temporary: image.save(temporary, "PNG", pnginfo=info))
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    return content.getvalue()
+
+
+def save_png(image, path, **facts):
+    """Write a PNG with its facts as text chunks."""
+    return write_whole(path, png(image, **facts))
+
+
+def parameters_of(image, facts):
+    """The facts of a drawn picture as AUTOMATIC1111's web interface writes them: a line with the
+    prompt, then one of names and values."""
+    told = {
+        "Steps": facts["steps"], "Sampler": "Euler", "CFG scale": facts["guidance"],
+        "Seed": facts["seed"], "Size": f"{image.width}x{image.height}", "Model": facts["model"]}
+    for name in ("valence", "arousal"):
+        if name in facts:
+            told[name.capitalize()] = facts[name]
+    shown = []
+    for name, value in told.items():
+        value = str(value)
+        # a mark that divides names and values is read as part of a value only in quotes
+        quoted = json.dumps(value, ensure_ascii=False) if set(",:\n") & set(value) else value
+        shown.append(f"{name}: {quoted}")
+    return facts["prompt"] + "\n" + ", ".join(shown)

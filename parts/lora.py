@@ -1,4 +1,4 @@
-"""LoRA: a frozen model with a small trained change (Hu et al. 2021), in peft's file layout.
+"""LoRA: a frozen model with a small trained change (Hu et al. 2021); files of peft and diffusers.
 
     targets = {"layers.0.qkv": {"layers.0.q": 64, "layers.0.k": 64, "layers.0.v": 64}}
     add_lora(model, targets, rank=32, alpha=64)
@@ -9,8 +9,10 @@
 fused layer here gets one change for each projection that it fuses.
 """
 
+import json
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +22,13 @@ from torch import nn
 from parts import ops
 from parts.cli import UserError
 from parts.files import read_json, write_json
-from parts.weights import index, load, own_rows, save
+from parts.weights import find, index, load, own_rows, read_metadata, save
 
-ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's
+ADAPTER_PREFIX = "base_model.model."  # of its tensors' names
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # that its `load_lora_weights` looks for
+DIFFUSERS_PREFIX = "transformer."  # the component of a pipeline that an adapter changes
+DIFFUSERS_CONFIG = "lora_adapter_metadata"  # peft's configuration, in the file's own metadata
 
 
 @ops.fusable
@@ -116,25 +122,42 @@ def merge_lora(model):
 # Files
 
 
-def lora_views(model):
-    """Views of the adapter alone, under peft's names."""
+def lora_views(model, prefix=ADAPTER_PREFIX):
+    """Views of the adapter alone, under peft's names, or diffusers' by another prefix."""
     views = {}
     for layer in lora_layers(model).values():
         for name, A, B in layer.pairs():
-            views[f"base_model.model.{name}.lora_A.weight"] = [A]
-            views[f"base_model.model.{name}.lora_B.weight"] = [B]
+            views[f"{prefix}{name}.lora_A.weight"] = [A]
+            views[f"{prefix}{name}.lora_B.weight"] = [B]
     return views
 
 
-def save_lora(folder, model, base):
-    """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to."""
+def file_size(model):
+    """Bytes of a model's adapter in a file, but for its header."""
+    views = lora_views(model).values()
+    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+
+
+def save_lora(folder, model, base, diffusers=False):
+    """Write a model's adapter as peft does. base: folder or hub id of the model it belongs to.
+
+    diffusers: the model is the transformer of a pipeline, so also write the file that
+    `StableDiffusion3Pipeline.load_lora_weights(folder)` reads.
+    """
+    folder = Path(folder)
     layers = lora_layers(model).values()
     first = next(iter(layers))
-    save(Path(folder) / ADAPTER_FILE, lora_views(model))
-    write_json(Path(folder) / "adapter_config.json", {
+    config = {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": first.rank,
         "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name for layer in layers for name in layer.names})})
+        "target_modules": sorted({name for layer in layers for name in layer.names})}
+    save(folder / ADAPTER_FILE, lora_views(model))
+    if diffusers:
+        # Without this diffusers would take alpha for equal to the rank.
+        said = json.dumps({DIFFUSERS_PREFIX + name: value for name, value in config.items()})
+        views = lora_views(model, DIFFUSERS_PREFIX)
+        save(folder / DIFFUSERS_FILE, views, metadata={DIFFUSERS_CONFIG: said})
+    write_json(folder / "adapter_config.json", config)  # the last one, see `adapter_in`
 
 
 def base_of(folder):
@@ -158,6 +181,20 @@ def base_of(folder):
     return base
 
 
+def files_with_base(source):
+    """What loading a model, or an adapter with the model it belongs to, reads, for hub.fetch."""
+    base = None if source is None else base_of(Path(source).expanduser())
+    return [(source, ["*"]), *([] if base is None else files_with_base(base))]
+
+
+def with_base(source):
+    """[local paths] of a model, or of an adapter and the models that it leads to."""
+    paths = [find(source)]
+    while (base := base_of(paths[-1])) is not None:
+        paths.append(find(base))
+    return paths
+
+
 def adapter_in(source):
     """The adapter of a run, if `source` is the folder of one of train_gen.py; else `source`.
 
@@ -175,11 +212,45 @@ def adapter_in(source):
     return whole[0]
 
 
-def rank_and_alpha(folder):
-    """Of the adapter in a folder. Raises UserError if its change is not alpha/rank · B·A."""
-    file = Path(folder) / "adapter_config.json"
-    config = read_json(file)
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in a file, of which only the header has been read."""
+    entries: dict  # {name of a tensor: weights.Entry}
+    prefix: str  # of these names; what follows is diffusers' or Qwen's name of a projection
+    rank: int
+    alpha: float
+
+
+def read_adapter(source):
+    """The Adapter in a folder that peft or diffusers has written, or in diffusers' file.
+
+    Raises UserError if its change is not alpha/rank · B·A.
+    """
+    # 1. whose it is; a folder with both files has the same adapter twice
+    source = Path(source)
+    if source.name == ADAPTER_FILE:
+        source = source.parent  # peft's configuration lies beside it
+    file = source if source.is_file() else source / DIFFUSERS_FILE
+    if file.is_file() and not (source / "adapter_config.json").exists():
+        said_in = file
+        prefix = DIFFUSERS_PREFIX
+        entries = index(file)
+        said = read_metadata(file).get(DIFFUSERS_CONFIG, "{}")
+    else:
+        said_in = source / "adapter_config.json"
+        prefix = ADAPTER_PREFIX
+        said = json.dumps(read_json(said_in))
+        entries = index(source / ADAPTER_FILE)
+
+    # 2. its rank and alpha
+    ranks = sorted({entry.shape[0] for name, entry in entries.items()
+                    if ".lora_A." in name and entry.shape})
     try:
+        if not ranks:
+            raise ValueError("the file has no tensor named …lora_A…")
+        config = {key.removeprefix(prefix): value for key, value in json.loads(said).items()}
+        if said_in == file and not config:  # diffusers then multiplies B·A by 1
+            config = {"r": ranks[0], "lora_alpha": ranks[0]}
         rank = int(config["r"])
         alpha = float(config["lora_alpha"])
         if config.get("peft_type", "LORA") != "LORA":
@@ -188,47 +259,55 @@ def rank_and_alpha(folder):
         for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
-        ranks = {entry.shape[0] for name, entry in index(Path(folder) / ADAPTER_FILE).items()
-                 if ".lora_A." in name and entry.shape}
-        if {rank} != ranks or not math.isfinite(alpha):
-            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are "
-                             f"{sorted(ranks)}")
-    except (KeyError, TypeError, ValueError) as error:
+        if [rank] != ranks or not math.isfinite(alpha):
+            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are {ranks}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
+            f"{said_in}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    return rank, alpha
+    return Adapter(entries, prefix, rank, alpha)
 
 
-def layers_in(folder, targets):
-    """Those of `targets` that the adapter in a folder changes; all, if it changes none of them."""
-    rank_and_alpha(folder)  # refuses a folder that holds no adapter
-    in_file = {name.partition(".lora_")[0] for name in index(Path(folder) / ADAPTER_FILE)}
+def layers_in(source, targets):
+    """Those of `targets` that an adapter changes; all, if it changes none of them."""
+    adapter = read_adapter(source)
+    in_file = {name.partition(".lora_")[0] for name in adapter.entries}
     changed = {path: rows for path, rows in targets.items()
-               if any(f"base_model.model.{name}" in in_file for name in rows)}
+               if any(adapter.prefix + name in in_file for name in rows)}
     return changed or targets  # for none of them `fill_lora` says what is wrong
 
 
-def fill_lora(folder, model):
-    """Give a model's LoRA layers the values of an adapter that `save_lora` or peft wrote.
+def fill_lora(source, model):
+    """Give a model's LoRA layers the values of an adapter that `read_adapter` reads.
 
     Raises UserError for an adapter of other layers, or of another rank or alpha.
     """
-    rank, alpha = rank_and_alpha(folder)
-    first = next(iter(lora_layers(model).values()))
-    if (rank, alpha) != (first.rank, first.alpha):
-        raise UserError(f"{folder}: an adapter of rank {rank} and alpha {alpha:g}, not "
-                        f"{first.rank} and {first.alpha:g}; give --lora-rank {rank} "
-                        f"--lora-alpha {alpha:g}")
-    load(lora_views(model), index(Path(folder) / ADAPTER_FILE), folder)
+    adapter = read_adapter(source)
+    layers = lora_layers(model).values()
+    first = next(iter(layers))
+    if (adapter.rank, adapter.alpha) != (first.rank, first.alpha):
+        raise UserError(f"{source}: an adapter of rank {adapter.rank} and alpha {adapter.alpha:g}, "
+                        f"not {first.rank} and {first.alpha:g}; give --lora-rank {adapter.rank} "
+                        f"--lora-alpha {adapter.alpha:g}")
+    views = lora_views(model, adapter.prefix)
+    for layer in layers:
+        for name, _, B in layer.pairs():
+            names = [f"{adapter.prefix}{name}.lora_{part}.weight" for part in "AB"]
+            # Of the projections that a layer fuses an adapter may change only some, say q and v.
+            if adapter.entries.keys().isdisjoint(names):
+                nn.init.zeros_(B)
+                for each in names:
+                    del views[each]
+    load(views, adapter.entries, source)
 
 
-def load_lora(folder, model, targets):
-    """Merge an adapter that `save_lora` or peft wrote into the weights of a model.
+def load_lora(source, model, targets):
+    """Merge an adapter that `read_adapter` reads into the weights of a model.
 
     targets: the layers that it may change. Raises UserError.
     """
+    adapter = read_adapter(source)
     # An adapter that is on and one that is merged give one sum, but a merged one costs no time.
-    add_lora(model, layers_in(folder, targets), *rank_and_alpha(folder))
-    fill_lora(folder, model)
+    add_lora(model, layers_in(source, targets), adapter.rank, adapter.alpha)
+    fill_lora(source, model)
     merge_lora(model)

@@ -21,7 +21,9 @@ from string import Template
 from PIL import Image
 
 from parts import sheets
-from parts.files import save_png, write_json, write_whole
+from parts.cli import UserError
+from parts.files import check_writable, read_json, save_png, write_json, write_whole
+from parts.ranking import rank
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are
 MEDIUM = 512  # pixels: side of a round's picture in the page; the best one and a grid keep theirs
@@ -54,6 +56,14 @@ def write(run, folder, started=None):
     return write_whole(folder / "index.html", text)
 
 
+def check_folder(folder, prompt):
+    """Raise UserError for a folder with pictures of another prompt, or that cannot be written."""
+    file = folder / "run.json"
+    if file.exists() and (before := read_json(file).get("prompt")) != prompt:
+        raise UserError(f"{folder} holds pictures of {before!r}; give another --out")
+    check_writable(folder)
+
+
 @functools.cache
 def style():
     """The style sheet, also for other pages that should look like this one."""
@@ -71,6 +81,40 @@ def fragments(path):
 def fill(fragment, **values):
     """A fragment of page.html with its $values, which must be HTML already (see `plain`)."""
     return fragments(Path(__file__).with_name("page.html"))[fragment].substitute(values)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is kept of a feedback.Round and its judgements
+
+
+def round_entry(finished, files, judge):
+    """A feedback.Round as run.json holds it, with `files` in the place of its pictures.
+
+    judge: None, if there was none to find the best and the worst.
+    """
+    images = []
+    for picture, file in zip(finished.pictures, files, strict=True):
+        said = picture.judgement
+        loss = None if said.v is None else picture.loss
+        images.append({"file": file, "seed": picture.seed, **vars(said), "loss": loss})
+    entry = {"prompt": finished.prompt, "images": images, **vars(finished)}
+    del entry["pictures"]
+    if judge is None:
+        entry["best"] = None
+    if judge is None or len(images) == 1:
+        entry["worst"] = None
+    return entry
+
+
+def judgement_facts(judge, said):
+    """What the PNG of a picture tells of its feedback.Judgement, if there is one, and who judged.
+
+    judge: the name of its checkpoint, or None.
+    """
+    if judge is None or said is None:
+        return {}
+    return {"judge": judge, "judged_valence": said.v, "judged_arousal": said.a,
+            "judged_emotion": said.emotion, "reasoning": said.reasoning}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,7 +237,7 @@ RING = '<circle class="line" r="13"/>'  # around the result
 
 
 def plane(cells):
-    """What is drawn into the plane: {marks, keys, label}.
+    """What is drawn into the plane: {axes, marks, keys, label}.
 
     One cell: its target and all judged pictures, the best ones of the rounds joined by a line.
     Several: each target joined to its best picture.
@@ -232,7 +276,7 @@ def plane(cells):
         label = f"target {target(cells[0])} and the judged pictures"
     # What is drawn later hides what lies under it, so the result comes last.
     marks = "".join(lines + dots + targets + heads + top)
-    return {"label": label, "keys": keys, "marks": marks}
+    return {"axes": fill("axes"), "label": label, "keys": keys, "marks": marks}
 
 
 def at(v, a):
@@ -333,6 +377,8 @@ def round_line(finished, r, least):
 
 def latency(run):
     """What appendix C measures, of this run, in a line."""
+    if len(run["cells"]) > 1:
+        return f"{len(run['cells'])} targets: {times(run['seconds'])} with loading"
     rounds = [round["seconds"] for round in run["cells"][0]["rounds"]]
     text = f"{rounds[0]['draw']:.1f} s for the first {run['images_per_round']} pictures"
     if run["judge"] is not None:
@@ -348,9 +394,12 @@ def summary(run, folder):
     """The files of a run: the result first, then the others, the nearest to the target first."""
     if run["grid"]:
         return f"{folder / run['grid']}\n{folder / 'index.html'}"
-    images = [image for round in run["cells"][0]["rounds"] for image in round["images"]]
-    # An answer that cannot be read counts as the greatest loss.
-    images.sort(key=lambda image: 16.0 if image["loss"] is None else image["loss"])
+    ranked = [(rank(image["loss"], r, i), image)
+               for r, round in enumerate(run["cells"][0]["rounds"])
+               for i, image in enumerate(round["images"])]
+    images = [image for _, image in sorted(ranked, key=lambda pair: pair[0])]
+    if run["judge"] is None:  # in the order they were drawn
+        images.sort(key=lambda image: image["seed"])
     if result := best_of(run["cells"][0]):
         images.sort(key=lambda image: image is not result[2])
     lines = []

@@ -13,6 +13,7 @@ Shapes: B pictures of H × W pixels, h × w latents (an eighth of that each way)
 L text tokens of width D.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ import mmdit
 import qwen_vl
 from parts import lora, ops, text_encoders, vae, weights
 from parts.cli import UserError
-from parts.files import read_json
+from parts.files import kind_of, read_json
+from parts.judge_server import JudgeServer, is_address
 from parts.reading import expected_va
 
 TINY = Path(__file__).resolve().parent.parent / "tiny" / "weights"
@@ -35,6 +37,8 @@ PAPER = "stabilityai/stable-diffusion-3.5-medium"
 # Answers in one generation of the judge: a token's step reads all of its weights, for however many
 # answers, but more of these would need more memory than an update of the generator.
 READ_AT_ONCE = 64
+ENCODERS = ("gpu", "cpu", "leave")  # of --encoders, in drawing and training
+ENCODERS_HELP = "where the text encoders live; leave: encode all prompts first, then free them"
 
 
 @dataclass
@@ -45,6 +49,9 @@ class Generator:
     encoders: text_encoders.TextEncoders
     shift: float  # of the noise schedule: above 1 more of the steps are spent at high noise
     name: str  # of the checkpoint, as `name_of` gives it
+    # --offload: the device to which some models come for a batch, from the host's memory
+    offload: str | None = None
+    coming: tuple = ()
 
     @property
     def device(self):
@@ -62,14 +69,15 @@ class Generator:
         noise [B,C,size/8,size/8]: in place of that of the seeds.
         progress: wraps the sampler's steps, e.g. in tqdm.
         """
-        context, pooled = self.encode_prompts(prompts, guidance)
         if noise is None:
             noise = self.starting_noise(seeded(seeds), size)
-        with ops.fast_linears(self.mmdit):  # all steps use the same weights, so repacking them pays
-            latents = flow_grpo.sample_ode(
-                self.mmdit, noise.to(self.device), context, pooled, steps, guidance, self.shift,
-                progress)
-        return self.decode(latents)
+        with brought(self.offload, *self.coming):
+            context, pooled = self.encode_prompts(prompts, guidance)
+            with ops.fast_linears(self.mmdit):  # all steps use the same weights: repacking pays
+                latents = flow_grpo.sample_ode(
+                    self.mmdit, noise.to(self.device), context, pooled, steps, guidance,
+                    self.shift, progress)
+            return self.decode(latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts, guidance):
@@ -98,6 +106,25 @@ class Generator:
         images = [self.vae.decode(z[None].to(self.dtype)) for z in latents]
         images = torch.cat(images).float()  # [B,3,H,W] in -1..1
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+@contextmanager
+def brought(device, *modules):
+    """Within it the weights of frozen modules lie on a device, afterwards where they were.
+
+    Judge and generator may so take turns on a GPU that holds one of them. device None: all stay; a
+    JudgeServer has no weights here.
+    """
+    ours = [module for module in modules if device and hasattr(module, "parameters")]
+    tensors = [tensor for module in ours for tensor in (*module.parameters(), *module.buffers())]
+    waiting = [tensor.data for tensor in tensors]
+    try:
+        for tensor, own in zip(tensors, waiting, strict=True):
+            tensor.data = own.to(device)
+        yield
+    finally:  # nothing is copied back, because nothing has changed
+        for tensor, own in zip(tensors, waiting, strict=True):
+            tensor.data = own
 
 
 class PromptCache:
@@ -138,6 +165,12 @@ class PromptCache:
             torch.cuda.empty_cache()
 
 
+def encode_and_free(generator, prompts):
+    """Encode all prompts that will be drawn, and free the memory of a generator's encoders."""
+    generator.encoders = PromptCache(generator.encoders, generator.dtype)
+    generator.encoders.encode_and_free(["", *prompts], progress=True)
+
+
 def seeded(seeds):
     """A random generator for each seed: on the CPU, where a seed means the same on any machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -153,65 +186,131 @@ def to_images(pixels):
 
 
 def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=None,
-                   encoders_device=None, adapter=None):
+                   encoders="gpu", adapter=None, offload=False):
     """A Generator from a diffusers folder, a hub id or Stability's single file.
 
     dtype: of the weights (default: float32 on a CPU, bfloat16 elsewhere).
     use_t5: False leaves out T5, 4.8 of SD3.5-Medium's 7.9 billion parameters; zeros stand for it.
     encoders_from: folder or hub id of text encoders and scheduler; a single file has none.
-    encoders_device: where the text encoders live, if not on `device`.
-    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py or peft writes it, or folder
-        of a run of train_gen.py; it is merged into the weights.
+    encoders: one of ENCODERS; "gpu" means `device`, and so does "leave", see `encode_and_free`.
+    adapter: folder or hub id of a LoRA of the MMDiT, as train_gen.py, peft or diffusers writes it,
+        diffusers' file, or folder of a run of train_gen.py; it is merged into the weights.
+    offload: the models wait in the host's memory and come to `device` for each batch, but for text
+        encoders that are on the CPU or will leave.
     Raises UserError.
     """
     rest = encoders_from or source
     if Path(rest).expanduser().is_file():
+        if kind := kind_of(rest):
+            raise UserError(f"{rest}: no generator; {kind}")
         raise UserError(f"{source}: a single file holds no text encoders; add --text-encoders with "
                         f"a folder or hub id that does, such as {PAPER}")
 
     # 1. check the headers of all files, so that a damaged one is refused before 17 GB are read
-    listed = read_json(weights.find_file(rest, "model_index.json"))
     scheduler = read_json(weights.find_file(rest, "scheduler/scheduler_config.json"))
-    use_t5 = use_t5 and text_encoders.has_t5(listed)
-    sources = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
-    if use_t5:
-        sources["text_encoder_3"] = rest
-    for component, where in sources.items():
-        weights.index(weights.find(where, component))
+    for path in weight_paths(source, rest, use_t5):
+        weights.index(path)
     name = name_of(source)
     if adapter is not None:
         adapter = weights.find(lora.adapter_in(adapter))
-        weights.index(adapter)
+        lora.read_adapter(adapter)
         name += f" with {name_of(adapter)}"
 
     # 2. read them; the encoders first, because their tokenizers are checked only here
-    encoders = text_encoders.TextEncoders.from_pretrained(
-        rest, encoders_device or device, dtype, use_t5)
-    model = mmdit.MMDiT.from_pretrained(source, device, dtype)
+    home = home_of_weights(device, offload, dtype)
+    encoders_home = {"gpu": home, "cpu": ("cpu", dtype), "leave": (device, dtype)}[encoders]
+    towers = text_encoders.TextEncoders.from_pretrained(rest, *encoders_home, use_t5)
+    model = mmdit.MMDiT.from_pretrained(source, *home)
     if adapter is not None:
         lora.load_lora(adapter, model, model.lora_targets(dual=True))
-    decoder = vae.VAE.from_pretrained(source, device, dtype)
-    return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
+    decoder = vae.VAE.from_pretrained(source, *home)
+    generator = Generator(model, decoder, towers, scheduler.get("shift", 3.0), name)
+    if offload:
+        generator.offload = device
+        generator.coming = (model, decoder, *(towers.towers() if encoders == "gpu" else ()))
+    return generator
 
 
-def load_judge(source, device, size):
-    """The judge, a QwenVL, whose processor shrinks pictures of more than size × size pixels.
+def files_of_generator(source, use_t5=True, encoders_from=None, adapter=None):
+    """What `load_generator` reads, for hub.fetch."""
+    texts = ["text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"]
+    if use_t5:
+        texts += ["text_encoder_3/*", "tokenizer_3/*"]
+    head = ["model_index.json", "scheduler/*", "transformer/config.json"]
+    return [(encoders_from or source, head + texts), (source, ["transformer/*", "vae/*"]),
+            (adapter, ["*"])]
 
-    Pictures of the size that is drawn need no more tokens than that. Raises UserError.
+
+def weight_paths(source, rest, use_t5):
+    """[local path of a component's weights] of a generator, whose text encoders are in `rest`;
+    T5's only if the pipeline has it and use_t5 is true."""
+    listed = read_json(weights.find_file(rest, "model_index.json"))
+    components = {"transformer": source, "vae": source, "text_encoder": rest,
+                  "text_encoder_2": rest}
+    if use_t5 and text_encoders.has_t5(listed):
+        components["text_encoder_3"] = rest
+    return [weights.find(where, component) for component, where in components.items()]
+
+
+def fingerprints(args):
+    """{flag of train_gen.py: what tells the model that it names from others}."""
+    paths = {"model": weight_paths(args.model, args.model, not args.no_t5)}
+    if args.judge != "none" and not is_address(args.judge):
+        paths["judge"] = lora.with_base(args.judge)
+    if args.pickscore != "none":
+        paths["pickscore"] = [weights.find(args.pickscore)]
+    if args.init_adapter != "none":
+        paths["init_adapter"] = [weights.find(lora.adapter_in(args.init_adapter))]
+    return {flag: weights.fingerprint(found) for flag, found in paths.items()}
+
+
+def described(generator):
+    """In words: its name, number of parameters and type of weights."""
+    millions = weights.count_parameters(generator.mmdit) / 1e6
+    dtype = str(generator.dtype).removeprefix("torch.")
+    return f"{generator.name}: {millions:,.1f} M parameter generator ({dtype})"
+
+
+def home_of_weights(device, offload, dtype=None):
+    """(device, dtype) that a model is loaded with; offloaded it has the GPU's type, bfloat16."""
+    if offload and torch.device(device).type != "cpu":
+        return "cpu", dtype or torch.bfloat16
+    return device, dtype
+
+
+def check_size(generator, size, source):
+    """Raise UserError for pictures that are larger than a generator's table of positions."""
+    config = generator.mmdit.config
+    limit = config.positions * config.patch * generator.vae.factor
+    if size > limit:
+        raise UserError(f"--size {size}: {source} draws at most {limit} pixels")
+
+
+def load_judge(source, device, size=None, offload=False):
+    """The judge: a QwenVL, or a JudgeServer if `source` is an address. Raises UserError.
+
+    size: pictures of more than size × size pixels are shrunk, if a QwenVL reads them, for those
+    that are drawn need no more tokens than that. offload: as for `load_generator`.
     """
-    judge = qwen_vl.QwenVL.from_pretrained(source, device)
+    if is_address(source):
+        return JudgeServer(source)
+    judge = qwen_vl.QwenVL.from_pretrained(source, *home_of_weights(device, offload))
+    if size is None:
+        return judge
     limits = judge.processor.image
     max_pixels = max(limits.min_pixels, min(limits.max_pixels, size**2))
     judge.processor.image = replace(limits, max_pixels=max_pixels)
     return judge
 
 
-def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True):
-    """A QwenVL as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each,
+def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, progress=True,
+             offload=None):
+    """A judge as feedback.py asks it: judge(conversations, attempt=0, n=1) -> n texts for each,
     and judge.expected_va(conversations, thoughts), see parts/reading.py.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
-    from its own seed. batch: answers in one generation.
+    from its own seed. batch: answers in one generation. offload: the device that the model comes to
+    for each call, if it waits in the host's memory.
     """
     bar = partial(tqdm, leave=False, disable=not progress)
 
@@ -219,13 +318,14 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
         texts = []
         share = max(1, batch // n)
         starts = range(0, len(conversations), share)
-        for start in bar(starts, desc="asking the judge"):
-            answers = model.generate(
-                conversations[start:start + share], n, max_new_tokens,
-                temperature=0.7 if attempt else 0.0,
-                generator=torch.Generator().manual_seed(attempt),
-                progress=partial(bar, desc="tokens"))
-            texts += [completion.text for each in answers for completion in each]
+        with brought(offload, model):
+            for start in bar(starts, desc="asking the judge"):
+                answers = model.generate(
+                    conversations[start:start + share], n, max_new_tokens,
+                    temperature=0.7 if attempt else 0.0,
+                    generator=torch.Generator().manual_seed(attempt),
+                    progress=partial(bar, desc="tokens"))
+                texts += [completion.text for each in answers for completion in each]
         return texts
 
     judge.expected_va = partial(expected_va, model)

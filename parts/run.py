@@ -14,18 +14,22 @@ processes. No state of a random generator is stored: every step derives its seed
 seed and its own number.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither: no lock of the folder there, and no figure of memory
+    fcntl = resource = None
 
 import numpy as np
 import torch
@@ -36,6 +40,8 @@ from tqdm import tqdm
 from parts import checkpoints, cli, lora
 from parts.cli import UserError
 from parts.files import (
+    append_rows,
+    lock,
     open_picture,
     read_json,
     read_records,
@@ -48,10 +54,16 @@ from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
 DIGESTS = "digests.json"  # of a checkpoint's files
-NO_SETTINGS = {"out", "device", "evaluate"}  # flags that say nothing of the training
+NO_SETTINGS = {"out", "device", "evaluate", "tensorboard"}  # flags that say nothing of the training
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
+START_ONLY = {"init_adapter"}  # models that a run with a checkpoint has no more need of
+# Bytes that bound what lies beside the values of tensors: in a checkpoint for each tensor, of the
+# log for each step, of the pictures of an evaluation (their own file, and a row of strip.png).
+PER_TENSOR = 1_800
+PER_STEP = 2_000
+PER_EVALUATION = 2 * 6 * 128 * 128 * 3
 SKIPS = 3  # steps in a row without a finite gradient that end a run
 AGAIN = 1.0  # seconds: launchers may send a signal twice, so only a later one is a second wish
 
@@ -224,6 +236,8 @@ def peak_memory(device):
     """GiB: the most the GPU had allocated, or on a CPU the most that was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     # ru_maxrss is in KiB, but on macOS in bytes
     bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 2**30
@@ -265,7 +279,8 @@ class Run:
 
     settings: written to settings.json, by `read_log`, when all that can fail at the start has been
     done. A run that goes on must have the same values, but for those of MAY_CHANGE; else UserError,
-    as if another run is writing into the folder. curves: keys of the log. title: above the curves.
+    as if another run is writing into the folder. One of them may be files, {flag of a model:
+    weights.fingerprint}. curves: keys of the log. title: above the curves.
     """
 
     def __init__(self, folder, settings, processes, curves=(), title=""):
@@ -281,33 +296,47 @@ class Run:
         self.records = []  # the log's lines
         self.skipped = 0  # steps in a row whose gradient was not finite
         self.warned = set()  # of what has been warned already
+        self.writer = None  # TensorBoard's
+        self.open_writer = summary_writer() if settings.get("tensorboard") else None
         self.lock()
         settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
         self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
         path = self.folder / "settings.json"
         if path.exists():
-            before = read_json(path)
-            changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE)
-                       if before.get(name) != self.settings[name]]
-            if changed:
-                held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
-                given = ", ".join(repr(self.settings[name]) for name in changed)
-                raise UserError(f"{folder} holds a run with {held}, not {given}; choose another "
-                                f"--out, or repeat its settings to go on")
+            self.compare(read_json(path))
 
     def lock(self):
         """Make this run the only one that writes into its folder, until its process ends."""
-        held = False
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.folder / ".lock", "w")
-            try:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                held = True
+        held = self.processes.first and not lock(self.folder / ".lock")
         if self.processes.total({"held": held})["held"]:
             raise UserError(f"{self.folder}: another run is writing there; wait for its end, or "
                             f"choose another --out")
+
+    def compare(self, before):
+        """Raise UserError unless the settings of the run in the folder, `before`, are this run's,
+        and so are the files of its models, as far as it still reads them."""
+        # 1. settings
+        changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE - {"files"})
+                   if before.get(name) != self.settings[name]]
+        if changed:
+            held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
+            given = ", ".join(repr(self.settings[name]) for name in changed)
+            raise UserError(f"{self.folder} holds a run with {held}, not {given}; choose another "
+                            f"--out, or repeat its settings to go on")
+        # 2. files
+        files = self.settings.get("files", {})
+        if "files" not in before:  # of a run before their fingerprints were kept
+            if files and self.processes.first:
+                cli.say(f"{self.folder}: does not say of which files its models were; those there "
+                        f"are now are taken, and kept in mind")
+            return
+        read = files.keys() - (START_ONLY if self.checkpoints() else set())
+        changed = [name for name in sorted(read) if before["files"].get(name) != files[name]]
+        if changed:
+            named = ", ".join(f"--{name.replace('_', '-')} {self.settings[name]}"
+                              for name in changed)
+            raise UserError(f"{self.folder} holds a run with other files of {named}; put those "
+                            f"back, or choose another --out")
 
     def __enter__(self):
         # those that stood before come back when the block ends, so that Ctrl-C works as usual then
@@ -360,13 +389,13 @@ class Run:
             if isinstance(value, float):
                 value = float(f"{value:.7g}") if math.isfinite(value) else None
             rounded[name] = value
+        self.show([rounded])
         again = bool(self.records) and self.records[-1]["step"] == rounded["step"]
         self.records[len(self.records) - again:] = [rounded]
         if self.processes.first and again:
             write_rows(self.log_path, self.records)
         elif self.processes.first:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rounded) + "\n")
+            append_rows(self.log_path, [rounded])
 
     def read_log(self, step):
         """Take up the log of a run that goes on after `step`, and return that step's record; lines
@@ -377,8 +406,24 @@ class Run:
             if step:
                 cli.say(f"goes on after step {step:,}")
             write_rows(self.log_path, self.records)
+        if self.open_writer and self.processes.first:
+            # written anew, so that it has what the log has, and nothing of steps that are undone
+            folder = self.folder / "tensorboard"
+            shutil.rmtree(folder, ignore_errors=True)
+            self.writer = self.open_writer(str(folder))
+            self.show(self.records)
         self.processes.wait()
         return self.records[-1] if self.records else {"step": step}
+
+    def show(self, records):
+        """Give the figures of records to TensorBoard, if it was asked for."""
+        if self.writer is None:
+            return
+        for record in records:
+            for name in record.keys() - {"step"}:
+                if record[name] is not None:
+                    self.writer.add_scalar(name, record[name], record["step"])
+        self.writer.flush()
 
     def count_skipped(self, norm, batch):
         """1 if a step was skipped because the norm of its gradient is not finite, else 0.
@@ -419,14 +464,19 @@ class Run:
         return cli.markdown(rows)
 
     def save_adapter(self, model, base, ema):
-        """Write the averages as an adapter of the model `base` into adapters/, in a folder named
-        after the step that was logged last, with the figures of its evaluation, if it had one."""
+        """Write the averages as an adapter of the generator `base` into adapters/, in a folder
+        named after the step that was logged last, with the figures of its evaluation, if any. Of
+        those without figures the last KEEP stay."""
         record = self.records[-1]
         if self.processes.first and record["step"]:  # none before the first step
             folder = self.folder / "adapters" / f"{record['step']:08d}"
             write_json(folder / "figures.json", {"step": record["step"], **figures_of(record)})
             with ema:
-                lora.save_lora(folder, model, base)
+                lora.save_lora(folder, model, base, diffusers=True)
+            evaluated = {each["step"] for each in self.records if figures_of(each)}
+            folders = sorted((self.folder / "adapters").glob("[0-9]" * 8))
+            for old in [each for each in folders if int(each.name) not in evaluated][:-KEEP]:
+                shutil.rmtree(old)
 
     def save_pictures(self, step, pictures):
         """Write PIL images of one size side by side, and strip.png: a row for each step so far."""
@@ -439,6 +489,26 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------
     # Checkpoints
+
+    def say_disk(self, state, export, args, on_the_way=False):
+        """Say how much the run will write at most, and whether the disk has room for it.
+
+        state: as for `save`. export: bytes of what is exported in the end. on_the_way: whether it
+        is also exported on the way, by `save_adapter`.
+        """
+        if not self.processes.first:
+            return
+        parts = disk_parts(state, export, args, on_the_way)
+        most = sum(count * size for count, size in parts.values())
+        held = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder).free
+        told = ", ".join(f"{count:,} {what} of {in_bytes(size)}"
+                         for what, (count, size) in parts.items())
+        cli.say(f"disk: {self.folder} takes at most {in_bytes(most)} ({told}); {in_bytes(free)} "
+                f"are free")
+        if most - held > free:
+            cli.say(f"warning: that is {in_bytes(most - held - free)} more than there may be; make "
+                    f"room on the disk of {self.folder}, or choose another --out")
 
     def checkpoints(self):
         """The folders of the complete ones, oldest first."""
@@ -473,7 +543,8 @@ class Run:
             os.replace(temporary, final)
             sync_folder(self.folder)
             for old in self.checkpoints()[:-KEEP]:
-                shutil.rmtree(old)
+                os.replace(old, old.with_suffix(".tmp"))  # half of it must not count as whole
+                shutil.rmtree(old.with_suffix(".tmp"))
             title = f"{self.title}, step {step:,}"
             save_png(draw_curves(self.records, self.curves, title), self.folder / "curves.png")
         self.processes.wait()
@@ -518,6 +589,37 @@ class Run:
         if changed and self.processes.first:
             cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
         return bool(changed)
+
+
+def summary_writer():
+    """TensorBoard's class of writers. Raises UserError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard: not installed here ({error}); pip install tensorboard, or "
+                        f"leave it out: log.jsonl and curves.png have the same") from error
+    return SummaryWriter
+
+
+def disk_parts(state, export, args, on_the_way):
+    """{what: (how many at most, bytes of each)} of the files of a run; as for `Run.say_disk`."""
+    values = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    evaluations = 1 + ((args.steps - 1) // args.eval_every if args.eval_every else 0)
+    parts = {"checkpoints": (KEEP + 1, values + PER_TENSOR * len(state))}  # one is being written
+    if on_the_way:
+        parts["adapters"] = (evaluations + KEEP + 2, export)  # with the final one, and a new one
+        parts["strips of pictures"] = (evaluations + 1, PER_EVALUATION)
+    else:
+        parts["export"] = (1, export)
+    return parts | {"steps' log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
+
+
+def in_bytes(size):
+    """A number of bytes in words, as in "1.9 MB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.{0 if size >= 100 * unit else 1}f} {name}"
+    return f"{size / 1e3:.1f} KB"
 
 
 def draw_curves(records, keys, title):

@@ -61,25 +61,28 @@ def sheet_rows(run):
     rows = []
     for cell in cells:
         if len(cells) == 1:
-            rows += [(str(r), round["images"]) for r, round in enumerate(cell["rounds"])]
+            rows += [(str(r), round["images"], judged(round["images"], round["best"]))
+                     for r, round in enumerate(cell["rounds"])]
             continue
         images = cell["rounds"][0]["images"]
         if any(len(each["rounds"]) > 1 for each in cells):
             images = [round["images"][round["best"] or 0] for round in cell["rounds"]]
-        rows.append((f"V {cell['v']:g}\nA {cell['a']:g}", images))
+        best = cell["best"] or {"round": 0, "image": None}
+        best = judged(cell["rounds"][best["round"]]["images"], best["image"])
+        rows.append((f"V {cell['v']:g}\nA {cell['a']:g}", images, best))
     # One picture a target: the rows are those of the grid, whose side is the root of its cells.
-    if len(cells) > 1 and all(len(images) == 1 for _, images in rows):
+    if len(cells) > 1 and all(len(images) == 1 for _, images, _ in rows):
         side = math.isqrt(len(cells))
-        flat = [images[0] for _, images in rows]
+        flat = [images[0] for _, images, _ in rows]
         return [("", flat[i:i + side], None) for i in range(0, len(flat), side)]
     # Else long rows go on in the next line, without the text at the left.
-    out = []
-    for label, images in rows:
-        readable = [image for image in images if image["loss"] is not None]
-        best = min(readable, key=lambda image: image["loss"], default=None)
-        out += [("" if i else label, images[i:i + COLUMNS], best)
-                for i in range(0, len(images), COLUMNS)]
-    return out
+    return [("" if i else label, images[i:i + COLUMNS], best) for label, images, best in rows
+            for i in range(0, len(images), COLUMNS)]
+
+
+def judged(images, index):
+    """The image at an index, which run.json has of the best; None without a readable judgement."""
+    return None if index is None or images[index]["loss"] is None else images[index]
 
 
 def text_below(image, judge):

@@ -150,6 +150,10 @@ class TextEncoders:
         self.context_width = context_width
         self.t5_tokens = t5_tokens
 
+    def towers(self):
+        """The models of the three."""
+        return [tower for tower in (self.clip_l, self.clip_g, self.t5) if tower is not None]
+
     @torch.no_grad()
     def encode(self, prompts):
         """list of B strings -> (context [B, 77 + T, 4096], pooled [B, 2048]).

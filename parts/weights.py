@@ -13,6 +13,7 @@ tensors.
 """
 
 import fnmatch
+import hashlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -23,12 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from parts import hub
 from parts.cli import UserError
-from parts.files import read_json, write_whole
+from parts.files import kind_of, read_json, write_whole
 
 DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing without their scales
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+SAMPLES = 64  # places of a file whose values are part of its fingerprint, 1,024 bytes each
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,17 +53,16 @@ def find(source, component=None):
     own_files = ("config.json", "tokenizer.json", "vocab.json")
     if any((path / name).exists() for name in own_files):  # it is the component's own folder
         return path
-    raise UserError(
-        f"{path}: no folder {component}/ in it; the checkpoint is incomplete, download it again or "
-        f"point to a complete one")
+    advice = "the checkpoint is incomplete, download it again or point to a complete one"
+    raise UserError(f"{path}: no folder {component}/ in it; {kind_of(path) or advice}")
 
 
 def find_file(source, name):
     """Local path of one file (`model_index.json`, …) of a folder or hub id. Raises UserError."""
     path = root(source, name)
     if path.is_file() or not (path / name).is_file():
-        raise UserError(
-            f"{path}: no {name} in it; give the folder of a whole pipeline in the diffusers layout")
+        advice = "give the folder of a whole pipeline in the diffusers layout"
+        raise UserError(f"{path}: no {name} in it; {kind_of(path) or advice}")
     return path / name
 
 
@@ -73,37 +75,12 @@ def root(source, wanted):
     if path.exists():
         return path
     # Only what can be a hub id is asked of the hub, so that a misspelt path fails at once.
+    if not hub.is_hub_id(source):
+        raise UserError(
+            f"{source}: no such file or folder; give a folder, a .safetensors file or a hub id "
+            f"like stabilityai/stable-diffusion-3.5-medium")
     name = str(source)
-    is_path = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-    if is_path or name.count("/") != 1:
-        raise UserError(
-            f"{name}: no such file or folder; give a folder, a .safetensors file or a hub id like "
-            f"stabilityai/stable-diffusion-3.5-medium")
-    return download(name, wanted)
-
-
-def download(hub_id, wanted):
-    """The local folder of a hub repository; files that match a pattern are fetched into it."""
-    # Imported here, because it takes long and most runs read local files.
-    from huggingface_hub import errors, snapshot_download
-
-    # The same weights in other formats and in half precision.
-    unwanted = ["*fp16*", "*.bin", "*.msgpack", "*.h5", "*.onnx*"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[wanted], ignore_patterns=unwanted))
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{hub_id}: access is gated; accept its licence at https://huggingface.co/{hub_id} and "
-            f"run `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"{hub_id}: neither a local path nor a hub repository you can read; check the "
-            f"spelling, or run `hf auth login`") from error
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:  # also: not in the cache, offline
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{hub_id}: not on this machine and the hub cannot be reached ({reason}); connect to "
-            f"the network, or download it elsewhere and give its folder") from error
+    return hub.FOLDERS.get(name) or hub.download(name, [wanted])
 
 
 LIMITS = {  # greatest values of a config.json that a model could have; 10⁹ layers would never end
@@ -208,8 +185,8 @@ def files_of(path):
     files = [file for file in path.glob("*.safetensors") if not file.match("*.fp16.safetensors")]
     if len(files) != 1:
         found = ", ".join(repr(file.name) for file in sorted(files)) or "none"
-        raise UserError(
-            f"{path}: expected one .safetensors file or an index of shards, found {found}")
+        raise UserError(f"{path}: expected one .safetensors file or an index of shards, found "
+                        f"{found}; {kind_of(path) or 'give a folder of weights'}")
     return files, {}
 
 
@@ -241,6 +218,34 @@ def read_header(file):
         start -= DTYPES[kind].itemsize * math.prod(shape)
         entries[name] = Entry(file, DTYPES[kind], tuple(shape), start)
     return entries
+
+
+def read_metadata(file):
+    """{name: text} that a safetensors file says of itself beside its tensors."""
+    with safe_open(file, "numpy") as opened:
+        return opened.metadata() or {}
+
+
+def fingerprint(paths):
+    """What tells the checkpoints at local paths from others, wherever they lie.
+
+    It is of their configurations, and of each file's header and some of its values: the header of a
+    model that was trained further is the same. Reading them takes no time to speak of.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for config in sorted(path.glob("*config.json")):
+            digest.update(config.read_bytes())
+        for file in files_of(path)[0]:
+            tensors = [(name, str(entry.dtype), entry.shape, entry.start)
+                       for name, entry in read_header(file).items()]
+            digest.update(repr(sorted(tensors)).encode())
+            size = file.stat().st_size
+            with open(file, "rb", buffering=0) as opened:
+                for i in range(SAMPLES):
+                    opened.seek(size * i // SAMPLES)
+                    digest.update(opened.read(1024))
+    return digest.hexdigest()[:16]
 
 
 def shapes(views):
@@ -399,10 +404,11 @@ def own_rows(tensor):
     return tensor.to_local(), min(before, tensor.shape[0])
 
 
-def save(path, views, dtype=None):
+def save(path, views, dtype=None, metadata=None):
     """Write the tensors that `views` describe to one safetensors file, whole or not at all.
 
     dtype: of the floating-point tensors in the file; None keeps the model's.
+    metadata: {name: text} that the file then says of itself.
     """
     tensors = {}
     for name, targets in views.items():
@@ -411,7 +417,8 @@ def save(path, views, dtype=None):
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         # Copies, because safetensors refuses tensors that share memory, as slices do.
         tensors[name] = tensor.to(kind, copy=True, memory_format=torch.contiguous_format)
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+    metadata = {"format": "pt", **(metadata or {})}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def count_parameters(module):

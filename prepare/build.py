@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 import data
 from feedback import Unusable
-from parts import cli, weights
+from parts import cli, imagefolder, weights
 from parts.cli import UserError
-from parts.files import read_json, write_json, write_rows
+from parts.files import read_json, write_json
+from parts.judge_server import is_address
 from parts.prompts import load_prompts
 from prepare import captions
 
@@ -136,11 +137,12 @@ def selection_of(args, processes, prompts, choose_rows):
     if processes.first and not path.exists():
         if found := next(args.out.glob("*.jsonl"), None):
             raise UserError(f"{found}: there is another dataset; choose another --out")
-        weights.index(weights.find(args.captioner))  # a bad one fails before pictures are opened
+        if not is_address(args.captioner):  # a bad one fails before pictures are opened
+            weights.index(weights.find(args.captioner))
         choice = choose_rows(args)
-        (args.out / "images").mkdir(parents=True, exist_ok=True)
         for row in tqdm(choice.rows, "links"):
-            row["image"] = f"images/{row['id']}{Path(row['source']).suffix.lower()}"
+            suffix = Path(row["source"]).suffix
+            row["image"] = imagefolder.place_of(row["split"], row["id"], suffix)
             link(choice.folder / row["source"], args.out / row["image"])
         # written last: whoever finds this file finds the pictures, too
         write_json(path, {"settings": settings, "rows": choice.rows, "broken": choice.broken,
@@ -158,6 +160,7 @@ def selection_of(args, processes, prompts, choose_rows):
 
 def link(source, target):
     """A hard link, or a copy where there can be none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)  # resolved, because a symbolic link may be relative
@@ -195,7 +198,7 @@ def finish(args, selection, answers):
             raise UserError(f"{args.captioner}: none of its captions of {split} rows can be used; "
                             f"choose another --captioner or other --questions, and another --out")
         kept = [{key: row[key] for key in ROW_KEYS if key in row} for row in own]
-        write_rows(args.out / f"{split}.jsonl", [row | {"version": VERSION} for row in kept])
+        imagefolder.write_split(args.out, split, [row | {"version": VERSION} for row in kept])
         labels = [row["label"] for row in own]
         counts[split] = {label: labels.count(label) for label in data.EMOTIONS}
 

@@ -1,14 +1,13 @@
 """Captions by a vision-language model (§4.1): the questions, the reader of its answers, and asking
 one by one, so that a run that was stopped or killed asks nothing a second time."""
 
-import json
 import re
 
 from tqdm import tqdm
 
 import data
 from feedback import LONGEST_PROMPT, Unusable, conversation
-from parts.files import open_picture, read_records, whole_records
+from parts.files import append_rows, open_picture, read_records, whole_records
 from parts.pipeline import judge_of, load_judge
 from parts.prompts import content_words, fill
 
@@ -58,13 +57,13 @@ def write_answers(missing, captioner, prompts, args, processes):
     path = args.out / f"captions-{processes.rank}.jsonl"
     whole_records(path)  # cuts off a line that a killed run left half-written
     bar = tqdm(total=len(missing), desc="captions", disable=not processes.first, dynamic_ncols=True)
-    with open(path, "a", encoding="utf-8") as f, bar:
+    with bar:
         for start in range(0, len(missing), args.micro):
             batch = missing[start:start + args.micro]
             texts = captioner([ask(row, kind, args.out, prompts) for row, kind in batch])
-            for (row, kind), text in zip(batch, texts, strict=True):
-                f.write(json.dumps({"id": row["id"], "kind": kind, "text": text}) + "\n")
-            f.flush()  # this batch is kept, whatever happens in the next
+            records = [{"id": row["id"], "kind": kind, "text": text}
+                       for (row, kind), text in zip(batch, texts, strict=True)]
+            append_rows(path, records)  # this batch is kept, whatever happens in the next
             bar.update(len(batch))
 
 

@@ -3,6 +3,10 @@
     python -m prepare.check DATASET
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import csv
 import hashlib
 import io
@@ -20,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import EMOTIONS, FAMILIES, LABELS, LEXICON, check_va
-from parts import cli
+from parts import cli, imagefolder
 from parts.cli import UserError
 
 LEXICON_COLUMNS = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum")
@@ -118,15 +122,16 @@ def read_rows(folder):
     One of the two files may be absent: EMOTIC has test rows only. Raises UserError without both.
     """
     rows = []
-    for path in (folder / "train.jsonl", folder / "test.jsonl"):
+    for split in ("train", "test"):
+        path = imagefolder.file_of(folder, split)
         # an empty file counts as one bad line, an absent one as none
         lines = path.read_bytes().splitlines() or [b""] if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                raw = dict(json.loads(line))
-            except (ValueError, TypeError):
+                raw = imagefolder.own_row(dict(json.loads(line)), folder, path)
+            except (ValueError, TypeError, KeyError):
                 raw = {}
-            rows.append((path.stem, f"{path}, line {number}", raw))
+            rows.append((split, f"{path}, line {number}", raw))
     if not rows:
         raise UserError(f"{folder}: neither train.jsonl nor test.jsonl; give a dataset's folder")
     return rows

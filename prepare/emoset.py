@@ -7,6 +7,10 @@ The seed orders the pictures, which EmoSet sorts by class: the first usable ones
 the next for the test. A stopped run goes on where it was (build.py), with any number of processes.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import sys
 from functools import partial

@@ -6,6 +6,10 @@ EMOTIC rates every person in a picture on 1..10. A picture has the mean V and A 
 brought to 1..9 by 1 + (x − 1)·8/9, and the class nearest to them.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import csv
 import math
 import re

@@ -2,9 +2,11 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,6 +30,36 @@ def finish(process, code=0):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == code, output[-3000:]
     return output
+
+
+@contextmanager
+def full_disk(size):
+    """Within it no file of this process can grow beyond so many bytes; the system refuses it as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal that comes with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def locked(path):
+    """Within it another process has locked the file; BlockingIOError if this one has it already."""
+    code = ("import fcntl, sys\n"
+            "try: fcntl.lockf(file := open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+            "except OSError: sys.exit()\n"
+            "print('locked', flush=True); sys.stdin.read()\n")
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        if other.stdout.readline() != "locked\n":
+            raise BlockingIOError(path)
+        yield
+        other.kill()  # which gives the lock up
+
+
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def log_of(out):

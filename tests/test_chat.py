@@ -1,12 +1,15 @@
 """What Qwen2.5-VL reads, against transformers' pixels, tiktoken's tokens and the published template."""
 
 import base64
+import dataclasses
 import importlib.util
 import json
 import random
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
+import jinja2
 import numpy as np
 import pytest
 import tiktoken
@@ -15,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers import pre_tokenizers
+from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
 from parts import chat
 
@@ -243,3 +248,83 @@ def test_a_picture_becomes_as_many_tokens_as_it_has_merged_patches(processor):
     bare = [i for i in prompt.ids.tolist() if i != processor.image_token]
     assert bare == processor.tokenizer.encode(chat.chat_text(
         CONVERSATIONS["several pictures"]).replace("<|image_pad|>", "")).ids and bare.count(marks[0]) == 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders that other programs read
+
+JUDGE = Path("tiny/weights/judge")
+
+
+@pytest.fixture
+def no_films(monkeypatch):
+    """AutoProcessor without its processor of films, which alone wants torchvision; a judge sees none."""
+    whole = ProcessorMixin.check_argument_for_proper_class
+    monkeypatch.setattr("transformers.models.auto.video_processing_auto.AutoVideoProcessor",
+                        SimpleNamespace(from_pretrained=lambda *_, **__: None))
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class",
+                        lambda self, name, value: name == "video_processor" or whole(self, name, value))
+
+
+def same_for_transformers(folder, processor, messages):
+    theirs = AutoProcessor.from_pretrained(folder)
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == chat.chat_text(messages)
+    assert chat.chat_text(messages) == theirs.apply_chat_template(messages, tokenize=False) + "<|im_start|>assistant\n"
+    inputs = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                        return_tensors="pt")
+    prompt = processor(messages)
+    assert inputs["input_ids"].tolist() == [prompt.ids.tolist()]
+    assert [tuple(grid) for grid in inputs.get("image_grid_thw", torch.empty(0, 3)).tolist()] == list(prompt.grids)
+    if prompt.grids:
+        torch.testing.assert_close(inputs["pixel_values"], prompt.pixels, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_transformers_reads_the_miniature_judges_conversations_as_we_do(no_films, name):
+    image_token = json.loads((JUDGE / "config.json").read_text())["image_token_id"]
+    same_for_transformers(JUDGE, chat.Processor.from_pretrained(JUDGE, image_token), CONVERSATIONS[name])
+
+
+def test_a_processor_made_here_is_written_for_transformers_too(no_films, processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    same_for_transformers(tmp_path, processor, CONVERSATIONS["several messages"])
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_files_of_its_folder_are_carried_over_but_for_the_settings_of_pictures(processor, tmp_path, newer):
+    source, out = tmp_path / "source", tmp_path / "out"
+    processor.save_pretrained(source)
+    own = {"chat_template.jinja": "{{ messages[0].content }}", "merges.txt": "#version: 0.2",
+           "video_preprocessor_config.json": "{}", "generation_config.json": '{"eos_token_id": 3, "top_k": 5}',
+           "tokenizer_config.json": '{"model_max_length": 9}'}
+    for name, text in own.items():
+        (source / name).write_text(text)
+    raw = {"size": {"shortest_edge": 3136, "longest_edge": 78400}, "patch_size": 14, "resample": 3}
+    (source / "preprocessor_config.json").unlink()
+    file = "processor_config.json" if newer else "preprocessor_config.json"
+    (source / file).write_text(json.dumps({"image_processor": raw} if newer else raw))
+    read = chat.Processor.from_pretrained(source, processor.image_token)
+    read.image = dataclasses.replace(read.image, max_pixels=50_000)
+    read.save_pretrained(out)
+    assert {path.name for path in out.iterdir()} == {*own, file, "tokenizer.json"}
+    assert all((out / name).read_text() == text for name, text in own.items())
+    written = json.loads((out / file).read_text())
+    written = written["image_processor"] if newer else written
+    assert written["resample"] == 3 and written["max_pixels"] == 50_000 and "size" not in written
+    again = chat.Processor.from_pretrained(out, processor.image_token)
+    assert again.image == read.image and again.stop == (3,)
+
+
+def test_a_template_in_the_tokenizers_configuration_is_not_doubled(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").unlink()
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    chat.Processor.from_pretrained(tmp_path / "source", processor.image_token).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_the_template_refuses_what_is_neither_text_nor_picture(no_films):
+    with pytest.raises(jinja2.TemplateError, match="a text or an image"):
+        AutoProcessor.from_pretrained(JUDGE).apply_chat_template(
+            [{"role": "user", "content": [{"type": "film", "film": "a.mp4"}]}], tokenize=False)

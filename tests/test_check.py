@@ -18,9 +18,10 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def spoilt(dataset, tmp_path):
     """spoilt(split, number, change) puts a changed row, or any text, in place of a line; without, a copy of the dataset."""
-    (tmp_path / "images").mkdir()
-    for path in dataset.glob("images/*"):
-        (tmp_path / "images" / path.name).hardlink_to(path)
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+    for path in dataset.glob("images/*/*.png"):
+        (tmp_path / path.relative_to(dataset)).hardlink_to(path)
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_bytes((dataset / f"{split}.jsonl").read_bytes())
 
@@ -46,6 +47,16 @@ def test_a_sound_dataset_is_one_line(spoilt, capsys):
     assert check.main([str(spoilt.folder)]) == 0 and "5 rows, 0 problems" in capsys.readouterr().out
 
 
+def test_a_dataset_in_the_layout_of_imagefolder_is_checked_too(spoilt, dataset, capsys):
+    for split in ("train", "test"):
+        (spoilt.folder / f"{split}.jsonl").unlink()
+        lines = (dataset / "images" / split / "metadata.jsonl").read_text().replace("cottage", "house")
+        (spoilt.folder / "images" / split / "metadata.jsonl").write_text(lines + '{"file_name": "none.png"}\n')
+    assert check.main([str(spoilt.folder)]) == 1
+    said = capsys.readouterr().out
+    assert "images/train/metadata.jsonl, line 13: no 'label', 'v', 'a'" in said and "19 rows" in said
+
+
 @pytest.mark.parametrize("split, change, message", [
     ("test", b"{", "no JSON object"), ("test", b"\xff", "no JSON object"), ("test", b"", "no JSON object"),
     ("test", b"[1]", "no JSON object"), ("test", {"v": "absent", "neutral": "absent"}, "no 'v', 'neutral'; add"),
@@ -60,7 +71,7 @@ def test_a_sound_dataset_is_one_line(spoilt, capsys):
     ("test", {"image": "../x.png"}, "lies outside the folder"), ("test", {"image": 3}, "lies outside the folder"),
     ("test", {"image": "images"}, "'images' cannot be read (IsADirectoryError)"),
     ("test", {"image": "train.jsonl"}, "'train.jsonl' cannot be read (UnidentifiedImageError)"),
-    ("test", {"image": "images/train_1000004.png"}, "is that of {folder}/train.jsonl, line 5, too; give another")])
+    ("test", {"image": "images/train/train_1000004.png"}, "is that of {folder}/train.jsonl, line 5, too; give another")])
 def test_every_problem_is_a_line_with_file_row_and_remedy(spoilt, capsys, split, change, message):
     spoilt(split, 3, change)
     assert check.main([str(spoilt.folder)]) == 1
@@ -73,7 +84,7 @@ def test_every_problem_is_a_line_with_file_row_and_remedy(spoilt, capsys, split,
 def test_all_problems_are_listed_in_the_order_of_the_rows(spoilt, capsys):
     spoilt("test", 4, {"v": 0, "label": "joy", "image": "images/none.png"})
     spoilt("train", 12, b"?")
-    picture = spoilt.folder / "images" / "train_1000003.png"
+    picture = spoilt.folder / "images" / "train" / "train_1000003.png"
     content = picture.read_bytes()
     picture.unlink()
     picture.write_bytes(content[:len(content) // 2])

@@ -1,10 +1,15 @@
 """The miniature's dataset: pictures, labels and the program."""
 
+import json
+import shutil
+
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
+from parts.cli import UserError
 from tiny import dataset as program
 from tiny import scenes
 from tiny.dataset import write_tiny
@@ -63,3 +68,47 @@ def test_a_dataset_is_not_overwritten(tmp_path, capsys):
     before = (tmp_path / "train.jsonl").read_bytes()
     assert program.main([*args, "--seed", "3"]) == 2
     assert "holds a dataset already" in capsys.readouterr().err and (tmp_path / "train.jsonl").read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face's imagefolder
+
+
+def test_load_dataset_reads_the_rows_and_pictures_of_both_splits(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    theirs = datasets.load_dataset("imagefolder", data_dir=str(dataset), cache_dir=str(tmp_path))
+    for split in ("train", "test"):
+        rows = data.load_rows(dataset, split)
+        assert len(theirs[split]) == len(rows)
+        for row, example in zip(rows, theirs[split], strict=True):
+            assert (row.id, row.label, row.v, row.a, row.neutral) == tuple(example[key] for key in ("id", "label", "v", "a", "neutral"))
+            assert (row.emotional or "") == example["emotional"] and example["image"].tobytes() == Image.open(row.image).tobytes()
+
+
+def test_a_folder_with_metadata_only_gives_the_same_rows(dataset, tmp_path):
+    shutil.copytree(dataset / "images", tmp_path / "images")
+    shutil.copytree(dataset / "images" / "test", tmp_path / "other" / "test")
+    for split in ("train", "test"):
+        assert data.digest(data.load_rows(tmp_path, split)) == data.digest(data.load_rows(dataset, split))
+    row = data.load_rows(tmp_path / "other", "test")[0]
+    assert row.image.parent == tmp_path / "other" / "test" and row.emotional is None
+    with pytest.raises(UserError, match="train.jsonl: missing"):
+        data.load_rows(tmp_path / "other", "train")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"file_name": None}, "no 'file_name'"), ({"file_name": "/etc/a.png"}, "not in the subpath"), ({"file_name": "../../a.png"}, "no picture"),
+    ({"neutral": None}, "'neutral' is None"), ({"neutral": None, "text": "a lake"}, None), ({"id": None}, None)])
+def test_lines_of_others_are_read_or_named(dataset, tmp_path, change, message):
+    shutil.copytree(dataset / "images" / "test", tmp_path / "test")
+    file = tmp_path / "test" / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1] = {key: value for key, value in (rows[1] | change).items() if value is not None}
+    file.write_text("\n".join(map(json.dumps, rows)))
+    if message is None:
+        row = data.load_rows(tmp_path, "test")[1]
+        assert row.id == row.image.stem and row.neutral == change.get("text", row.neutral)
+        return
+    with pytest.raises(UserError, match=f"metadata.jsonl, line 2: .*{message}"):
+        data.load_rows(tmp_path, "test")

@@ -21,6 +21,7 @@ from evaluation.cases import Case, for_others, grid_of, held_out_cases, seeds_of
 from parts import clip
 from parts.files import write_rows
 from parts.pipeline import TINY, load_generator
+from tests.launch import locked
 from tiny import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +148,28 @@ def test_the_program_prints_a_table_writes_json_and_goes_on_or_refuses_another_r
     assert (tmp_path / "words.jsonl").stat().st_mtime_ns == before
     assert main([*flags, "--sample-steps", "3"]) == 2
     assert "holds another evaluation (sample_steps changed)" in capsys.readouterr().err
+    with pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
+        pass
+
+
+def test_a_judge_may_be_an_address_with_or_without_a_name():
+    args = run.parse_args(["--judge", "http://h:1/v1#a=b", "--judge", "other=https://h:2/v1", "--judge", "third=lr=3/judge"])
+    run.complete(args)
+    assert args.judge == {"judge": "http://h:1/v1#a=b", "other": "https://h:2/v1", "third": "lr=3/judge"}
+
+
+def test_kept_pictures_are_measured_again_as_another_methods_are(tmp_path, capsys):
+    flags = ["run", "--cases", "3", *QUICK, "--forms", "words", "--keep-pictures", "--out", str(tmp_path / "drawn")]
+    assert main(flags) == 0
+    again = ["run", "--cases", "3", "--images", str(tmp_path / "drawn" / "words"), "--out", str(tmp_path / "read")]
+    assert main(again) == 0
+    drawn, read = (json.loads((tmp_path / name / "evaluate.json").read_text())["results"] for name in ("drawn", "read"))
+    assert drawn["words"]["meter_v_error"] == read["images"]["meter_v_error"]
+    file = sorted((tmp_path / "drawn" / "words").iterdir())[0]
+    assert file.stem in {case.id for case in held_out_cases(3)} and Image.open(file).text.keys() == {"neutral", "valence", "arousal", "seed"}
+    capsys.readouterr()
+    assert main([flag for flag in flags if flag != "--keep-pictures"]) == 2
+    assert "keep_pictures changed" in capsys.readouterr().err
 
 
 def test_two_judges_and_the_meter_each_have_columns(tmp_path, capsys):

@@ -1,13 +1,19 @@
 """Files that are whole or not there, JSON lines that a killed run left, pictures of any kind."""
 
+import errno
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from parts import files
+from evaluation import rate
+from parts import checkpoints, files, weights
 from parts.cli import UserError
+from tests.launch import full_disk, locked
+from tiny import pretrain
 
 
 @pytest.mark.parametrize("content", ["text …", b"bytes", lambda path: path.write_bytes(b"own")])
@@ -40,6 +46,19 @@ def test_json_is_read_back_and_what_is_no_object_is_named(tmp_path):
             files.read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="none.json: missing"):
         files.read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("adapter_config.json", "an adapter"), ("model_index.json", "a whole generator"), ("train.jsonl", "a dataset"),
+    ("run.json", "a run of sample.py"), ("log.jsonl", "a run of training"), ("judge/config.json", "give its folder judge/"),
+    ("evaluate.json", "evaluation run"), ("notes.txt", "")])
+def test_a_folder_is_known_by_what_lies_in_it(tmp_path, name, kind):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert kind in files.kind_of(tmp_path) and bool(kind) == bool(files.kind_of(tmp_path))
+    assert files.kind_of(tmp_path / "missing") == ""
+    with pytest.raises(UserError, match=re.escape(kind or "download the checkpoint again")):
+        files.read_json(tmp_path / "config.json")
 
 
 def test_records_are_read_up_to_a_step_and_to_a_half_written_line(tmp_path):
@@ -141,3 +160,66 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", lambda *names: (order.append("name"), replace(*names)))
     files.write_whole(tmp_path / "a.txt", "a")
     assert order == ["sync", "name", "sync"]
+
+
+def test_facts_of_a_drawn_picture_stand_in_one_text_too_and_odd_values_in_quotes(tmp_path):
+    facts = {"prompt": "a swan, dark: calm", "seed": 3, "steps": 25, "guidance": 4.5, "model": 'my, "own": model'}
+    files.save_png(Image.new("RGB", (64, 48)), tmp_path / "a.png", **facts)
+    prompt, said = Image.open(tmp_path / "a.png").text["parameters"].split("\n")
+    assert prompt == facts["prompt"]
+    assert said == ('Steps: 25, Sampler: Euler, CFG scale: 4.5, Seed: 3, Size: 64x48, Model: "my, \\"own\\": model"')
+    files.save_png(Image.new("RGB", (64, 48)), tmp_path / "b.png", prompt="x", seed=3)
+    assert "parameters" not in Image.open(tmp_path / "b.png").text
+
+
+NOISE = torch.rand(200, 200, 3, generator=torch.Generator().manual_seed(0))
+ROW = {"time": "2026-01-01", "rater": "Ada", "case": "x", "method": "y", "v": 1.0, "a": 1.0, "quality": 1.0, "best": None}
+WRITERS = {  # of a file of more than 40,000 bytes, into whose place at most 20,000 go
+    "text": lambda path: files.write_whole(path, "x" * 100_000),
+    "bytes": lambda path: files.write_whole(path, b"x" * 100_000),
+    "rows": lambda path: files.write_rows(path, [{"text": "x" * 100_000}]),
+    "picture": lambda path: files.save_png(Image.fromarray((NOISE * 255).byte().numpy()), path),
+    "weights or adapter": lambda path: weights.save(path, {"x": [NOISE]}),
+    "state of pretraining": lambda path: pretrain.save_state(path, {"x": NOISE}),
+    "array": lambda path: files.write_whole(path, lambda own: pretrain.write_array(own, np.uint8, (9, 9000), np.ones((9, 9000)))),
+    "ratings": lambda path: rate.write_ratings(path, [ROW] * 2000),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_a_full_disk_refuses_is_named_with_the_reason_and_the_old_file_stays(tmp_path, kind):
+    path = tmp_path / "a.file"
+    path.write_text("old")
+    with full_disk(20_000), pytest.raises(OSError, match="File too large") as raised:
+        WRITERS[kind](path)
+    assert raised.value.errno == errno.EFBIG and raised.value.filename == str(path)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.file"]
+    WRITERS[kind](path)  # there is room again
+    assert path.stat().st_size > 40_000
+
+
+def test_a_checkpoint_and_a_log_that_a_full_disk_refuses_are_named(tmp_path):
+    with full_disk(20_000), pytest.raises(OSError, match="File too large") as raised:
+        checkpoints.write(tmp_path / "checkpoint", {"x": NOISE})
+    assert raised.value.filename == str(tmp_path / "checkpoint")
+    path = tmp_path / "log.jsonl"
+    files.append_rows(path, [{"step": 1}])
+    with full_disk(20_000), pytest.raises(OSError, match="File too large") as raised:
+        files.append_rows(path, [{"step": 2, "text": "x" * 30_000}])
+    assert raised.value.filename == str(path) and files.whole_records(path) == [{"step": 1}]
+    files.append_rows(path, [{"step": 2}, {"step": 3}])
+    assert files.read_records(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    def fail(path):
+        raise ZeroDivisionError from OSError(errno.ENOENT, "nothing there")
+
+    with pytest.raises(ZeroDivisionError):
+        files.write_whole(tmp_path / "a.txt", fail)
+
+
+def test_a_file_is_locked_until_the_process_ends(tmp_path):
+    with locked(tmp_path / ".lock"):
+        assert not files.lock(tmp_path / ".lock")
+    assert files.lock(tmp_path / ".lock") and files.lock(tmp_path / "new" / ".lock")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from parts import lora
 from parts.cli import UserError
@@ -90,6 +91,46 @@ def test_an_adapter_may_change_some_of_the_layers_only(tmp_path):
     before = whole.plain.weight.clone()
     lora.load_lora(tmp_path, whole, TARGETS)
     assert torch.equal(whole.plain.weight, before)
+
+
+def test_an_adapter_may_change_some_of_the_projections_that_a_layer_fuses(tmp_path):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    file = tmp_path / lora.ADAPTER_FILE
+    tensors = {name: t for name, t in load_file(file).items() if "at.first" not in name}
+    save_file(tensors, file)
+    model, plain = adapted(seed=1), Pair()
+    lora.fill_lora(tmp_path, model)
+    assert not model.fused.B[0].any() and torch.equal(model.fused.B[1], adapted().fused.B[1])
+    before = plain.fused.weight.clone()
+    lora.load_lora(tmp_path, plain, TARGETS)
+    assert torch.equal(plain.fused.weight[:3], before[:3]) and not torch.equal(plain.fused.weight[3:], before[3:])
+    save_file({name: t for name, t in tensors.items() if "at.second.lora_A" not in name}, file)
+    with pytest.raises(UserError, match="missing base_model.model.at.second.lora_A.weight"):
+        lora.load_lora(tmp_path, Pair(), TARGETS)
+
+
+def test_a_file_of_diffusers_says_rank_and_alpha_or_alpha_is_the_rank(tmp_path):
+    lora.save_lora(tmp_path / "both", adapted(), "owner/name", diffusers=True)
+    file = tmp_path / lora.DIFFUSERS_FILE
+    tensors = load_file(tmp_path / "both" / lora.DIFFUSERS_FILE)
+    for said, alpha in (({"r": 2, "lora_alpha": 6}, 6), (None, 2)):
+        config = {f"transformer.{key}": value for key, value in said.items()} if said else None
+        save_file(tensors, file, said and {"lora_adapter_metadata": json.dumps(config)})
+        adapter = lora.read_adapter(file)
+        assert (adapter.rank, adapter.alpha) == (2, alpha)
+    for text, message in (("[1]", "no usable r"), ("{", "no usable r"), ('{"transformer.r": 3, "transformer.lora_alpha": 3}', "r is 3"),
+                          ('{"transformer.r": 2, "transformer.lora_alpha": 3, "transformer.use_dora": true}', "use_dora")):
+        save_file(tensors, file, {"lora_adapter_metadata": text})
+        with pytest.raises(UserError, match=f"pytorch_lora_weights.safetensors: .*{message}"):
+            lora.read_adapter(tmp_path)
+    save_file({"x": torch.ones(2)}, file)
+    with pytest.raises(UserError, match="no tensor named"):
+        lora.read_adapter(file)
+
+
+def test_peft_s_file_alone_stands_for_its_folder(tmp_path):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    assert lora.read_adapter(tmp_path / lora.ADAPTER_FILE) == lora.read_adapter(tmp_path)
 
 
 def test_a_new_adapter_changes_nothing_and_its_a_is_gaussian():

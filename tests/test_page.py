@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from parts import page
+from tests.browser import FLAGS, program
 
 BLUE, GREY = (0, 120, 255), (90, 90, 90)
 PROMPTS = ["a swan on the lake, calm", "a swan on the lake, soft light, calm", "a swan on the still lake, soft light"]
@@ -293,13 +294,7 @@ def test_a_missing_picture_is_an_error_before_anything_is_written(tmp_path):
 
 def chromium(tmp_path, *arguments):
     """What Chromium writes to its output, run without a window in an empty profile."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"no browser on this machine ({', '.join(names)}); install one, on Debian `apt-get install chromium`")
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage").split()
-    return subprocess.run([program, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments], check=True, timeout=120,
+    return subprocess.run([program(), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *arguments], check=True, timeout=120,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
 
 

@@ -1,14 +1,32 @@
 """Prompts to pictures, the whole line against diffusers."""
 
+import json
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from safetensors.torch import save_file
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 import data
+from parts import lora
 from parts.cli import UserError
-from parts.pipeline import TINY, PromptCache, load_generator, load_judge, name_of
+from parts.files import write_json
+from parts.pipeline import (
+    TINY,
+    PromptCache,
+    brought,
+    fingerprints,
+    home_of_weights,
+    load_generator,
+    load_judge,
+    name_of,
+)
 from tests.checkpoint import make_pipeline
 from tests.test_mmdit import stability_file
 
@@ -55,6 +73,82 @@ def test_the_miniature_is_an_ordinary_checkpoint_that_diffusers_draws_from():
     theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=8, guidance_scale=4.5, height=128, width=128,
                                max_sequence_length=generator.encoders.t5_tokens)
     assert difference(generator.draw([prompt], [0], 128, steps=8, noise=noise), theirs) <= 2
+
+
+OFFICIAL = ["attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out",  # Flow-GRPO's own code
+            "attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"]
+
+
+def both_pictures(pipeline, generator):
+    """(ours, diffusers') of one prompt and noise."""
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
+    prompt = "a dark horse at night"
+    theirs = diffusers_picture(pipeline, prompt, noise, num_inference_steps=3, guidance_scale=2.0, height=64, width=64)
+    return generator.draw([prompt], [0], 64, steps=3, guidance=2.0, noise=noise), theirs
+
+
+@pytest.fixture(scope="module")
+def plain_picture(folder):
+    return load_generator(folder).draw(["a dark horse at night"], [0], 64, steps=3, guidance=2.0, noise=torch.randn(
+        1, 16, 8, 8, generator=torch.Generator().manual_seed(3)))
+
+
+@torch.no_grad()
+def liven(parameters):
+    generator = torch.Generator().manual_seed(1)
+    for p in parameters:
+        p.copy_(0.15 * torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_diffusers_draws_the_same_picture_with_an_adapter_of_ours(folder, plain_picture, tmp_path, dual):
+    model = load_generator(folder).mmdit
+    lora.add_lora(model, model.lora_targets(dual), 4, 12.0)
+    liven(p for p in model.parameters() if p.requires_grad)
+    lora.save_lora(tmp_path / "both", model, folder, diffusers=True)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(tmp_path / "both")
+    ours, theirs = both_pictures(pipeline, load_generator(folder, adapter=tmp_path / "both"))
+    assert difference(ours, theirs) <= 2 and difference(ours, plain_picture) > 20
+    # the folder without peft's files, and the file alone
+    (tmp_path / "one").mkdir()
+    file = (tmp_path / "both" / lora.DIFFUSERS_FILE).rename(tmp_path / "one" / lora.DIFFUSERS_FILE)
+    for source in (tmp_path / "one", file):
+        alone = load_generator(folder, adapter=source)
+        assert torch.equal(both_pictures(pipeline, alone)[0], ours)
+
+
+@pytest.mark.parametrize("targets, alpha, said", [
+    (OFFICIAL, 2, True), (OFFICIAL, 4, False), (["to_q", "attn.to_v", "attn.to_add_out"], 12, True)])
+def test_an_adapter_of_diffusers_and_of_peft_gives_us_the_same_picture(
+        folder, plain_picture, tmp_path, targets, alpha, said):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    transformer = pipeline.transformer
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    liven(p for name, p in transformer.named_parameters() if "lora_" in name)
+    tensors = get_peft_model_state_dict(transformer)
+    # Without peft's configuration in it a file means that alpha is the rank.
+    metadata = _collate_lora_metadata({"transformer": transformer}) if said else {}
+    pipeline.save_lora_weights(tmp_path / "diffusers", tensors, **metadata)
+    config = transformer.peft_config["default"].to_dict()
+    write_json(tmp_path / "peft" / "adapter_config.json", config | {"target_modules": targets})
+    save_file({f"base_model.model.{name}": t for name, t in tensors.items()},
+              tmp_path / "peft" / "adapter_model.safetensors")
+    for name in ("diffusers", "peft"):
+        ours, theirs = both_pictures(pipeline, load_generator(folder, adapter=tmp_path / name))
+        assert difference(ours, theirs) <= 2 and difference(ours, plain_picture) > 20
+
+
+def test_an_adapter_that_also_changes_text_encoders_is_refused(folder, tmp_path):
+    tensors = {name: torch.ones(shape) for name, shape in (
+        ("transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight", (4, 64)),
+        ("transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight", (64, 4)),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", (64, 4)))}
+    save_file(tensors, tmp_path / lora.DIFFUSERS_FILE)
+    with pytest.raises(UserError, match="unexpected 'text_encoder.text_model"):
+        load_generator(folder, adapter=tmp_path)
 
 
 def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
@@ -118,6 +212,43 @@ def test_encoders_may_leave_when_all_prompts_are_encoded():
         assert torch.equal(ours, theirs)
 
 
+class Weight:
+    """A parameter that only knows where its data lie."""
+
+    def __init__(self):
+        self.data = self
+
+    def to(self, device):
+        return f"copy on {device}"
+
+
+def test_models_are_brought_to_a_device_and_are_where_they_were_afterwards():
+    weights = [Weight(), Weight()]
+    model = SimpleNamespace(parameters=lambda: weights[:1], buffers=lambda: weights[1:])
+    with pytest.raises(ValueError), brought("cuda:1", model):
+        assert [w.data for w in weights] == ["copy on cuda:1"] * 2
+        raise ValueError
+    assert [w.data for w in weights] == weights
+    with brought(None, model):
+        assert [w.data for w in weights] == weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_models_that_take_turns_on_a_gpu_draw_the_same_picture_and_leave_it_empty():
+    usual = load_generator(TINY, "cuda").draw(["a lake"], [0], 64, steps=2)
+    generator = load_generator(TINY, "cuda", offload=True)
+    assert generator.device.type == "cpu" and torch.equal(generator.draw(["a lake"], [0], 64, steps=2), usual)
+    assert all(p.device.type == "cpu" for model in generator.coming for p in model.parameters())
+
+
+def test_offloaded_weights_have_the_type_they_have_on_a_gpu():
+    assert home_of_weights("cuda", True) == ("cpu", torch.bfloat16) and home_of_weights("cuda", False) == ("cuda", None)
+    assert home_of_weights("cpu", True) == ("cpu", None)
+    generator = load_generator(TINY, "cuda", encoders="cpu", offload=True)
+    assert generator.mmdit.pos_embed.dtype == torch.bfloat16 and len(generator.coming) == 2
+    assert generator.encoders.clip_l.token_embedding.weight.dtype == torch.float32
+
+
 class Counting:
     """Text encoders that count what they are asked for."""
 
@@ -146,3 +277,32 @@ def test_prompts_that_are_encoded_ahead_all_stay():
     prompts = ["a", "bb", "ccc", "dddd"]
     cache.encode_and_free(prompts, progress=False)
     assert cache.encode(prompts)[1][:, 0].tolist() == [1, 2, 3, 4] and cache.encoders is None
+
+
+def test_each_model_of_a_training_is_told_apart_by_its_own_files(tmp_path):
+    shutil.copytree(TINY, tmp_path / "tiny")
+    folder = tmp_path / "tiny"
+    args = Namespace(model=str(folder), no_t5=False, judge=str(folder / "judge"), pickscore=str(folder / "clip"),
+                     init_adapter=str(folder / "adapter"))
+
+    def changed(path):
+        """The flags whose models differ after the values in a file are others, as after training."""
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        before.append(fingerprints(args))
+        return [flag for flag, digest in before[-1].items() if digest != before[-2][flag]]
+
+    before = [fingerprints(args)]
+    assert before[0].keys() == {"model", "judge", "pickscore", "init_adapter"} and len(set(before[0].values())) == 4
+    assert changed(folder / "vae" / "diffusion_pytorch_model.safetensors") == ["model"]
+    assert changed(folder / "judge" / "model.safetensors") == ["judge"]
+    assert changed(folder / "clip" / "model.safetensors") == ["pickscore"]
+    assert changed(folder / "adapter" / "adapter_model.safetensors") == ["init_adapter"]
+    args.judge = args.pickscore = args.init_adapter = "none"
+    assert fingerprints(args).keys() == {"model"}
+
+
+def test_the_model_of_an_adapter_is_part_of_its_fingerprint(tmp_path):
+    for name, base in (("a", TINY / "judge"), ("b", tmp_path / "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert lora.with_base(tmp_path / "b") == [tmp_path / "b", tmp_path / "a", TINY / "judge"]

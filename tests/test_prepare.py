@@ -21,6 +21,7 @@ from prepare import build, captions, check
 from prepare import emoset as emoset_program
 from prepare import emotic as emotic_program
 from tests import launch
+from tests.test_judge_server import said, serving
 
 TINY = launch.ROOT / "tiny" / "weights" / "judge"
 ONE = training.Processes(0, 1, torch.device("cpu"))
@@ -101,6 +102,13 @@ def raw_rows(out, split):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # EmoSet
+
+
+def test_a_captioner_may_be_a_server(emoset, tmp_path):
+    with serving(lambda body: said("A lake.")) as mock:
+        argv = flags(emoset, tmp_path / "out", "--captioner", mock.url, train=8, test=4)
+        rows = run(argv, load=captions.load_captioner)
+    assert {row.neutral for row in rows["train"] + rows["test"]} == {"A lake."} and len(mock.bodies) == 20
 
 
 def test_a_dataset_is_built_checked_and_read(emoset, tmp_path, capsys):

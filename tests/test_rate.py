@@ -28,7 +28,7 @@ from evaluation import rate
 from evaluation.__main__ import main
 from evaluation.cases import Case
 from parts.cli import UserError
-from tests.launch import ROOT
+from tests.launch import ROOT, locked
 from tests.test_page import MEASURE, Parsed, chromium
 
 METHODS = {"sparrow": 40, "magpie": 120, "heron": 200}  # each the red of its pictures
@@ -95,7 +95,7 @@ def ask(address, form=None, **headers):
 def read(address, form=None, status=200):
     """A page of that status, checked strictly; (parsed, source)."""
     found, _, headers, body = ask(address, form)
-    assert found == status and "no-store" in headers and f"Content-Security-Policy: {rate.POLICY}" in headers
+    assert found == status and "no-store" in headers and f"Content-Security-Policy: {rate.Handler.policy}" in headers
     parsed = Form(body.decode())
     for fieldset in re.findall("<fieldset.*?</fieldset>", body.decode(), re.DOTALL):
         assert re.match("<fieldset[^>]*><legend>", fieldset)
@@ -309,9 +309,12 @@ def test_other_paths_and_bodies_are_refused(folder):
                      "/picture?case=c0&at=0", f"/picture?case={token}&at=3", f"/picture?case={token}&at=../0", "/case/"):
             assert raw(address, "GET", path, {}) == 404, path
         assert ask(f"{address}/nowhere", {})[0] == 404
-        for length in ("100001", "9" * 5000, "-1", "x", ""):
+        for length in ("100001", "9" * 5000):
             assert raw(address, "POST", "/case", {"Content-Length": length}) == 413
-        assert raw(address, "POST", "/case", {"Transfer-Encoding": "chunked"}) == 413
+        assert ask(f"{address}/case", {"rater": "x" * 3_000_000})[0] == 413  # and it is heard by one who still sends
+        for length in ("-1", "x", ""):
+            assert raw(address, "POST", "/case", {"Content-Length": length}) == 411
+        assert raw(address, "POST", "/case", {"Transfer-Encoding": "chunked"}) == 411
         assert raw(address, "POST", "/case", {"Content-Length": "4"}, b"\xff&=%") == 422
         assert raw(address, "PUT", "/case", {}) == raw(address, "DELETE", "/case", {}) == 501
         read(address)
@@ -371,6 +374,14 @@ def test_a_file_of_other_pictures_is_refused_and_left_as_it_is(folder):
         rate.prepare(wishes(folder))
 
 
+def test_a_second_server_on_one_file_is_refused_while_the_first_runs(folder):
+    with locked(folder / ".ratings.csv.lock"), pytest.raises(UserError, match="another server writes there; stop it"):
+        rate.prepare(wishes(folder))
+    rate.prepare(wishes(folder))
+    with pytest.raises(BlockingIOError), locked(folder / ".ratings.csv.lock"):
+        pass
+
+
 def test_ratings_that_cannot_be_written_are_not_lost_silently(folder, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
@@ -380,7 +391,7 @@ def test_ratings_that_cannot_be_written_are_not_lost_silently(folder, monkeypatc
         before = (folder / "ratings.csv").read_bytes()
         given = hidden(read(first(address, "Anna"))[0]) | ratings(3) | {"best": 0}
         with monkeypatch.context() as patch:
-            patch.setattr(rate.os, "fsync", full)
+            patch.setattr("os.fsync", full)
             page, _ = read(f"{address}/case", given, 500)
         assert "go back and send them again" in page.text("h1") and "No space left" in capsys.readouterr().err
         assert (folder / "ratings.csv").read_bytes() == before
@@ -547,7 +558,7 @@ def test_a_browser_can_send_everything(folder, tmp_path, monkeypatch):
       document.querySelectorAll("button").forEach(button => button.click());
     }</script></body>"""
     document = rate.document
-    monkeypatch.setattr(rate, "POLICY", f"{rate.POLICY}; script-src 'unsafe-inline'")
+    monkeypatch.setattr(rate.Handler, "policy", f"{rate.Handler.policy}; script-src 'unsafe-inline'")
     monkeypatch.setattr(rate, "document", lambda *parts: document(*parts).replace("</body>", clicks))
     with serving(folder) as address:
         said = chromium(tmp_path, "--virtual-time-budget=20000", "--dump-dom", address)

@@ -3,30 +3,37 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from parts import lora
 from parts.cli import UserError
 from parts.files import read_records, whole_records
 from parts.run import (
     EMA,
+    KEEP,
     Processes,
     Run,
     batch_indices,
+    disk_parts,
     draw_curves,
     evaluation_due,
+    in_bytes,
     linear,
     sizes,
     start_processes,
 )
+from tests.launch import locked
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -50,6 +57,28 @@ def test_only_the_last_two_checkpoints_are_kept(tmp_path):
     for step in (2, 9, 10, 11):
         run.save(step, {})
     assert [folder.name for folder in run.checkpoints()] == ["checkpoint-00000010", "checkpoint-00000011"]
+
+
+def test_a_run_killed_while_it_removes_an_old_checkpoint_leaves_none_that_counts(tmp_path, monkeypatch):
+    run = make(tmp_path)
+    for step in (2, 4):
+        run.save(step, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: (Path(path) / ".metadata").unlink() or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.save(6, {})
+    assert [folder.name[-8:] for folder in run.checkpoints()] == ["00000004", "00000006"]
+    assert make(tmp_path).load({}, 99) == 6 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_adapters_without_figures_go_but_for_the_newest(tmp_path):
+    run, model = make(tmp_path), torch.nn.ModuleDict({"layer": torch.nn.Linear(4, 3)})
+    lora.add_lora(model, {"layer": {"layer": 3}}, 2, 2.0)
+    ema = EMA(list(lora.lora_layers(model)["layer"].parameters()), 0.5)
+    for step in range(8):
+        run.log({"step": step, **({"eval_gap": 0.5} if step in (1, 3) else {})})
+        run.save_adapter(model, "base", ema)
+    assert sorted(int(folder.name) for folder in (tmp_path / "adapters").iterdir()) == [1, 3, 6, 7]
 
 
 def test_a_half_written_checkpoint_is_ignored_and_removed(tmp_path):
@@ -121,18 +150,11 @@ def test_a_judge_that_answers_garbage_is_noticed_once(tmp_path, capsys):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path):
-    code = (f"import sys, torch; sys.path.insert(0, {str(Path.cwd())!r})\n"
-            "from parts.run import Processes, Run\n"
-            f"run = Run({str(tmp_path)!r}, {{}}, Processes(0, 1, torch.device('cpu')))\n"
-            "print('runs', flush=True); sys.stdin.read()\n")
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout.readline() == "runs\n"
-        with pytest.raises(UserError, match="another run is writing there"):
-            make(tmp_path)
-    finally:
-        other.communicate()
-    make(tmp_path)  # it has ended
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another run is writing there"):
+        make(tmp_path)
+    make(tmp_path)  # the other has ended
+    with pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
+        pass
 
 
 def test_a_start_that_fails_leaves_no_settings(tmp_path):
@@ -146,6 +168,47 @@ def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     make(tmp_path, save_every=7)
     with pytest.raises(UserError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
         make(tmp_path, lr=0.2)
+
+
+def test_a_folder_goes_on_with_the_same_files_of_models_only(tmp_path, capsys):
+    settings = {"judge": "some/judge", "init_adapter": "an/adapter"}
+    run = make(tmp_path, **settings)
+    run.read_log(0)
+    run.save(2, {})
+    before = {"judge": "12ab", "init_adapter": "34cd"}
+    make(tmp_path, **settings, files=before).read_log(2)  # a run of an older version, which has kept none
+    assert "does not say of which files its models were; those there are now are taken" in capsys.readouterr().err
+    make(tmp_path, **settings, files=before)
+    make(tmp_path, **settings, files={**before, "init_adapter": "now another"})  # the checkpoint has replaced it
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a run with other files of --judge some/judge; put those back") as raised:
+        make(tmp_path, **settings, files={**before, "judge": "56ef"})
+    assert "\n" not in str(raised.value)
+    shutil.rmtree(tmp_path / "checkpoint-00000002")
+    with pytest.raises(UserError, match="other files of --init-adapter an/adapter;"):
+        make(tmp_path, **settings, files={**before, "init_adapter": "now another"})
+
+
+def test_a_run_says_what_it_takes_of_the_disk_and_whether_there_is_room(tmp_path, monkeypatch, capsys):
+    run, args = make(tmp_path), Namespace(steps=1000, eval_every=60)
+    state = {"x": torch.empty(10**6, device="meta"), "y": torch.empty(500, dtype=torch.bfloat16, device="meta")}
+    assert disk_parts(state, 75e6, args, True) == {
+        "checkpoints": (KEEP + 1, 4 * 10**6 + 1000 + 2 * 1800), "adapters": (17 + KEEP + 2, 75e6),
+        "strips of pictures": (18, 2 * 6 * 128 * 128 * 3), "steps' log": (1000, 2000), "sheet of curves": (1, 200_000)}
+    assert disk_parts(state, 75e6, Namespace(steps=60, eval_every=0), False)["export"] == (1, 75e6)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    run.say_disk(state, 75e6, args, on_the_way=True)
+    said = capsys.readouterr().err
+    assert said.startswith(f"disk: {tmp_path} takes at most 1.6 GB (3 checkpoints of 4.0 MB, 21 adapters of 75.0 MB, ")
+    assert said.splitlines()[0].endswith("; 1.0 GB are free") and "warning: that is 600 MB more than there may be" in said
+    (tmp_path / "held.bin").write_bytes(b"x" * 10**6)  # what the run has written already needs no more room
+    run.say_disk(state, 75e6, args, on_the_way=True)
+    assert "599 MB more" in capsys.readouterr().err
+    run.say_disk(state, 1e6, args)
+    assert "warning" not in capsys.readouterr().err
+    assert [in_bytes(size) for size in (2_000, 1_910_000, 123.4e6, 16.6e9, 1.2e12)] == [
+        "2.0 KB", "1.9 MB", "123 MB", "16.6 GB", "1,200 GB"]
 
 
 def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -293,3 +356,62 @@ def test_a_run_says_how_much_is_trained_and_by_how_many_threads():
     said = sizes(model, ALONE)
     assert said == f"1.00 M trained of 2.0 M, on 1 × cpu, {torch.get_num_threads()} threads each"
     assert sizes(model, Processes(0, 8, torch.device("cuda"))) == "1.00 M trained of 2.0 M, on 8 × cuda"
+
+
+class Board:
+    """TensorBoard's writer, as far as it is used: {(name, step): values in the order written}."""
+
+    def __init__(self, folder):
+        self.folder, self.shown = folder, {}
+        Path(folder).mkdir(parents=True)
+
+    def add_scalar(self, name, value, step):
+        self.shown.setdefault((name, step), []).append(value)
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_shows_what_the_log_has_and_nothing_of_steps_that_are_undone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    run = make(tmp_path, tensorboard=True)
+    run.read_log(0)
+    for step in (1, 2, 3):
+        run.log({"step": step, "loss": step / 2, "kl": math.nan})
+    assert run.writer.folder == str(tmp_path / "tensorboard")
+    assert run.writer.shown == {("loss", 1): [0.5], ("loss", 2): [1.0], ("loss", 3): [1.5]}
+    again = make(tmp_path, tensorboard=True)  # goes on after step 1; the old files would still show 2 and 3
+    again.read_log(1)
+    again.log({"step": 2, "loss": 7.0})
+    assert again.writer.shown == {("loss", 1): [0.5], ("loss", 2): [7.0]}
+    assert make(tmp_path).writer is None  # the flag is no setting: without it the same run goes on
+
+
+def test_tensorboard_where_it_is_not_installed_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard: not installed here .*; pip install tensorboard, or leave it out"):
+        make(tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+READ_BY_TENSORBOARD = """
+import sys, torch
+from parts.run import Processes, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+folder = sys.argv[1]
+for done, first in ((0, 1), (1, 10)):
+    run = Run(folder, {"tensorboard": True}, Processes(0, 1, torch.device("cpu")))
+    run.read_log(done)
+    for step in range(done + 1, 4):
+        run.log({"step": step, "loss": float(first * step)})
+events = EventAccumulator(f"{folder}/tensorboard").Reload()
+print([(event.step, event.value) for event in events.Scalars("loss")])
+"""
+
+
+@pytest.mark.slow
+def test_tensorboard_itself_reads_the_figures(tmp_path):
+    """Needs tensorboard, in this Python or in the one of $OTHER_PYTHON."""
+    python = os.environ.get("OTHER_PYTHON", sys.executable)
+    read = subprocess.run([python, "-c", READ_BY_TENSORBOARD, str(tmp_path)], capture_output=True, text=True)
+    assert read.stdout.strip() == "[(1, 1.0), (2, 20.0), (3, 30.0)]", read.stderr[-2000:]

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 import data
 import feedback
 import sample
-from parts import lora
+from parts import lora, page, pipeline, sheets
 from parts.pipeline import TINY, Generator, load_generator
 from tiny import scenes
 
@@ -46,6 +48,8 @@ def test_it_draws_the_same_file_twice_with_all_facts_in_it(tmp_path, capsys):
     assert image.text["prompt"] == data.with_numbers(sample.DEFAULT_PROMPT, 7, 3)
     facts = {k: image.text[k] for k in ("valence", "arousal", "seed", "steps", "guidance")}
     assert facts == {"valence": "7.0", "arousal": "3.0", "seed": "4", "steps": "3", "guidance": "4.5"}
+    assert image.text["parameters"] == (f"{image.text['prompt']}\nSteps: {facts['steps']}, Sampler: Euler, CFG scale: 4.5, Seed: 4, "
+                                        "Size: 128x128, Model: tiny/weights with tiny/weights/adapter, Valence: 7.0, Arousal: 3.0")
     assert image.text["model"] == "tiny/weights with tiny/weights/adapter" and image.text["judge"] == "tiny/weights/judge"
     said = [image.text[f"judged_{what}"] for what in ("valence", "arousal", "emotion")]
     numbers = f"V {float(said[0]):.2f}  A {float(said[1]):.2f}  {said[2]}"
@@ -215,6 +219,51 @@ def test_a_grid_with_feedback_shows_the_best_of_each_cell(tmp_path, monkeypatch)
     record = read(tmp_path)
     assert [len(c["rounds"]) for c in record["cells"]] == [2] * 4 and record["grid"] == "grid2.png"
     assert all(c["best"] == {"round": 1, "image": 0} for c in record["cells"])  # the later among equals
+    framed = [best["file"] for _, _, best in sheets.sheet_rows(record)]
+    assert framed == [c["rounds"][1]["images"][0]["file"] for c in record["cells"]]
+
+
+def test_among_equals_prints_page_record_and_contact_sheet_have_the_same_best(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "judge_of", scripted([(5, 3)] * 4, lambda _: json.dumps(
+        {"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})))
+    assert run(*QUICK, "--rounds", 2, "--n", 2, "--out", tmp_path) == 0
+    out, err = capsys.readouterr()
+    record = read(tmp_path)
+    assert record["cells"][0]["best"] == {"round": 1, "image": 0} and "best so far 2.00 (round 1)" in err
+    listed = [Path(line.split("  ")[0]).name for line in out.splitlines() if line[0] != " "]
+    assert listed == ["round1_seed2.png", "round1_seed3.png", "round0_seed0.png", "round0_seed1.png", "index.html"]
+    assert [best["seed"] for _, _, best in sheets.sheet_rows(record)] == [0, 2]  # of each round
+    assert page.best_of(record["cells"][0])[:2] == (1, 0)
+    assert record["cells"][0]["rounds"][1]["images"][0]["emotion"] == "awe"
+
+
+def test_the_seconds_of_a_grid_are_those_of_its_rows(tmp_path, capsys, monkeypatch):
+    def slow(*args):
+        time.sleep(0.2)
+        return [Image.new("RGB", (64, 64))] * len(args[2])
+
+    monkeypatch.setattr(sample, "draw", slow)
+    assert run("--grid", 2, "--size", 64, "--out", tmp_path) == 0
+    seconds = [cell["rounds"][0]["seconds"]["draw"] for cell in read(tmp_path)["cells"]]
+    assert min(seconds) >= 0.1 and 0.4 <= read(tmp_path)["seconds"]["draw"] == pytest.approx(sum(seconds))
+    assert f"4 targets: drawing {sum(seconds):.1f} s · " in capsys.readouterr().err
+
+
+def test_the_miniature_says_which_words_it_never_learned(tmp_path, capsys):
+    assert run(*QUICK, "--judge", "none", "--sample-steps", 1, "--prompt", "a cat on a sofa", "--out", tmp_path) == 0
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("the miniature never learned 'cat', 'sofa'; it draws a lone tree, ") and "meadow" in line
+
+
+@pytest.mark.parametrize("flag, kind, message", [
+    ("--model", "adapter", "it is an adapter, as --adapter takes it"), ("--model", "judge", "it is a judge, as --judge takes it"),
+    ("--judge", ".", "it is a whole generator, as --model takes it"), ("--adapter", "judge", "it is a judge"),
+    ("--model", "adapter/adapter_model.safetensors", "it is an adapter, as --adapter takes it"),
+    ("--model", "clip", "it is a 'clip'")])
+def test_a_folder_in_the_wrong_place_is_told_what_it_is(flag, kind, message, tmp_path, capsys):
+    assert run("--v", 5, "--a", 5, flag, TINY / kind, "--out", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1 and "again" not in err
 
 
 def test_the_four_corners_of_the_plane_are_told_apart(tmp_path):
@@ -256,6 +305,36 @@ def test_an_adapter_changes_the_picture_and_is_named_in_it(tmp_path):
     assert pictures["with"].tobytes() != pictures["without"].tobytes()
     assert pictures["with"].text["model"] == f"tiny/weights with {tmp_path / 'adapter'}"
     assert pictures["without"].text["model"] == "tiny/weights"
+
+
+def test_offloaded_judge_and_generator_take_turns_and_draw_the_same(tmp_path, monkeypatch):
+    events = []
+
+    @contextmanager
+    def recorded(device, *modules):
+        if device is not None:
+            events.append(("in", type(modules[0]).__name__, len(modules)))
+        yield
+        if device is not None:
+            events.append("out")
+
+    monkeypatch.setattr(pipeline, "brought", recorded)
+    for name, extra in (("usual", ()), ("offload", ("--offload",))):
+        assert run(*QUICK, "--device", "cpu", "--n", 2, "--out", tmp_path / name, *extra) == 0
+    first, second = (read(tmp_path / name)["cells"][0]["rounds"][0]["images"] for name in ("usual", "offload"))
+    assert first == second
+    # the pictures, their V and A, the emotion of the best; two CLIPs draw with MMDiT and VAE
+    assert events == [("in", "MMDiT", 4), "out", ("in", "QwenVL", 1), "out", ("in", "QwenVL", 1), "out"]
+
+
+def test_text_encoders_may_leave_or_stay_on_the_cpu(tmp_path, capsys):
+    drawn = []
+    for where in ("gpu", "cpu", "leave"):
+        assert run(*QUICK, "--judge", "none", "--encoders", where, "--out", tmp_path / where) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / where / "round0_seed0.png"), int))
+    assert np.abs(drawn[0] - drawn[1]).max() == 0 and np.abs(drawn[0] - drawn[2]).max() <= 2
+    assert run(*QUICK, "--rounds", 2, "--encoders", "leave", "--out", tmp_path) == 2
+    assert "--encoders leave: --rounds and --rewrite write prompts later on; give cpu" in capsys.readouterr().err
 
 
 BAD = {

@@ -138,6 +138,15 @@ def test_emotional_captions_keep_the_content_and_stay_short_in_a_small_vocabular
     assert len(vocabulary) < 600
 
 
+def test_captions_hold_no_word_that_was_never_learned_and_other_words_are_named():
+    rng = np.random.default_rng(1)
+    for scene in some_scenes(100):
+        assert scenes.remark_on(scenes.emotional_caption(scene, *rng.uniform(1, 9, 2), rng)) == ""
+    assert scenes.remark_on(data.with_numbers("Two castles near the lake", 7, 3)).startswith("the miniature never learned 'two';")
+    remark = scenes.remark_on("a cat, a cat and a 猫")
+    assert "learned 'cat', '猫'; it draws a lone tree" in remark and "sunflower, each by or over lake, sea" in remark
+
+
 def test_without_a_generator_the_emotional_caption_is_fixed():
     scene = some_scenes(1)[0]
     assert scenes.emotional_caption(scene, 8, 2) == scenes.emotional_caption(scene, 8, 2)

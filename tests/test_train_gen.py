@@ -1,5 +1,6 @@
 """Reward feedback: the log, exact resume after a kill, two processes against one, rewards, bad input."""
 
+import math
 import shutil
 import signal
 import time
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 
 import data
 import feedback
+import mmdit
 import train_gen
-from parts import lora, pipeline
-from parts.files import read_json, read_records
+from parts import checkpoints, lora, pipeline
+from parts.files import read_json, read_records, write_json
 from parts.pipeline import to_images
-from parts.run import Processes, check_ratio
+from parts.run import EMA, Processes, check_ratio, disk_parts, in_bytes
 from tests import launch
 from tests.launch import finish, log_of, without_times
 from tiny.dataset import write_tiny
@@ -59,6 +61,8 @@ def test_a_run_leaves_log_curves_pictures_figures_and_an_adapter(unbroken):
     assert config["r"] == 32 and "transformer_blocks.0.attn.to_q" in config["target_modules"]
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert any(t.abs().sum() > 0 for name, t in tensors.items() if "lora_B" in name)
+    for_diffusers = load_file(out / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(for_diffusers[name.replace("base_model.model", "transformer")], t) for name, t in tensors.items())
 
 
 def test_every_checkpoint_and_evaluation_leaves_the_averaged_adapter(unbroken):
@@ -173,6 +177,52 @@ def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
     args = ["--data", str(tmp_path / "dataset"), "--out", str(tmp_path / "run"), *SMALL, "--steps", "6"]
     assert train_gen.main(args) == 2
     assert "holds a run with rows '" in capsys.readouterr().err
+
+
+def test_another_judge_in_the_same_folder_is_noticed_and_a_run_of_an_older_version_goes_on(dataset, unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out)
+    settings = read_json(out / "settings.json")
+    assert settings["files"].keys() == {"model", "judge", "pickscore"}
+    write_json(out / "settings.json", settings | {"files": settings["files"] | {"judge": "of another"}})
+    args = ["--data", str(dataset), "--out", str(out), *SMALL, "--steps", "5"]
+    assert train_gen.main(args) == 2
+    error = capsys.readouterr().err
+    assert f"holds a run with other files of --judge {settings['judge']}; put those back" in error and error.count("\n") == 1
+    del settings["files"]
+    write_json(out / "settings.json", settings)
+    assert train_gen.main(args) == 0 and "does not say of which files its models were" in capsys.readouterr().err
+    assert train_gen.main(args) == 0 and "does not say" not in capsys.readouterr().err
+
+
+def test_a_run_takes_as_much_of_the_disk_as_it_says(unbroken):
+    out, output = unbroken
+    args = train_gen.parse_args([*SMALL, "--steps", "5"])
+    state = launch.checkpoint_of(out / "checkpoint-00000005")
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    parts = disk_parts(state, sum(4 * t.numel() for t in adapter.values()), args, True)
+    assert f"takes at most {in_bytes(sum(count * size for count, size in parts.values()))} (3 checkpoints of" in output
+    assert launch.size_of(out / "checkpoint-00000005") == pytest.approx(parts["checkpoints"][1], rel=0.02)
+    assert launch.size_of(out / "adapters" / "00000002") == pytest.approx(parts["adapters"][1], rel=0.02)
+    assert len(list(out.glob("adapters/*"))) == parts["adapters"][0] - 2  # less the final one and one that is being written
+    assert launch.size_of(out / "strips") + (out / "strip.png").stat().st_size < math.prod(parts["strips of pictures"])
+    assert (out / "log.jsonl").stat().st_size < math.prod(parts["steps' log"])
+    assert (out / "curves.png").stat().st_size < math.prod(parts["sheet of curves"])
+    assert launch.size_of(out) < sum(map(math.prod, parts.values()))
+
+
+def test_what_the_papers_run_takes_of_the_disk_is_counted_without_its_weights():
+    args = train_gen.parse_args(["--preset", "paper"])
+    with torch.device("meta"):
+        model = mmdit.MMDiT(mmdit.SD35_MEDIUM)
+        lora.add_lora(model, model.lora_targets(), args.lora_rank, args.lora_alpha)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = checkpoints.state_of(torch.optim.AdamW(trained), EMA(trained, args.ema))
+    values = sum(p.numel() for p in trained)
+    assert lora.file_size(model) == 4 * values
+    parts = disk_parts(state, lora.file_size(model), args, True)
+    assert parts["checkpoints"][1] == pytest.approx(4 * 4 * values, rel=0.01)  # parameters, two moments, averages
+    assert parts["adapters"][0] == 17 + 4 and 1e9 < sum(map(math.prod, parts.values())) < 5e9
 
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_adapter(dataset, unbroken, tmp_path):

@@ -18,7 +18,7 @@ import grpo
 import qwen_vl
 import train_gen
 import train_judge
-from parts import chat, lora, sharding, weights
+from parts import chat, checkpoints, lora, sharding, weights
 from parts import run as training
 from parts.files import read_records
 from tests import launch
@@ -72,6 +72,35 @@ def same_end(out, unbroken):
     ours, theirs = (launch.checkpoint_of(folder / "checkpoint-00000005") for folder in (out, unbroken))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert without_times(log_of(out)) == without_times(log_of(unbroken))
+
+
+def test_a_run_takes_as_much_of_the_disk_as_it_says(unbroken):
+    out, output = unbroken
+    state, args = launch.checkpoint_of(out / "checkpoint-00000005"), train_judge.parse_args([*SMALL, "--steps", "5"])
+    parameters = weights.count_parameters(qwen_vl.QwenVL.from_pretrained(out / "judge"))
+    parts = training.disk_parts(state, 2 * parameters, args, False)
+    most = sum(count * size for count, size in parts.values())
+    assert f"takes at most {training.in_bytes(most)} (3 checkpoints of" in output and launch.size_of(out) < most
+    assert launch.size_of(out / "checkpoint-00000005") == pytest.approx(parts["checkpoints"][1], rel=0.02)
+    assert launch.size_of(out / "judge") == pytest.approx(parts["export"][1], rel=0.02)
+
+
+def test_what_the_papers_run_takes_of_the_disk_is_what_the_plan_counts():
+    with torch.device("meta"):
+        model = qwen_vl.QwenVL(qwen_vl.QWEN25_VL_7B)
+    trained, args = list(model.parameters()), train_judge.parse_args(["--preset", "paper", "--steps", "9"])
+    parts = training.disk_parts(checkpoints.state_of(torch.optim.AdamW(trained)), 2 * weights.count_parameters(model), args, False)
+    assert parts["checkpoints"] == (3, pytest.approx(3 * 4 * 8_292_166_656, rel=0.001))
+    assert parts["export"] == (1, 2 * 8_292_166_656)
+
+
+def test_another_model_in_the_same_folder_is_noticed(dataset, unbroken, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(unbroken[0], out, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"files": {"model": "of another"}}))
+    assert train_judge.main(["--data", str(dataset), "--out", str(out), *SMALL, "--steps", "5"]) == 2
+    assert f"holds a run with other files of --model {train_judge.TINY}; put those back" in capsys.readouterr().err
 
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, unbroken, tmp_path):
@@ -149,6 +178,8 @@ def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dat
     finish(start(dataset, out, *SMALL, "--steps", 2, "--lora", "--lr", "1e-2"))
     config = json.loads((out / "judge" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):  # for servers of models
+        assert (out / "judge" / name).read_bytes() == (train_judge.TINY / name).read_bytes()
     judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))
     qkv, before = (each.model.layers[0].self_attn.qkv_proj.weight for each in (judge, base))
     assert not torch.equal(qkv, before)

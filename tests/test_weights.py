@@ -1,11 +1,13 @@
 """Finding, checking, reading and writing safetensors."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from huggingface_hub import errors
@@ -203,7 +205,7 @@ def hub_error(kind):
 
 @pytest.mark.parametrize("kind, advice", [
     ("GatedRepoError", "accept its licence"), ("RepositoryNotFoundError", "spelling"),
-    ("LocalEntryNotFoundError", "cannot be reached"), ("HfHubHTTPError", "cannot be reached")])
+    ("LocalEntryNotFoundError", "cannot be reached"), ("HfHubHTTPError", "broke off")])
 def test_hub_errors_say_what_to_do(monkeypatch, kind, advice):
     def fail(*_, **__):
         raise hub_error(kind)
@@ -212,6 +214,45 @@ def test_hub_errors_say_what_to_do(monkeypatch, kind, advice):
     with refused(advice) as caught:
         weights.find("owner/name", "vae")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [
+    httpx2.RemoteProtocolError("peer closed connection without sending complete message body (received 5 bytes, expected 9)"),
+    httpx2.ReadTimeout("The read operation timed out"), RuntimeError("Data processing error: CAS service error"),
+    OSError("Consistency check failed: file should be of size 9 but has size 5")])
+def test_a_download_that_breaks_off_is_one_line_that_says_how_to_go_on(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with refused("broke off .*the same command goes on where it was") as caught:
+        weights.find("owner/name", "vae")
+    assert "\n" not in str(caught.value) and str(error)[:30] in str(caught.value)
+
+
+def test_a_disk_that_a_download_has_filled_is_no_matter_of_the_hub(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(OSError, match="No space left on device: '.+hub'"):
+        weights.find("owner/name", "vae")
+
+
+def test_a_fingerprint_tells_models_by_header_values_and_configuration_and_not_by_place_and_time(tmp_path):
+    def write(name, config="{}", dtype=torch.float32, **change):
+        folder = tmp_path / name
+        values = torch.arange(500_000.0)  # 64 samples of 1,024 bytes lie 31 KB apart
+        weights.save(folder / "model.safetensors", {"x": [values + change.get("add", 0)], change.get("second", "y"): [torch.ones(3)]}, dtype)
+        (folder / "config.json").write_text(config)
+        return weights.fingerprint([folder])
+
+    first = write("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert weights.fingerprint([tmp_path / "copy"]) == write("again") == first
+    others = [write("b", config='{"depth": 2}'), write("c", add=1), write("d", second="z"), write("e", dtype=torch.float16)]
+    others.append(weights.fingerprint([tmp_path / "a", tmp_path / "a"]))
+    assert len({first, *others}) == 6
 
 
 def test_the_hub_is_asked_for_one_component_without_half_precision_copies(monkeypatch, tmp_path):

@@ -11,20 +11,22 @@ The test rows are of the pairs of subject and place that no training has (`tiny.
 Choices are made by the validation rows, which are new scenes of the other pairs.
 """
 
-import os
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import LABELS, VA_MAX, VA_MIN, draw_va, nearest_emotion
-from parts import cli
+from parts import cli, imagefolder
 from parts.cli import UserError
-from parts.files import write_rows
+from parts.files import naming
 from tiny import scenes
+from tiny.pool import on_all_cores
 
 OUTLIERS = 0.2  # share of the training rows with any V and A
 
@@ -36,13 +38,14 @@ def tiny_row(out, split, labels, seed):
     v, a = map(float, rng.uniform(VA_MIN, VA_MAX, 2))
     row = {
         "id": f"{split}_{seed}",
-        "image": f"images/{split}_{seed}.png",
+        "image": imagefolder.place_of(split, f"{split}_{seed}", ".png"),
         "label": nearest_emotion(v, a),
         "v": round(v, 4),
         "a": round(a, 4),
         "neutral": scenes.neutral_caption(scene),
     }
-    scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
+    with naming(out / row["image"]):
+        scenes.render(scene, v, a).save(out / row["image"])  # at the V and A before rounding
     # only training rows have an emotional caption, and only their labels can be those of a class
     if split == "train":
         row["emotional"] = scenes.emotional_caption(scene, v, a, rng)
@@ -58,16 +61,13 @@ def tiny_row(out, split, labels, seed):
 def write_tiny(out, train, test, labels="true", seed=0):
     """Write the dataset into the folder `out`: `train` training rows, `test` rows of either other
     split."""
-    (out / "images").mkdir(parents=True, exist_ok=True)
     first = seed * 10_000_000  # no two datasets share a scene, nor do their splits
     for split, start, count in (("test", first, test), ("train", first + 1_000_000, train),
                                 ("validation", first + 2_000_000, test)):
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
         draw = partial(tiny_row, out, split, labels)
-        # processes, because drawing holds the interpreter lock
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            rows = pool.map(draw, range(start, start + count), chunksize=16)
-            rows = list(tqdm(rows, split, count))
-        write_rows(out / f"{split}.jsonl", rows)
+        rows = list(on_all_cores(draw, range(start, start + count), split))
+        imagefolder.write_split(out, split, rows)
 
 
 def main(argv=None):

@@ -17,7 +17,10 @@ CLIP-Score compares it with the request. A killed study goes on with the next ca
 tiny/cache/feedback_study.
 """
 
-import json
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import math
 import sys
 import time
@@ -34,7 +37,7 @@ import qwen_vl
 from evaluation import metrics
 from evaluation.cases import held_out_cases
 from parts import cli, clip
-from parts.files import read_records, whole_records
+from parts.files import append_rows, read_records, whole_records
 from parts.pipeline import TINY, judge_of, load_generator, to_images
 from tiny import scenes
 from tiny.judge_study import run_all
@@ -141,9 +144,7 @@ def run_cases(args):
     name = f"{args.only} {args.seeds[0]}"
     for i in tqdm(range(done, args.cases), name, args.cases, initial=done):
         seed = (args.seeds[0] * args.cases + i) * 10_000  # no two cases share a picture's seed
-        record = run_case(cases[i], seed, tools)
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+        append_rows(path, [run_case(cases[i], seed, tools)])
 
 
 def file_of(args, generator, seed):

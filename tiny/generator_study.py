@@ -13,6 +13,10 @@ tiny/cache/generator_study; the cases go to docs/records, from where `python -m 
 the page, and the adapter of the first rewarded run to tiny/weights/adapter.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from parts import cli
+from parts import cli, lora
 from parts.files import read_records, write_whole
 from tiny import results
 from tiny.dataset import write_tiny
@@ -93,8 +97,9 @@ def evaluation(row, seed, cases):
 
 
 def ship(adapter):
-    """Copy an adapter into the miniature, in bfloat16."""
-    shutil.copytree(adapter, SHIPPED, dirs_exist_ok=True)
+    """Copy an adapter into the miniature, in bfloat16, and once: its weights may have 24 MiB."""
+    shutil.copytree(adapter, SHIPPED, dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns(lora.DIFFUSERS_FILE))
     file = SHIPPED / "adapter_model.safetensors"
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
     write_whole(file, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))

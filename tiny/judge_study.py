@@ -14,6 +14,10 @@ tiny/cache/study; the judge of the first one is copied to tiny/weights/judge, an
 docs/records/judge.jsonl, from where `python -m tiny.results` writes the page.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import hashlib
 import os
 import shlex

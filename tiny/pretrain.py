@@ -19,13 +19,15 @@ words well, and a number hardly better than its class. That is what reward feedb
 Some pairs of subject and place are in no stage (`tiny.scenes.RESERVED`).
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -43,9 +45,10 @@ import qwen_vl
 from parts import chat, cli, clip, text_encoders, weights
 from parts import vae as vae_model
 from parts.cli import UserError
-from parts.files import write_whole
+from parts.files import append_rows, whole_records, write_whole
 from tiny import lessons, publish, scenes
 from tiny.initialise import initialise
+from tiny.pool import on_all_cores
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE / "cache"
@@ -80,24 +83,36 @@ def draw_row(seed):
 
 def draw_rows(first, count):
     """The rows of `count` seeds, drawn by all cores."""
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = pool.map(draw_row, range(first, first + count), chunksize=16)
-        yield from tqdm(rows, "scenes", count)
+    return on_all_cores(draw_row, range(first, first + count), "scenes")
 
 
 def make_data(args):
     """Write rows.json and pictures.npy, whose name says that both are complete."""
-    def draw(temporary):
-        shape = (args.rows, SIZE, SIZE, 3)
-        pictures = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        rows = []
+    rows = []
+
+    def pictures():
         for scene, v, a, picture in draw_rows(args.seed * 10_000_000, args.rows):
-            pictures[len(rows)] = picture
             rows.append({"scene": asdict(scene), "v": v, "a": a})
-        pictures.flush()
+            yield picture
+
+    def draw(temporary):
+        write_array(temporary, np.uint8, (args.rows, SIZE, SIZE, 3), pictures())
         write_whole(CACHE / "rows.json", json.dumps(rows))
 
     write_whole(CACHE / "pictures.npy", draw)
+
+
+def write_array(path, dtype, shape, parts):
+    """Write an array as a .npy file, from its parts along the first dimension, one by one.
+
+    Through a memory map a full disk would end the process without a word.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+              "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.asarray(part, dtype).tobytes())
 
 
 def load_data():
@@ -193,6 +208,7 @@ def train(name, modules, loss_of, args, schedule=None):
                                   weight_decay=schedule.weight_decay, fused=True)
     averages = [p.detach().clone() for p in parameters]
     path = CACHE / f"{name}.pt"
+    whole_records(CACHE / f"{name}.log")  # cuts off a line that a killed stage left half-written
     step = 0
     spent = 0.0
     if path.exists():
@@ -244,15 +260,19 @@ def train(name, modules, loss_of, args, schedule=None):
                      "ema": averages, "optimizer": optimizer.state_dict()}
             save_state(path, state)
             record = {"step": step, "samples": step * schedule.batch, "seconds": spent, **shown}
-            with open(CACHE / f"{name}.log", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            append_rows(CACHE / f"{name}.log", [record])
     bar.close()
     for p, average in zip(parameters, averages, strict=True):
         p.data.copy_(average)
 
 
 def save_state(path, state):
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    def save(temporary):
+        # through a file of Python's, which knows why a disk refuses; torch's own does not
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    write_whole(path, save)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -457,15 +477,14 @@ def train_other_clip(args):
 
 def encode_latents(pictures):
     """Scaled latents of all pictures as a float16 memory map [N,16,16,16] beside them."""
-    def encode(temporary):
+    @torch.no_grad()
+    def latents():
         autoencoder = vae_model.VAE.from_pretrained(WEIGHTS)
-        latents = np.empty((len(pictures), 16, SIZE // 8, SIZE // 8), np.float16)
-        with torch.no_grad():
-            for start in tqdm(range(0, len(pictures), 32), desc="latents"):
-                part = slice(start, start + 32)
-                latents[part] = autoencoder.encode(to_tensor(pictures[part])).numpy()
-        with open(temporary, "wb") as f:  # np.save would add .npy to a name
-            np.save(f, latents)
+        for start in tqdm(range(0, len(pictures), 32), desc="latents"):
+            yield autoencoder.encode(to_tensor(pictures[start:start + 32])).numpy()
+
+    def encode(temporary):
+        write_array(temporary, np.float16, (len(pictures), 16, SIZE // 8, SIZE // 8), latents())
 
     path = CACHE / "latents.npy"
     if not path.exists():

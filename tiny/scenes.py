@@ -17,6 +17,10 @@ grade), meter. Lengths are fractions of the picture, x right and y down. The bru
 the subjects are in subjects.py.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
+    from parts import interrupts
+    interrupts.catch()
+
 import sys
 from dataclasses import dataclass, replace
 from math import cos, pi, sin
@@ -25,8 +29,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from data import check_va, emotion_words
+from data import AROUSAL_WORDS, SCENERY_WORDS, VALENCE_WORDS, check_va, emotion_words
 from parts import cli
+from parts.prompts import content_words as words_of
+from parts.prompts import stem
 from tiny.brush import ACCENTS, Brush, Colour, fade, mix, shade, smooth, veil
 from tiny.subjects import NAMES, SUBJECTS, SWAY, UNIT
 
@@ -190,6 +196,22 @@ def facts(scene: Scene, v: float, a: float) -> dict[str, str]:
         "colour": COLOUR[row][column],
         "motion": (WATER_MOTION if scene.place in WATERS else LAND_MOTION)[column],
     }
+
+
+def remark_on(prompt: str) -> str:
+    """A line on the words of a prompt that the miniature never learned; "" if it knows them all.
+
+    It was trained on captions of these scenes with the words of data.py, and on nothing else.
+    """
+    phrases = [NAMES, PLACES, TIMES, WEATHER, LIGHT, COLOUR, WATER_MOTION, LAND_MOTION,
+               VALENCE_WORDS, AROUSAL_WORDS, SCENERY_WORDS, "thunderstorm, falling snowstorm",
+               "valence and arousal"]
+    known = {stem(word) for word in words_of(str(phrases))}
+    strange = [word for word in dict.fromkeys(words_of(prompt)) if stem(word) not in known]
+    if not strange:
+        return ""
+    return (f"the miniature never learned {', '.join(map(repr, strange))}; it draws "
+            f"{', '.join(NAMES.values())}, each by or over {', '.join(PLACES)}")
 
 
 # --------------------------------------------------------------------------------------------------

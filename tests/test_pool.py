@@ -1,0 +1,45 @@
+"""Many seeds on all cores: order, and processes that end with the program."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.launch import ROOT
+from tiny.pool import on_all_cores
+
+
+def double(x):
+    return 2 * x
+
+
+def test_results_come_in_the_order_of_the_items():
+    assert list(on_all_cores(double, range(100), "numbers")) == list(range(0, 200, 2))
+
+
+WAITING = """
+import os, time
+from tiny.pool import on_all_cores
+def wait(_):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+list(on_all_cores(wait, range(64), ""))
+"""
+
+
+def runs(pid):
+    """Whether a process is there, and not only kept in mind until somebody asks how it ended."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_no_process_outlives_a_program_that_was_killed():
+    program = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pids = [int(program.stdout.readline()) for _ in range(2)]
+    assert all(map(runs, pids))
+    program.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, pids))
