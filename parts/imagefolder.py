@@ -42,7 +42,8 @@ def own_row(raw, folder, path):
         return raw
     image = (path.parent / raw["file_name"]).relative_to(folder)  # ValueError for what is absolute
     row = {"id": image.stem, **raw, "image": image.as_posix()}
-    if row.get("emotional") in ("", None):  # a test row
-        row.pop("emotional", None)
+    for key in ("emotional", "labels"):  # what not every row has
+        if row.get(key) in ("", None):
+            row.pop(key, None)
     row.setdefault("neutral", row.get("text"))  # as captions are often called
     return row
