@@ -77,14 +77,14 @@ def parse_args(argv=None):
     group.add_argument("--grid", type=cli.integer(2, 9), metavar="K",
                        help="K×K targets all over the plane, as one labelled picture")
     group.add_argument("--prompt", type=cli.text(feedback.LONGEST_PROMPT), default=DEFAULT_PROMPT,
-                       help="what to draw, without emotion (default: %(default)s)")
+                       help="without emotion (default: %(default)s)")
 
     # 2. what draws and judges
     group = parser.add_argument_group("models")
     group.add_argument("--preset", choices=PRESETS, help=cli.PRESET_HELP)
     group.add_argument("--model", help="folder, .safetensors file or hub id, not the preset's")
-    group.add_argument("--adapter", help="folder, file or hub id of what train_gen.py, peft or "
-                       "diffusers wrote, or a run: its last one (default: the miniature has one)")
+    group.add_argument("--adapter", help="a LoRA's folder, file or hub id, or a run (default: "
+                       "the miniature's)")
     group.add_argument("--no-adapter", action="store_true",
                        help="the generator as it was before reward feedback")
     group.add_argument("--text-encoders", help="folder or hub id, if --model is a single file")
@@ -105,8 +105,8 @@ def parse_args(argv=None):
     group.add_argument("--n", "--images-per-round", type=cli.integer(1, 1000),
                        help="pictures a round (default: 1, or 8 with --rounds)")
     group.add_argument("--rewrite", action="store_true", help="the judge writes the first too")
-    group.add_argument("--questions", type=feedback.QUESTIONS, metavar="FILE", help="JSON with "
-                       f"other questions to the judge, by name: {', '.join(feedback.PROMPTS)}")
+    group.add_argument("--questions", type=feedback.QUESTIONS, metavar="FILE",
+                       help="JSON with other questions to the judge, see docs/commands.md")
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, help="folder (default: in out/, named after the target)")
     group.add_argument("--json", action="store_true", help="print run.json and nothing else")

@@ -83,8 +83,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
 GROUPS = {  # of --help: first setting, title
     "model": "rollout", "lr": "update", "epsilon": "reward", "temperature": "answers",
     "micro": "memory", "lora_rank": "adapter", "eval_every": "evaluation, checkpoints"}
-RARE = ("tensorboard", "iterations", "max_grad_norm", "mismatch", "lora_alpha", "eval_rows",
-        "save_minutes")
+RARE = ("tensorboard", "questions", "iterations", "max_grad_norm", "mismatch", "lora_alpha",
+        "eval_rows", "save_minutes")
 CURVES = ("reward", "reward_format", "reward_va", "reward_class", "parses", "length", "kl",
           "clip_fraction", "zero_spread", "grad_norm", "eval_v_error", "eval_a_error",
           "eval_class_accuracy", "tokens_per_second")
