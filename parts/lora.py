@@ -23,6 +23,7 @@ from parts.files import read_json, write_json
 from parts.weights import find, index, load, own_rows, save
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PER_TENSOR = 150  # bytes of its name, type and place in the files of an adapter
 
 
 @ops.fusable
@@ -127,9 +128,10 @@ def lora_views(model):
 
 
 def file_size(model):
-    """Bytes of a model's adapter in a file, but for its header."""
+    """Bytes of a model's adapter in its folder, to a few for each tensor."""
     views = lora_views(model).values()
-    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+    values = sum(part.numel() * part.element_size() for parts in views for part in parts)
+    return values + PER_TENSOR * len(views)
 
 
 def save_lora(folder, model, base):
