@@ -83,7 +83,7 @@ def naming(path):
         raise
     except Exception as error:
         number = refusal(error)
-        if number is None:
+        if number is None or getattr(error, "filename", None):  # another file is named already
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 

@@ -29,6 +29,7 @@ ADAPTER_PREFIX = "base_model.model."  # of its tensors' names
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # that its `load_lora_weights` looks for
 DIFFUSERS_PREFIX = "transformer."  # the component of a pipeline that an adapter changes
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # peft's configuration, in the file's own metadata
+PER_TENSOR = 150  # bytes of its name, type and place in the files of an adapter
 
 
 @ops.fusable
@@ -133,9 +134,10 @@ def lora_views(model, prefix=ADAPTER_PREFIX):
 
 
 def file_size(model):
-    """Bytes of a model's adapter in a file, but for its header."""
+    """Bytes of a model's adapter in its folder, to a few for each tensor."""
     views = lora_views(model).values()
-    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+    values = sum(part.numel() * part.element_size() for parts in views for part in parts)
+    return values + PER_TENSOR * len(views)
 
 
 def save_lora(folder, model, base, diffusers=False):

@@ -599,7 +599,7 @@ def disk_parts(state, export, args, on_the_way):
         parts["strips of pictures"] = (evaluations + 1, PER_EVALUATION)
     else:
         parts["export"] = (1, export)
-    return parts | {"steps' log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
+    return parts | {"lines of the log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
 
 
 def in_bytes(size):

@@ -201,13 +201,13 @@ def test_a_run_takes_as_much_of_the_disk_as_it_says(unbroken):
     args = train_gen.parse_args([*SMALL, "--steps", "5"])
     state = launch.checkpoint_of(out / "checkpoint-00000005")
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
-    parts = disk_parts(state, sum(4 * t.numel() for t in adapter.values()), args, True)
+    parts = disk_parts(state, sum(4 * t.numel() + lora.PER_TENSOR for t in adapter.values()), args, True)
     assert f"takes at most {in_bytes(sum(count * size for count, size in parts.values()))} (3 checkpoints of" in output
     assert launch.size_of(out / "checkpoint-00000005") == pytest.approx(parts["checkpoints"][1], rel=0.02)
     assert launch.size_of(out / "adapters" / "00000002") == pytest.approx(parts["adapters"][1], rel=0.02)
     assert len(list(out.glob("adapters/*"))) == parts["adapters"][0] - 2  # less the final one and one that is being written
     assert launch.size_of(out / "strips") + (out / "strip.png").stat().st_size < math.prod(parts["strips of pictures"])
-    assert (out / "log.jsonl").stat().st_size < math.prod(parts["steps' log"])
+    assert (out / "log.jsonl").stat().st_size < math.prod(parts["lines of the log"])
     assert (out / "curves.png").stat().st_size < math.prod(parts["sheet of curves"])
     assert launch.size_of(out) < sum(map(math.prod, parts.values()))
 
@@ -220,7 +220,7 @@ def test_what_the_papers_run_takes_of_the_disk_is_counted_without_its_weights():
     trained = [p for p in model.parameters() if p.requires_grad]
     state = checkpoints.state_of(torch.optim.AdamW(trained), EMA(trained, args.ema))
     values = sum(p.numel() for p in trained)
-    assert lora.file_size(model) == 4 * values
+    assert lora.file_size(model) == pytest.approx(4 * values, rel=0.001)
     parts = disk_parts(state, lora.file_size(model), args, True)
     assert parts["checkpoints"][1] == pytest.approx(4 * 4 * values, rel=0.01)  # parameters, two moments, averages
     assert parts["adapters"][0] == 17 + 4 and 1e9 < sum(map(math.prod, parts.values())) < 5e9
