@@ -170,7 +170,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
 
     # 1. check the headers of all files, so that a damaged one is refused before 17 GB are read
     listed = read_json(weights.find_file(rest, "model_index.json"))
-    scheduler = read_json(weights.find_file(rest, "scheduler/scheduler_config.json"))
+    scheduler = weights.read_config(weights.find_file(rest, "scheduler/scheduler_config.json"))
     use_t5 = use_t5 and text_encoders.has_t5(listed)
     sources = {"transformer": source, "vae": source, "text_encoder": rest, "text_encoder_2": rest}
     if use_t5:
@@ -190,7 +190,20 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     if adapter is not None:
         lora.load_lora(adapter, model, model.lora_targets(dual=True))
     decoder = vae.VAE.from_pretrained(source, device, dtype)
+    check_parts(model.config, encoders, decoder.config, source)
     return Generator(model, decoder, encoders, scheduler.get("shift", 3.0), name)
+
+
+def check_parts(c, encoders, vae_config, source):
+    """UserError unless the parts of a generator, c an MMDiTConfig, give what the next ones take."""
+    towers = (encoders.clip_l.config, encoders.clip_g.config)
+    pooled = sum(tower.projection_dim for tower in towers)
+    given = (encoders.context_width, pooled, vae_config.latent_channels)
+    taken = (c.context_dim, c.pooled_dim, c.channels)
+    if given != taken or sum(tower.hidden_size for tower in towers) > encoders.context_width:
+        raise UserError(f"{source}: the transformer takes texts of {taken[0]} and {taken[1]} "
+                        f"numbers and latents of {taken[2]} channels, the other parts have "
+                        f"{given[0]}, {given[1]} and {given[2]}; give parts of one checkpoint")
 
 
 def load_judge(source, device, size):

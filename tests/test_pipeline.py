@@ -1,5 +1,7 @@
 """Prompts to pictures, the whole line against diffusers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,14 @@ from safetensors.torch import save_file
 
 import data
 from parts.cli import UserError
-from parts.pipeline import TINY, PromptCache, load_generator, load_judge, name_of
+from parts.pipeline import (
+    TINY,
+    PromptCache,
+    check_parts,
+    load_generator,
+    load_judge,
+    name_of,
+)
 from tests.checkpoint import make_pipeline
 from tests.test_mmdit import stability_file
 
@@ -68,6 +77,14 @@ def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
     single = load_generator(file, encoders_from=folder)
     pictures = [g.draw(["a lake"], [1], 64, steps=2) for g in (whole, single)]
     assert torch.equal(*pictures)
+
+
+def test_parts_of_different_checkpoints_are_refused(folder):
+    whole = load_generator(folder)
+    for field in ("context_dim", "pooled_dim", "channels"):
+        other = replace(whole.mmdit.config, **{field: 7})
+        with pytest.raises(UserError, match="the transformer takes .* 7.*; give parts of one checkpoint"):
+            check_parts(other, whole.encoders, whole.vae.config, "x")
 
 
 def test_half_precision_weights_draw_nearly_the_same_picture(folder):
