@@ -9,7 +9,7 @@
 fused layer here gets one change for each projection that it fuses.
 """
 
-import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from parts.files import read_json, write_json
 from parts.weights import index, load, own_rows, save
 
 ADAPTER_FILE = "adapter_model.safetensors"
+MOST_ALPHA = 10**6
 
 
 @ops.fusable
@@ -137,6 +138,13 @@ def save_lora(folder, model, base):
         "target_modules": sorted({name for layer in layers for name in layer.names})})
 
 
+def config_in(source):
+    """The adapter_config.json of a folder; None if there is none, as for a hub id."""
+    # os.path says no to what can be no path, such as 5,000 letters; Path would raise.
+    file = Path(os.path.expanduser(source)) / "adapter_config.json"
+    return file if os.path.isfile(file) else None
+
+
 def base_of(folder):
     """The model that the adapter in a folder belongs to, or None if none is there."""
     file = Path(folder) / "adapter_config.json"
@@ -149,7 +157,7 @@ def base_of(folder):
     # The base may be an adapter itself, trained further, but not one that leads back to this one.
     seen = {Path(folder).resolve()}
     following = base
-    while (path := Path(following).expanduser() / "adapter_config.json").exists():
+    while (path := config_in(following)) is not None:
         if path.parent.resolve() in seen:
             raise UserError(f"{file}: base_model_name_or_path {base!r} leads back to an adapter; "
                             f"give the model that it belongs to")
@@ -180,24 +188,26 @@ def rank_and_alpha(folder):
     file = Path(folder) / "adapter_config.json"
     config = read_json(file)
     try:
-        rank = int(config["r"])
-        alpha = float(config["lora_alpha"])
+        rank = config["r"]
+        alpha = config["lora_alpha"]
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+            raise ValueError(f"r is {rank!r:.80} and lora_alpha {alpha!r:.80}")
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"peft_type is {config['peft_type']!r}")
+            raise ValueError(f"peft_type is {config['peft_type']!r:.80}")
         # These change the formula without changing any tensor, so nothing else would notice them.
-        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
         ranks = {entry.shape[0] for name, entry in index(Path(folder) / ADAPTER_FILE).items()
                  if ".lora_A." in name and entry.shape}
-        if {rank} != ranks or not math.isfinite(alpha):
-            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are "
+        if {rank} != ranks or not abs(alpha) <= MOST_ALPHA:  # NaN is no alpha, either
+            raise ValueError(f"r is {rank} and lora_alpha {alpha!r:.80}, the file's ranks are "
                              f"{sorted(ranks)}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"{file}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    return rank, alpha
+    return rank, float(alpha)
 
 
 def layers_in(folder, targets):
