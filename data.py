@@ -16,7 +16,6 @@ Datasets are made, and looked through, by
 """
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from parts import imagefolder
-from parts.cli import UserError
-from parts.files import kind_of
+from parts.cli import UserError, is_plain
+from parts.files import kind_of, parse_lines
+from parts.prompts import LONGEST_PROMPT
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -51,8 +51,8 @@ def check_va(v, a) -> tuple[float, float]:
     """V and A as floats; ValueError unless both are finite numbers in 1..9."""
     for name, value in (("valence", v), ("arousal", a)):
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name} must be a number in 1..9, got {value!r}") from None
         if not math.isfinite(number) or not VA_MIN <= number <= VA_MAX:
             raise ValueError(f"{name} must be a finite number in 1..9, got {value!r}")
@@ -188,24 +188,20 @@ class Row:
         return with_words(self.neutral, self.v, self.a)
 
 
-def parse_lines(path, parse):
-    """[parse(object)] of a file of JSON lines.
+def check_caption(key, text):
+    """ValueError unless the value of a row's key is a text that models and terminals can take."""
+    if not is_plain(text, LONGEST_PROMPT):
+        raise ValueError(f"{key!r} is {text!r:.80}, expected a caption: at most {LONGEST_PROMPT:,} "
+                         f"characters, without control characters and <|tokens|>")
 
-    Raises UserError at the first line that cannot be used, and if there is none that can.
-    """
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                rows.append(parse(json.loads(line.decode("utf-8-sig"))))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                # a KeyError's text is the bare name of the key
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                where = f"{path}, line {number}"
-                raise UserError(f"{where}: {reason}; mend or remove the line") from error
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return rows
+
+def check_id(value):
+    """The id of a row or case as a text; ValueError unless a picture can be named after it."""
+    name = str(value)
+    fits = isinstance(value, (str, int)) and is_plain(name, 200) and Path(name).name == name
+    if not fits or not name.strip("."):
+        raise ValueError(f"the id {value!r:.80} cannot name a file")
+    return name
 
 
 def digest(rows):
@@ -220,20 +216,21 @@ def load_rows(folder, split):
     def parse(raw):
         raw = imagefolder.own_row(raw, folder, path)
         v, a = check_va(raw["v"], raw["a"])
-        image = Path(folder) / raw["image"]
-        if raw["label"] not in LEXICON:
-            raise ValueError(f"unknown label {raw['label']!r}")
+        if raw["label"] not in EMOTIONS:
+            raise ValueError(f"unknown label {raw['label']!r:.80}")
+        image = Path(raw["image"])
+        if image.is_absolute() or ".." in image.parts:
+            raise ValueError(f"the picture {raw['image']!r:.80} lies outside of the folder")
         # a missing picture is found now, not in the middle of a training run
-        if not image.is_file():
-            raise ValueError(f"no picture {image}")
-        if Path(raw["image"]).is_absolute() or ".." in Path(raw["image"]).parts:
-            raise ValueError(f"the picture {raw['image']!r} lies outside of the folder")
-        for key in ("neutral", "emotional"):
-            text = raw.get(key, "none")
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{key!r} is {text!r}, expected a caption")
-        return Row(str(raw["id"]), image, raw["label"], v, a, raw["neutral"], raw.get("emotional"))
+        if not (folder / image).is_file():
+            raise ValueError(f"no picture {raw['image']!r:.80}")
+        check_caption("neutral", raw["neutral"])
+        if "emotional" in raw:
+            check_caption("emotional", raw["emotional"])
+        return Row(check_id(raw["id"]), folder / image, raw["label"], v, a, raw["neutral"],
+                   raw.get("emotional"))
 
+    folder = Path(folder)
     path = imagefolder.file_of(folder, split)
     if not path.is_file():
         advice = f"make the miniature's with `python -m tiny.dataset --out {folder}`"

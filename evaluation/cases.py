@@ -17,7 +17,7 @@ import numpy as np
 import data
 from parts import cli
 from parts.cli import UserError
-from parts.files import write_rows
+from parts.files import parse_lines, write_rows
 from tiny import scenes
 
 
@@ -40,18 +40,19 @@ def load_cases(path):
 
     def parse(raw):
         v, a = data.check_va(raw["v"], raw["a"])
-        case = Case(str(raw["id"]), str(raw["neutral"]), v, a, raw.get("group"))
+        data.check_caption("neutral", raw["neutral"])
+        case = Case(data.check_id(raw["id"]), raw["neutral"], v, a, raw.get("group"))
+        if not isinstance(case.group, str | None):
+            raise ValueError(f"the group {case.group!r:.80} is no text")
         if case.id in seen:
             raise ValueError(f"the id {case.id!r} a second time")
-        if Path(case.id).name != case.id:  # a picture "../x.png" would leave its folder
-            raise ValueError(f"the id {case.id!r} cannot name a file")
         seen.add(case.id)
         return case
 
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; expected JSON lines with id, neutral, v and a, "
                         f"like a dataset's test.jsonl")
-    return data.parse_lines(path, parse)
+    return parse_lines(path, parse)
 
 
 def held_out_cases(count, seed=0):

@@ -10,7 +10,7 @@ fused layer here gets one change for each projection that it fuses.
 """
 
 import json
-import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # that its `load_lora_weigh
 DIFFUSERS_PREFIX = "transformer."  # the component of a pipeline that an adapter changes
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # peft's configuration, in the file's own metadata
 PER_TENSOR = 150  # bytes of its name, type and place in the files of an adapter
+MOST_ALPHA = 10**6
 
 
 @ops.fusable
@@ -162,6 +163,13 @@ def save_lora(folder, model, base, diffusers=False):
     write_json(folder / "adapter_config.json", config)  # the last one, see `adapter_in`
 
 
+def config_in(source):
+    """The adapter_config.json of a folder; None if there is none, as for a hub id."""
+    # os.path says no to what can be no path, such as 5,000 letters; Path would raise.
+    file = Path(os.path.expanduser(source)) / "adapter_config.json"
+    return file if os.path.isfile(file) else None
+
+
 def base_of(folder):
     """The model that the adapter in a folder belongs to, or None if none is there."""
     file = Path(folder) / "adapter_config.json"
@@ -174,7 +182,7 @@ def base_of(folder):
     # The base may be an adapter itself, trained further, but not one that leads back to this one.
     seen = {Path(folder).resolve()}
     following = base
-    while (path := Path(following).expanduser() / "adapter_config.json").exists():
+    while (path := config_in(following)) is not None:
         if path.parent.resolve() in seen:
             raise UserError(f"{file}: base_model_name_or_path {base!r} leads back to an adapter; "
                             f"give the model that it belongs to")
@@ -253,21 +261,24 @@ def read_adapter(source):
         config = {key.removeprefix(prefix): value for key, value in json.loads(said).items()}
         if said_in == file and not config:  # diffusers then multiplies B·A by 1
             config = {"r": ranks[0], "lora_alpha": ranks[0]}
-        rank = int(config["r"])
-        alpha = float(config["lora_alpha"])
+        rank = config["r"]
+        alpha = config["lora_alpha"]
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+            raise ValueError(f"r is {rank!r:.80} and lora_alpha {alpha!r:.80}")
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"peft_type is {config['peft_type']!r}")
+            raise ValueError(f"peft_type is {config['peft_type']!r:.80}")
         # These change the formula without changing any tensor, so nothing else would notice them.
-        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
-        if [rank] != ranks or not math.isfinite(alpha):
-            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are {ranks}")
+        if [rank] != ranks or not abs(alpha) <= MOST_ALPHA:  # NaN is no alpha, either
+            raise ValueError(f"r is {rank} and lora_alpha {alpha!r:.80}, the file's ranks are "
+                             f"{ranks}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{said_in}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    return Adapter(entries, prefix, rank, alpha)
+    return Adapter(entries, prefix, rank, float(alpha))
 
 
 def layers_in(source, targets):
