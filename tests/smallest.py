@@ -33,7 +33,7 @@ def write_generator(folder):
 def write_judge(folder, steps=150):
     """A judge that has learned one answer by heart, so that its answers end, and are mostly readable."""
     torch.manual_seed(0)
-    processor = chat.Processor.from_pretrained(TINY / "judge", qwen_vl.QwenVL.from_pretrained(TINY / "judge").config.image_token)
+    processor = chat.Processor.from_pretrained(TINY / "judge", qwen_vl.QwenVL.from_pretrained(TINY / "judge").config)
     config = qwen_vl.QwenVLConfig(
         width=32, layers=1, heads=2, kv_heads=1, mlp=64, vocab=processor.tokenizer.get_vocab_size(), tied=True, theta=1e4,
         sections=(2, 3, 3), vision_width=32, vision_layers=1, vision_heads=2, vision_mlp=32, patch=16, window=64,
