@@ -1,15 +1,18 @@
 """The study of the miniature judge: every run once, and a table of what their logs say."""
 
+import os
 import re
+import sys
 
 import pytest
 
 import qwen_vl
 import train_judge
+from tests.launch import run_command
 from tiny import judge_study
 from tiny.dataset import write_tiny
 
-SMALL = "--steps 1 --group 2 --batch 2 --eval-rows 4 --device cpu".split()
+SMALL = "--steps 1 --group 2 --batch 2 --eval-rows 4 --device cpu --jobs 1".split()
 
 
 @pytest.fixture
@@ -17,6 +20,7 @@ def folders(tmp_path, monkeypatch):
     for name, path in (("SUPERVISED", train_judge.TINY), ("STUDY", tmp_path / "study"), ("DATASETS", tmp_path),
                        ("SHIPPED", tmp_path / "shipped"), ("SEEDS", (0, 1))):
         monkeypatch.setattr(judge_study, name, path)
+    monkeypatch.setattr(judge_study.subprocess, "run", run_command)
     monkeypatch.setattr(judge_study, "ABLATIONS", {"class only": ("class", ["--tasks", "class"], "dataset")})
     for name in ("dataset", "dataset_drawn"):
         write_tiny(tmp_path / name, 4, 4)
@@ -45,6 +49,16 @@ def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatc
     monkeypatch.setattr(judge_study, "SUPERVISED", folders / "nothing")
     assert judge_study.main([]) == 2
     assert "run `python -m tiny.pretrain judge` first" in capsys.readouterr().err
+
+
+def test_the_runs_are_processes_that_find_the_project_and_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ask = [sys.executable, "-c", "import importlib.util, os\n"
+           "print(importlib.util.find_spec('train_judge') is not None, os.environ['OMP_NUM_THREADS'])"]
+    judge_study.run_all([(tmp_path / "one", [ask]), (tmp_path / "two", [ask, ask])], 2, "runs")
+    said = f"True {max(1, os.cpu_count() // 2)}\n"
+    assert [(tmp_path / name / "output.txt").read_text() for name in ("one", "two")] == [said, 2 * said]
 
 
 def test_a_row_is_mean_and_standard_deviation_and_says_when_nothing_was_readable():
