@@ -188,10 +188,9 @@ def test_another_judge_in_the_same_folder_is_noticed_and_a_run_of_an_older_versi
     assert train_gen.main(args) == 2
     error = capsys.readouterr().err
     assert f"holds a run with other files of --judge {settings['judge']}; put those back" in error and error.count("\n") == 1
-    del settings["files"]
-    write_json(out / "settings.json", settings)
+    write_json(out / "settings.json", {name: value for name, value in settings.items() if name != "files"})
     assert train_gen.main(args) == 0 and "does not say of which files its models were" in capsys.readouterr().err
-    assert train_gen.main(args) == 0 and "does not say" not in capsys.readouterr().err
+    assert read_json(out / "settings.json") == settings  # so that it is said once
 
 
 def test_a_run_takes_as_much_of_the_disk_as_it_says(unbroken):
