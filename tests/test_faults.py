@@ -1,6 +1,6 @@
 """Faults while real programs run: kills at random moments, a dead process, a full disk, a download that is cut off.
 
-    nice pytest -n0 -s -m slow tests/test_faults.py                       # 12 minutes of one core's time
+    nice pytest -n0 -s -m slow tests/test_faults.py                       # 13 minutes on one core
     FAULTS_KILLS=200 FAULTS_SEED=1 FAULTS_RECORD=kills.jsonl pytest -n0 -s -m slow tests/test_faults.py -k kill
 
 Every program is first run undisturbed. Then the same command is killed, or its disk refuses to grow a file, and it is given

@@ -1,6 +1,6 @@
 """Two thousand steps of both trainings: memory and descriptors stay what they are, the disk within what was said.
 
-    nice pytest -n0 -s -m slow tests/test_long.py                # about 5 minutes of one core's time
+    nice pytest -n0 -s -m slow tests/test_long.py                # 10 minutes on one core
     LONG_STEPS=20000 LONG_RECORD=long.jsonl pytest -n0 -s -m slow tests/test_long.py
 """
 
