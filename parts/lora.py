@@ -222,6 +222,12 @@ def adapter_in(source):
     return whole[0]
 
 
+def file_of(source):
+    """The file of an adapter's tensors: of a folder peft's, or diffusers' if it has no other."""
+    files = [Path(source) / name for name in (ADAPTER_FILE, DIFFUSERS_FILE)]
+    return next((file for file in files if file.is_file()), Path(source))
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in a file, of which only the header has been read."""

@@ -28,7 +28,7 @@ import grpo
 import mmdit
 import qwen_vl
 from evaluation import rate
-from parts import chat, checkpoints, clip, layouts, lora, page, text_encoders, vae, weights
+from parts import chat, checkpoints, clip, files, layouts, lora, page, text_encoders, vae, weights
 from parts.files import open_picture, read_json, write_json
 from parts.pipeline import TINY, load_generator
 from parts.run import Processes, Run
@@ -313,6 +313,7 @@ def configurations(models):
             ("tokenizer/tokenizer_config.json", "pad_token", 7), ("tokenizer/tokenizer_config.json", "pad_token",
                                                                   {"content": []}),
             ("tokenizer/tokenizer_config.json", "pad_token", {}), ("tokenizer/tokenizer_config.json", "pad_token", CLEAR),
+            ("tokenizer/tokenizer_config.json", "pad_token", "\ud800"),
             ("judge/tokenizer.json", "model.continuing_subword_prefix", "xxxxxxxxx"),
             ("judge/tokenizer.json", "model.vocab", {}),
             ("judge/tokenizer.json", "model.unk_token", "x"), ("judge/tokenizer.json", "padding", FAR_PADDING),
@@ -537,6 +538,7 @@ def rows():
     yield "a torn last line", row() + b"\n" + row()[:40], "line 2: "
     yield "a torn line of zero bytes", row() + b"\n" + bytes(100), "line 2: "
     yield "lines of Windows with a mark", b"\xef\xbb\xbf" + row() + b"\r\n" + row(id="r2") + b"\r\n", READ
+    yield "a carriage return in a line", row().replace(b" ", b"\r", 3), READ
     yield "a key twice", row()[:-1] + b', "v": 5}', READ
 
 
@@ -639,7 +641,8 @@ def answers():
                        "a prompt of a token": json.dumps({"analysis": "", "optimized_prompt": "a lake <|image_pad|>"}),
                        "a prompt of half a pair": json.dumps({"analysis": "\ud800", "optimized_prompt": "a lake \ud800"}),
                        "a prompt of one word": json.dumps({"analysis": "", "optimized_prompt": "lake " * 390}),
-                       "a prompt of two words": json.dumps({"analysis": "", "optimized_prompt": "b a " * 498 + "lake"})}.items():
+                       "a prompt of two words": json.dumps({"analysis": "",
+                                                            "optimized_prompt": "b a " * 498 + "lake"})}.items():
         yield f"an answer of many {name}", text, None
 
 
@@ -896,7 +899,7 @@ def make_run(folder):
     for step in (1, 2):
         run.log({"step": step, "loss": 0.5})
         run.save(step, STATE)
-    run.lock_file.close()
+    files.LOCKED.pop().close()
     return folder / "checkpoint-00000002"
 
 
@@ -1001,4 +1004,4 @@ def read_run(folder):
         run.read_log(step)
         run.log({"step": 3, "loss": 0.1})
     finally:
-        run.lock_file.close()
+        files.LOCKED.pop().close()

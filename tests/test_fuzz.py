@@ -419,11 +419,12 @@ def test_folders_of_runs(tmp_path, kept, monkeypatch):
         return file.name.encode() + b"\n" + content
 
     def read():
-        run = hostile.Run(folder, {"lr": 0.1}, hostile.ALONE)
         try:
+            run = hostile.Run(folder, {"lr": 0.1}, hostile.ALONE)
             state = {name: torch.zeros_like(value) for name, value in hostile.STATE.items()}
             run.read_log(run.load(state, 99))
         finally:
-            run.lock_file.close()
+            while files.LOCKED:
+                files.LOCKED.pop().close()
 
     fuzz("folders of runs", tmp_path, put, read, kept)

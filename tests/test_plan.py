@@ -511,7 +511,7 @@ def test_the_program_prints_the_plan_without_network_weights_or_data(full, adapt
     (["--what", "painter"], "--what: invalid choice: 'painter'"), (["--efficiency", "0.9"], "--efficiency: expected"),
     (["--what", "judge", "--gpus", "3"], "--gpus 3: the 16 questions"),
     (["--what", "judge", "--answer", "600"], "--answer 600: expected at most --max-new-tokens 512"),
-    (["--tasks", "class"], "unrecognized arguments: --tasks")])
+    (["--tasks", "class"], "unrecognized argument --tasks")])
 def test_what_cannot_be_planned_is_one_line(capsys, flags, message):
     try:
         code = plan.main(flags)

@@ -105,7 +105,7 @@ def test_a_killed_stage_goes_on_and_ends_where_it_would_have(tmp_path, monkeypat
 def test_the_shipped_weights_fit_the_repository():
     files = [p for p in TINY.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 24 * 2**20
-    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt"}
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".jinja"}
 
 
 def test_lessons_are_answers_as_grpo_rewards_them_with_values_of_the_class():
