@@ -94,21 +94,26 @@ def write_rows(path, rows):
     write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lines_of(path):
+    """The lines of a file as bytes; within JSON a carriage return is a space, so it ends none."""
+    with open(path, "rb") as file:
+        return list(file)
+
+
 def parse_lines(path, parse):
     """[parse(object)] of a file of JSON lines.
 
     Raises UserError at the first line that cannot be used, and if there is none that can.
     """
     rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(parse(parse_object(line)))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                # a KeyError's text is the bare name of the key
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                where = f"{path}, line {number}"
-                raise UserError(f"{where}: {reason}; mend or remove the line") from error
+    for number, line in enumerate(lines_of(path), 1):
+        try:
+            rows.append(parse(parse_object(line)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # a KeyError's text is the bare name of the key
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            where = f"{path}, line {number}"
+            raise UserError(f"{where}: {reason}; mend or remove the line") from error
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
@@ -120,7 +125,7 @@ def read_records(path, until=math.inf):
     A last line that is half written is passed over. A file that does not exist has no records.
     Raises UserError for any other line that is no record.
     """
-    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    lines = lines_of(path) if Path(path).is_file() else []
     records = []
     for number, line in enumerate(lines, 1):
         try:

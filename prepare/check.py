@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import EMOTIONS, LEXICON, check_caption, check_id, check_va
 from parts import cli
 from parts.cli import UserError
-from parts.files import decode_picture, endless_refused, parse_object
+from parts.files import decode_picture, endless_refused, lines_of, parse_object
 
 LEXICON_COLUMNS = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum")
 
@@ -88,7 +88,7 @@ def read_rows(folder):
     rows = []
     for path in (folder / "train.jsonl", folder / "test.jsonl"):
         # an empty file counts as one bad line, an absent one as none
-        lines = path.read_bytes().splitlines() or [b""] if path.is_file() else []
+        lines = lines_of(path) or [b""] if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
                 raw = parse_object(line)
