@@ -174,7 +174,8 @@ class PromptTokenizer:
         self.tokenizer = weights.read_tokenizer(folder, clip_tokenizer)
         pad = config.get("pad_token") or END
         pad = pad.get("content") if isinstance(pad, dict) else pad
-        self.pad = self.tokenizer.token_to_id(pad) if isinstance(pad, str) else None
+        # Not token_to_id, which raises for half of a surrogate pair.
+        self.pad = self.tokenizer.get_vocab().get(pad) if isinstance(pad, str) else None
         if self.pad is None:
             raise UserError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
 

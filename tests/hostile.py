@@ -305,7 +305,8 @@ def configurations(models):
             ("clip/config.json", "text_config", []), ("clip/config.json", "vision_config", 7),
             ("judge/config.json", "vision_config", "x"),
             ("judge/config.json", "rope_scaling", 3), ("judge/config.json", "rope_scaling", []),
-            ("judge/config.json", "tie_word_embeddings", "no"), ("judge/config.json", "model_type", [CLEAR]),
+            ("judge/config.json", "image_token_id", 1), ("judge/config.json", "tie_word_embeddings", "no"),
+            ("judge/config.json", "model_type", [CLEAR]),
             ("transformer/config.json", "qk_norm", {"rms_norm": 1}), ("vae/config.json", "use_quant_conv", "x"),
             ("judge/preprocessor_config.json", "size", 7), ("judge/preprocessor_config.json", "image_processor", []),
             ("clip/preprocessor_config.json", "image_processor", 1), ("clip/preprocessor_config.json", "size", [[]]),
@@ -313,6 +314,7 @@ def configurations(models):
             ("tokenizer/tokenizer_config.json", "pad_token", 7), ("tokenizer/tokenizer_config.json", "pad_token",
                                                                   {"content": []}),
             ("tokenizer/tokenizer_config.json", "pad_token", {}), ("tokenizer/tokenizer_config.json", "pad_token", CLEAR),
+            ("tokenizer/tokenizer_config.json", "pad_token", "\ud800"),
             ("judge/tokenizer.json", "model.continuing_subword_prefix", "xxxxxxxxx"),
             ("judge/tokenizer.json", "model.vocab", {}),
             ("judge/tokenizer.json", "model.unk_token", "x"), ("judge/tokenizer.json", "padding", FAR_PADDING),
@@ -537,6 +539,7 @@ def rows():
     yield "a torn last line", row() + b"\n" + row()[:40], "line 2: "
     yield "a torn line of zero bytes", row() + b"\n" + bytes(100), "line 2: "
     yield "lines of Windows with a mark", b"\xef\xbb\xbf" + row() + b"\r\n" + row(id="r2") + b"\r\n", READ
+    yield "a carriage return in a line", row().replace(b" ", b"\r", 3), READ
     yield "a key twice", row()[:-1] + b', "v": 5}', READ
 
 
@@ -639,7 +642,8 @@ def answers():
                        "a prompt of a token": json.dumps({"analysis": "", "optimized_prompt": "a lake <|image_pad|>"}),
                        "a prompt of half a pair": json.dumps({"analysis": "\ud800", "optimized_prompt": "a lake \ud800"}),
                        "a prompt of one word": json.dumps({"analysis": "", "optimized_prompt": "lake " * 390}),
-                       "a prompt of two words": json.dumps({"analysis": "", "optimized_prompt": "b a " * 498 + "lake"})}.items():
+                       "a prompt of two words": json.dumps({"analysis": "",
+                                                            "optimized_prompt": "b a " * 498 + "lake"})}.items():
         yield f"an answer of many {name}", text, None
 
 
