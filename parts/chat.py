@@ -233,10 +233,6 @@ class Processor:
         self.stop = tuple(stop or map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        found = tokenizer.id_to_token(image_token)
-        if found != "<|image_pad|>":
-            raise UserError(f"token {image_token} of the tokenizer is {found!r}, expected "
-                            f"'<|image_pad|>'; model and tokenizer are of different checkpoints")
 
     def __call__(self, messages):
         """One conversation -> Prompt. Raises ValueError for a malformed one."""
@@ -265,10 +261,18 @@ class Processor:
         folder = Path(folder)
         tokenizer = read_tokenizer(folder)
         weights.check_vocabulary(tokenizer, model.vocab, folder)
+        found = tokenizer.id_to_token(model.image_token)
+        if found != "<|image_pad|>":
+            raise UserError(f"{folder}: token {model.image_token} of its tokenizer is {found!r}, "
+                            f"expected '<|image_pad|>'; model and tokenizer are of different "
+                            f"checkpoints")
         image = read_image_config(folder, model)
-        made = cls(tokenizer, image, model.image_token, stop_of(folder, model.vocab))
-        made.source = folder
-        return made
+        processor = cls(tokenizer, image, model.image_token, stop_of(folder, model.vocab))
+        if None in processor.stop:
+            raise UserError(f"{folder}: its generation_config.json has no eos_token_id, and its "
+                            f"tokenizer no <|im_end|>; download it again")
+        processor.source = folder
+        return processor
 
     def save_pretrained(self, folder):
         """Write the tokenizer and what else from_pretrained reads, in the published layout, and the

@@ -101,11 +101,11 @@ WHOLE = {
     "fullatt_block_indexes": (0, 1000), "mrope_section": (0, 4096), "patch_size": (1, 4096),
     "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16), "merge_size": (1, 16),
     "window_size": (1, 10**5), "image_size": (1, 10**5), "sample_size": (1, 10**4),
-    "min_pixels": (1, 10**9), "max_pixels": (1, 10**9), "shortest_edge": (1, 10**9),
+    "min_pixels": (1, 2**22), "max_pixels": (1, 10**9), "shortest_edge": (1, 2**22),
     "longest_edge": (1, 10**9), "pos_embed_max_size": (1, 10**4),
     "max_position_embeddings": (1, 10**7), "relative_attention_num_buckets": (4, 10**4),
     "relative_attention_max_distance": (2, 10**6), "vocab_size": (1, 10**7),
-    "image_token_id": (0, 10**7), "t5_tokens": (0, 10**4),
+    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024),
     "model_max_length": (2, 10**31)}  # transformers writes 10³⁰ for a tokenizer without a limit
 REAL = {
     "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),

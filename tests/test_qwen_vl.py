@@ -572,6 +572,9 @@ BROKEN = {
     "its tokenizer cannot be read": lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
     "vocab.json: missing": lambda f: (f / "tokenizer.json").unlink(),
     "preprocessor_config.json: missing": lambda f: (f / "preprocessor_config.json").unlink(),
+    "has no eos_token_id, and its tokenizer no <|im_end|>": lambda f: (
+        (f / "generation_config.json").unlink(),
+        (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>"))),
     "expected '<|image_pad|>'": lambda f: edit_json(f / "config.json", image_token_id=5),
 }
 
