@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from parts import imagefolder
-from parts.cli import UserError
+from parts.cli import UserError, is_plain
 from parts.files import kind_of, parse_lines
+from parts.prompts import LONGEST_PROMPT
 
 # Warriner et al. 2013, ratings of the eight EmoSet class names: (V mean, V sd, A mean, A sd)
 LEXICON = {
@@ -65,8 +66,8 @@ def check_va(v, a) -> tuple[float, float]:
     """V and A as floats; ValueError unless both are finite numbers in 1..9."""
     for name, value in (("valence", v), ("arousal", a)):
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name} must be a number in 1..9, got {value!r}") from None
         if not math.isfinite(number) or not VA_MIN <= number <= VA_MAX:
             raise ValueError(f"{name} must be a finite number in 1..9, got {value!r}")
@@ -220,6 +221,22 @@ class Row:
         return TARGET_FORMS[form](self.neutral, self.v, self.a)
 
 
+def check_caption(key, text):
+    """ValueError unless the value of a row's key is a text that models and terminals can take."""
+    if not is_plain(text, LONGEST_PROMPT):
+        raise ValueError(f"{key!r} is {text!r:.80}, expected a caption: at most {LONGEST_PROMPT:,} "
+                         f"characters, without control characters and <|tokens|>")
+
+
+def check_id(value):
+    """The id of a row or case as a text; ValueError unless a picture can be named after it."""
+    name = str(value)
+    fits = isinstance(value, (str, int)) and is_plain(name, 200) and Path(name).name == name
+    if not fits or not name.strip("."):
+        raise ValueError(f"the id {value!r:.80} cannot name a file")
+    return name
+
+
 def digest(rows):
     """What tells rows from others, wherever their dataset lies."""
     told = [(row.id, row.label, row.v, row.a, row.neutral, row.emotional) for row in rows]
@@ -235,23 +252,23 @@ def load_rows(folder, split):
     def parse(raw):
         raw = imagefolder.own_row(raw, folder, path)
         v, a = check_va(raw["v"], raw["a"])
-        image = Path(folder) / raw["image"]
         labels = raw.get("labels", "true")
         for name, value, known in (("label", raw["label"], LEXICON), ("labels", labels, LABELS)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}")
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"unknown {name} {value!r:.80}")
+        image = Path(raw["image"])
+        if image.is_absolute() or ".." in image.parts:
+            raise ValueError(f"the picture {raw['image']!r:.80} lies outside of the folder")
         # a missing picture is found now, not in the middle of a training run
-        if not image.is_file():
-            raise ValueError(f"no picture {image}")
-        if Path(raw["image"]).is_absolute() or ".." in Path(raw["image"]).parts:
-            raise ValueError(f"the picture {raw['image']!r} lies outside of the folder")
-        for key in ("neutral", "emotional"):
-            text = raw.get(key, "none")
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{key!r} is {text!r}, expected a caption")
+        if not (folder / image).is_file():
+            raise ValueError(f"no picture {raw['image']!r:.80}")
+        check_caption("neutral", raw["neutral"])
+        if "emotional" in raw:
+            check_caption("emotional", raw["emotional"])
         captions = raw["neutral"], raw.get("emotional")
-        return Row(str(raw["id"]), image, raw["label"], v, a, *captions, labels)
+        return Row(check_id(raw["id"]), folder / image, raw["label"], v, a, *captions, labels)
 
+    folder = Path(folder)
     path = imagefolder.file_of(folder, split)
     if split == "validation" and not path.is_file():
         path = imagefolder.file_of(folder, "test")

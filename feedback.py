@@ -19,7 +19,7 @@ from functools import partial
 import data
 from parts.cli import plain_text
 from parts.files import parse_json
-from parts.prompts import content_words, fill, lost_words, prompts_in
+from parts.prompts import LONGEST_PROMPT, content_words, fill, lost_words, prompts_in
 from parts.ranking import UNREADABLE, rank
 
 SCALES = ("Valence goes from 1, very sad, to 9, very happy. Arousal goes from 1, very calm, to 9, "
@@ -72,7 +72,6 @@ QUESTIONS = prompts_in(PROMPTS, VALUES, KEYS | {  # of --questions; these must b
 ANSWER_LIMIT = 512  # tokens of a judgement, in the judge's training and wherever it is read
 REWRITE_LIMIT = 512  # tokens of an analysis with its prompt
 TRIES = 3  # of a rewrite, before the prompt is kept as it is
-LONGEST_PROMPT = 2000  # characters; CLIP reads 77 tokens and T5 256
 
 
 # --------------------------------------------------------------------------------------------------

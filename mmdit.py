@@ -289,7 +289,7 @@ class MMDiT(nn.Module):
         else:
             entries = weights.index(path)
             views = layouts.mmdit_views
-            fields = layouts.mmdit_fields(path)
+            fields = layouts.mmdit_fields(path, len(entries))
         make = functools.partial(cls, MMDiTConfig(**fields))
         return weights.build(make, views, entries, path, device, dtype)
 

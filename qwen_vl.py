@@ -589,9 +589,9 @@ class QwenVL(nn.Module):
             model = cls.from_pretrained(base, device, dtype, build)
             lora.load_lora(folder, model, model.lora_targets())
             return model
-        config = QwenVLConfig(**layouts.qwen_fields(folder))
-        processor = Processor.from_pretrained(folder, config.image_token)
         entries = weights.renamed(weights.index(folder), layouts.QWEN_NEWER)
+        config = QwenVLConfig(**layouts.qwen_fields(folder, len(entries)))
+        processor = Processor.from_pretrained(folder, config)
         unused = ("lm_head.weight",) if config.tied else ()
         make = functools.partial(cls, config, processor)
         return build(make, layouts.qwen_views, entries, folder, device, dtype, unused)

@@ -370,7 +370,8 @@ def train(args, processes):
     if processes.first:
         cli.say(f"{args.model}: {training.sizes(model, processes)}; {len(rows):,} prompts, "
                 f"{args.steps:,} steps of {args.batch} × {args.group} pictures")
-    run.say_disk(state, lora.file_size(model), args, on_the_way=True)
+    # an adapter is written twice, for peft and for diffusers
+    run.say_disk(state, 2 * lora.file_size(model), args, on_the_way=True)
     if args.encoders == "leave":
         needed = prompts_needed(done, rows, held_out, args, processes)
         models.generator.encoders.encode_and_free(needed, progress=processes.first)

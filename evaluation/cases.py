@@ -40,11 +40,12 @@ def load_cases(path):
 
     def parse(raw):
         v, a = data.check_va(raw["v"], raw["a"])
-        case = Case(str(raw["id"]), str(raw["neutral"]), v, a, raw.get("group"))
+        data.check_caption("neutral", raw["neutral"])
+        case = Case(data.check_id(raw["id"]), raw["neutral"], v, a, raw.get("group"))
+        if not isinstance(case.group, str | None):
+            raise ValueError(f"the group {case.group!r:.80} is no text")
         if case.id in seen:
             raise ValueError(f"the id {case.id!r} a second time")
-        if Path(case.id).name != case.id:  # a picture "../x.png" would leave its folder
-            raise ValueError(f"the id {case.id!r} cannot name a file")
         seen.add(case.id)
         return case
 

@@ -76,7 +76,8 @@ def read_ratings(path):
             raise ValueError(f"expected the columns {','.join(COLUMNS)}")
         for cells in reader:
             line = reader.line_num
-            whole = len(cells) == len(COLUMNS) and all(cells[:-1])
+            printable = "".join(cells).isprintable()  # names go to terminals and tables
+            whole = len(cells) == len(COLUMNS) and all(cells[:-1]) and printable
             if not whole or cells[-1] not in ("", "0", "1"):
                 raise ValueError(f"expected {','.join(COLUMNS)}, with 0, 1 or nothing for best")
             if tuple(cells[1:4]) in seen:  # rater, case, method

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from parts import weights
 from parts.cli import UserError
-from parts.files import as_json, read_json, write_whole
+from parts.files import MOST_PIXELS, as_json, read_json, write_whole
 
 IMAGE_TOKEN = 151_655  # published id of <|image_pad|>
 TEMPLATE = Path(__file__).parent / "chat_template.jinja"  # `chat_text`, for other programs
@@ -183,6 +183,44 @@ class Prompt:
     grids: tuple  # (1, h, w) of each picture, in patches
 
 
+def read_image_config(folder, model):
+    """The ImageConfig of a folder of Qwen2.5-VL, for its QwenVLConfig. Raises UserError."""
+    file = image_file(folder)
+    raw = weights.read_config(file)
+    raw = raw.get("image_processor", raw)
+    size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
+    given = {
+        "patch": raw.get("patch_size"), "frames": raw.get("temporal_patch_size"),
+        "merge": raw.get("merge_size"), "mean": raw.get("image_mean"), "std": raw.get("image_std"),
+        "min_pixels": raw.get("min_pixels", size.get("shortest_edge")),
+        "max_pixels": raw.get("max_pixels", size.get("longest_edge"))}
+    config = ImageConfig(**{name: tuple(value) if isinstance(value, list) else value
+                            for name, value in given.items() if value is not None})
+    fits = {
+        "patch_size": config.patch == model.patch, "merge_size": config.merge == model.merge,
+        "temporal_patch_size": config.frames == model.frames,
+        "image_mean": len(config.mean) == 3, "image_std": len(config.std) == 3,
+        "min_pixels or max_pixels": config.min_pixels <= config.max_pixels <= MOST_PIXELS}
+    if not all(fits.values()):
+        wrong = ", ".join(name for name, holds in fits.items() if not holds)
+        raise UserError(f"{file}: {wrong} cannot be those of this model; give the processor that "
+                        f"belongs to it")
+    return config
+
+
+def stop_of(folder, vocab):
+    """The ids, below vocab, that end an answer by generation_config.json; None if it says none."""
+    file = folder / "generation_config.json"
+    stop = read_json(file).get("eos_token_id") if file.exists() else None
+    if stop is None:
+        return None
+    ids = stop if isinstance(stop, list) else [stop]
+    if not all(type(i) is int and 0 <= i < vocab for i in ids):
+        raise UserError(f"{file}: eos_token_id is {stop!r:.80}, expected whole numbers below "
+                        f"{vocab:,}; download it again")
+    return ids
+
+
 class Processor:
     """Conversations to prompts."""
 
@@ -195,10 +233,6 @@ class Processor:
         self.stop = tuple(stop or map(tokenizer.token_to_id, ("<|im_end|>", "<|endoftext|>")))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        found = tokenizer.id_to_token(image_token)
-        if found != "<|image_pad|>":
-            raise UserError(f"token {image_token} of the tokenizer is {found!r}, expected "
-                            f"'<|image_pad|>'; model and tokenizer are of different checkpoints")
 
     def __call__(self, messages):
         """One conversation -> Prompt. Raises ValueError for a malformed one."""
@@ -222,27 +256,23 @@ class Processor:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     @classmethod
-    def from_pretrained(cls, folder, image_token=IMAGE_TOKEN):
-        """The processor of a folder of Qwen2.5-VL. Raises UserError."""
+    def from_pretrained(cls, folder, model):
+        """The processor of a folder of Qwen2.5-VL. model: its QwenVLConfig. Raises UserError."""
         folder = Path(folder)
-        raw = read_json(image_file(folder))
-        raw = raw.get("image_processor", raw)
-        size = raw.get("size") or {}
-        fields = {
-            "patch": raw.get("patch_size"), "frames": raw.get("temporal_patch_size"),
-            "merge": raw.get("merge_size"), "mean": raw.get("image_mean"),
-            "std": raw.get("image_std"),
-            "min_pixels": raw.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": raw.get("max_pixels") or size.get("longest_edge")}
-        fields = {name: tuple(value) if isinstance(value, list) else value
-                  for name, value in fields.items() if value is not None}
-        stop = None
-        if (folder / "generation_config.json").exists():
-            stop = read_json(folder / "generation_config.json").get("eos_token_id")
-            stop = [stop] if isinstance(stop, int) else stop
-        made = cls(read_tokenizer(folder), ImageConfig(**fields), image_token, stop)
-        made.source = folder
-        return made
+        tokenizer = read_tokenizer(folder)
+        weights.check_vocabulary(tokenizer, model.vocab, folder)
+        found = tokenizer.id_to_token(model.image_token)
+        if found != "<|image_pad|>":
+            raise UserError(f"{folder}: token {model.image_token} of its tokenizer is {found!r}, "
+                            f"expected '<|image_pad|>'; model and tokenizer are of different "
+                            f"checkpoints")
+        image = read_image_config(folder, model)
+        processor = cls(tokenizer, image, model.image_token, stop_of(folder, model.vocab))
+        if None in processor.stop:
+            raise UserError(f"{folder}: its generation_config.json has no eos_token_id, and its "
+                            f"tokenizer no <|im_end|>; download it again")
+        processor.source = folder
+        return processor
 
     def save_pretrained(self, folder):
         """Write the tokenizer and what else from_pretrained reads, in the published layout, and the

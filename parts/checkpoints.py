@@ -8,6 +8,7 @@ that FSDP2 has divided (a DTensor) each process writes its own part, and later r
 parts belongs to the part that it then has. Nothing is ever gathered.
 """
 
+import os
 import pickle
 import warnings
 import zlib
@@ -62,7 +63,7 @@ def digests(folder, rank):
 
 def digest_of(file):
     """CRC-32 of a file, which tells a flipped bit and reads as fast as a disk; None without it."""
-    if not file.exists():
+    if not os.path.isfile(file):  # a stranger's name may be too long for a path
         return None
     digest = 0
     with open(file, "rb") as opened:

@@ -24,15 +24,24 @@ from parts import interrupts
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk, a quota or a file that is full
+LONGEST_LINE = 3000  # characters of an error; what a file quotes in it may be a megabyte
 
 
 class UserError(Exception):
-    """Something the user can mend; the message is one line that says what and how."""
+    """Something the user can mend; the message is one line that says what and how.
+
+    It may quote a stranger's file, so what a terminal would obey is left out here, once for all.
+    """
+
+    def __init__(self, message):
+        if len(message) > LONGEST_LINE:  # the file stands at the beginning, the advice at the end
+            message = f"{message[:LONGEST_LINE - 500]} … {message[-500:]}"
+        super().__init__(printable(message))
 
 
 def say(text):
     """Print to standard error, where progress and remarks go; standard output is for results."""
-    print(text, file=sys.stderr)
+    print(*map(printable, text.split("\n")), sep="\n", file=sys.stderr)
 
 
 PLAIN = {"−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "→": "->", "√": "sqrt ", "×": "x",
@@ -192,8 +201,7 @@ def text(longest):
     """An argparse type: a text of 1 to `longest` characters."""
     def read(given):
         # else the shell passed other bytes, or it has what is more than text
-        plain = plain_text(given) == " ".join(given.split())
-        if not plain or not given.strip() or len(given) > longest:
+        if not is_plain(given, longest):
             raise argparse.ArgumentTypeError(
                 f"expected 1 to {longest:,} characters of UTF-8 text, without control characters "
                 f"and <|tokens|>, got {len(given):,} characters")
@@ -335,9 +343,20 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
 def plain_text(text):
     """A text in one line, without what a terminal, a file or a tokenizer reads as more than text:
     control characters, halves of surrogate pairs, <|special tokens|>."""
+    return " ".join(re.sub(r"<\|\w+\|>", " ", printable(text)).split())
+
+
+def is_plain(text, longest):
+    """Whether it is a text of 1 to `longest` characters that `plain_text` takes nothing away from,
+    but for spaces."""
+    fits = isinstance(text, str) and 0 < len(text) <= longest and not text.isspace()
+    return fits and plain_text(text) == " ".join(text.split())
+
+
+def printable(text):
+    """A text in one line, with a space for every character that is more than a sign."""
     # isprintable is false for escapes, which could clear a screen, and for lone surrogates
-    printable = "".join(ch if ch.isprintable() else " " for ch in text)
-    return " ".join(re.sub(r"<\|\w+\|>", " ", printable).split())
+    return "".join(ch if ch.isprintable() else " " for ch in text)
 
 
 def markdown(rows):

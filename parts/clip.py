@@ -28,7 +28,7 @@ from torch import nn
 
 from parts import ops, weights
 from parts.cli import UserError
-from parts.files import read_json, to_rgb
+from parts.files import to_rgb
 
 END = "<|endoftext|>"
 # quick_gelu is OpenAI's cheaper form of the same curve; weights fit only the one they had.
@@ -129,7 +129,7 @@ def image_config(folder, side):
     # Newer folders put the settings of pictures inside those of the whole processor.
     files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
     file = next((file for file in files if file.exists()), None)
-    raw = {} if file is None else read_json(file)
+    raw = {} if file is None else weights.read_config(file)
     raw = raw.get("image_processor", raw)
     usual = {
         "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
@@ -143,10 +143,10 @@ def image_config(folder, side):
     mean = raw.get("image_mean", ImageConfig.mean)
     std = raw.get("image_std", ImageConfig.std)
     for name, values in (("image_mean", mean), ("image_std", std)):
-        if not isinstance(values, (list, tuple)) or len(values) != 3:
+        if len(values) != 3:
             odd.append(name)
     if odd:
-        found = ", ".join(f"{name} {raw[name]!r}" for name in odd)
+        found = ", ".join(f"{name} {raw[name]!r:.80}" for name in odd)
         raise UserError(
             f"{file}: {found}; the model reads pictures of {side} px, resized by bicubic "
             f"interpolation, cropped and normalised by 3 means and deviations; give the processor "
@@ -167,18 +167,22 @@ class PromptTokenizer:
 
         max_length: of T5; that of CLIP is in its tokenizer_config.json.
         """
-        folder = Path(folder)
-        config = read_json(folder / "tokenizer_config.json")
+        self.folder = folder = Path(folder)
+        config = weights.read_config(folder / "tokenizer_config.json")
         self.name = "T5" if max_length else "CLIP"
         self.max_length = max_length or config.get("model_max_length", 77)
         self.tokenizer = weights.read_tokenizer(folder, clip_tokenizer)
-        # A tokenizer.json may pad and cut by itself; then the warning could not say what is lost.
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
         pad = config.get("pad_token") or END
-        self.pad = self.tokenizer.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        # Not token_to_id, which raises for half of a surrogate pair.
+        self.pad = self.tokenizer.get_vocab().get(pad) if isinstance(pad, str) else None
         if self.pad is None:
             raise UserError(f"{folder}: the padding token {pad!r} is not in its vocabulary")
+
+    def fit(self, vocab_size, positions=None):
+        """Cut to what a model reads. UserError if it does not know all of the tokens."""
+        weights.check_vocabulary(self.tokenizer, vocab_size, self.folder)
+        self.max_length = min(self.max_length, positions or self.max_length)
 
     def __call__(self, prompts, warn=True):
         """list of B strings -> ids [B, max_length]. Warns with the words that it cuts."""
@@ -239,7 +243,7 @@ class Processor:
             raise UserError(
                 f"{folder}: {END} is token {end} of its tokenizer and {text.eos_token_id} of the "
                 f"model; give a processor that belongs to the model")
-        tokenizer.max_length = min(tokenizer.max_length, text.max_position_embeddings)
+        tokenizer.fit(text.vocab_size, text.max_position_embeddings)
         return cls(tokenizer, image_config(folder, vision.image_size))
 
 
@@ -300,8 +304,10 @@ class TextTower(nn.Module):
         component: its folder in a whole pipeline, e.g. `text_encoder`.
         """
         path = weights.find(source, component)
-        make = functools.partial(cls, tower_config(TextConfig, weights.read_config(path)))
         entries = weights.index(path)
+        file = path / "config.json"
+        config = tower_config(TextConfig, weights.read_config(file, len(entries)), file)
+        make = functools.partial(cls, config)
         unused = ("*position_ids", "logit_scale")  # in some published files
         return weights.build(make, cls.views, entries, path, device, dtype, unused)
 
@@ -348,16 +354,27 @@ def published(tower, prefix):
     return weights.renamed(weights.named_views(tower, fused), table)
 
 
-def tower_config(kind, raw):
+def tower_config(kind, raw, path):
     """TextConfig or VisionConfig of a config.json; what it leaves out is as in transformers."""
     config = weights.fields_of(kind, raw)
-    if config.hidden_act not in ACTIVATIONS:
+    if config.hidden_act not in tuple(ACTIVATIONS):
         raise UserError(
-            f"CLIP with hidden_act {config.hidden_act!r} is not supported; known are "
+            f"{path}: CLIP with hidden_act {config.hidden_act!r} is not supported; known are "
             f"{', '.join(ACTIVATIONS)}")
-    if kind is TextConfig and raw.get("eos_token_id", 2) in (2, None):
+    if kind is TextConfig and raw.get("eos_token_id", 2) == 2:
         # Published files often say 2, which is wrong: CLIP's end token is its vocabulary's last.
         config = replace(config, eos_token_id=config.vocab_size - 1)
+    wrong = None
+    if config.hidden_size % config.num_attention_heads:
+        wrong = "hidden_size is no multiple of num_attention_heads"
+    elif kind is VisionConfig and config.patch_size > config.image_size:
+        wrong = "patch_size is more than image_size"
+    elif kind is TextConfig:
+        end = config.eos_token_id
+        if type(end) is not int or not 0 <= end < config.vocab_size:
+            wrong = f"eos_token_id is {end!r:.80}, expected a whole number below vocab_size"
+    if wrong:
+        raise UserError(f"{path}: {wrong}; download it again")
     return config
 
 
@@ -390,20 +407,20 @@ class CLIP(nn.Module):
         model embeds but does not score. Raises UserError.
         """
         path = weights.find(source)
-        raw = weights.read_config(path)
+        entries = weights.index(path)
+        file = path / "config.json"
+        raw = weights.read_config(file, len(entries))
         if "text_config" not in raw or "vision_config" not in raw:
             raise UserError(
-                f"{path}/config.json: not a CLIP model with two towers; give a folder that holds "
-                f"a CLIPModel")
+                f"{file}: not a CLIP model with two towers; give a folder that holds a CLIPModel")
         shared = {"projection_dim": raw.get("projection_dim", 512)}
-        text = tower_config(TextConfig, raw["text_config"] | shared)
-        vision = tower_config(VisionConfig, raw["vision_config"] | shared)
+        text = tower_config(TextConfig, raw["text_config"] | shared, file)
+        vision = tower_config(VisionConfig, raw["vision_config"] | shared, file)
         if processor is None and any((path / f).exists() for f in ("tokenizer.json", "vocab.json")):
             processor = path
         if processor is not None:
             processor = Processor.from_pretrained(processor, text, vision)
         make = functools.partial(cls, text, vision, processor)
-        entries = weights.index(path)
         unused = ("*position_ids",)
         model = weights.build(make, cls.views, entries, path, device, dtype, unused)
         # The temperature stays float32: in bfloat16 one of 100 would be 98.9.

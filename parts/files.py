@@ -83,7 +83,7 @@ def naming(path):
         raise
     except Exception as error:
         number = refusal(error)
-        if number is None:
+        if number is None or getattr(error, "filename", None):  # another file is named already
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
@@ -118,6 +118,20 @@ def lock(path):
     return True
 
 
+LARGEST = 10**8  # bytes of what is read whole; the longest that we write has about half of that
+
+
+def endless_refused(path):
+    """The path. Raises OSError if what lies there cannot be read whole: a device or a pipe, to
+    which a stranger's link may lead, or more than LARGEST bytes."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError("it leads to a device or a pipe")
+    if path.is_file() and path.stat().st_size > LARGEST:
+        raise OSError(f"it has more than {LARGEST:,} bytes")
+    return path
+
+
 # --------------------------------------------------------------------------------------------------
 # JSON
 
@@ -137,15 +151,23 @@ def parse_json(text):
 def read_json(path):
     """The object in a JSON file, as a dict. Raises UserError that names the file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
+        return parse_object(endless_refused(path).read_bytes())
     except (OSError, ValueError) as error:
         advice = "download the checkpoint again"
         if not Path(path).exists():
             advice = kind_of(Path(path).parent) or advice
         raise UserError(f"{path}: missing or not a JSON object; {advice}") from error
-    return content
+
+
+def parse_object(content):
+    """The JSON object in bytes of UTF-8, as a dict. Raises ValueError for anything else."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 KINDS = (  # of folders: (a pattern of what only they hold, what they are and where they belong)
@@ -196,21 +218,10 @@ def append_rows(path, rows):
         file.write(lines)
 
 
-def read_records(path, until=math.inf):
-    """The records of a file of JSON lines whose `step`, if they have one, is at most `until`.
-
-    Reading ends at a half-written line. A file that does not exist has no records.
-    """
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a program that was killed while it wrote leaves half a line
-                break
-            if record.get("step", 0) <= until:
-                records.append(record)
-    return records
+def lines_of(path):
+    """The lines of a file as bytes; within JSON a carriage return is a space, so it ends none."""
+    with open(path, "rb") as file:
+        return list(file)
 
 
 def parse_lines(path, parse):
@@ -219,18 +230,37 @@ def parse_lines(path, parse):
     Raises UserError at the first line that cannot be used, and if there is none that can.
     """
     rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                rows.append(parse(json.loads(line.decode("utf-8-sig"))))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                # a KeyError's text is the bare name of the key
-                reason = f"no {error}" if isinstance(error, KeyError) else error
-                where = f"{path}, line {number}"
-                raise UserError(f"{where}: {reason}; mend or remove the line") from error
+    for number, line in enumerate(lines_of(path), 1):
+        try:
+            rows.append(parse(parse_object(line)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # a KeyError's text is the bare name of the key
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            where = f"{path}, line {number}"
+            raise UserError(f"{where}: {reason}; mend or remove the line") from error
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
+
+
+def read_records(path, until=math.inf):
+    """The records of a file of JSON lines whose `step`, if they have one, is at most `until`.
+
+    A last line that is half written is passed over. A file that does not exist has no records.
+    Raises UserError for any other line that is no record.
+    """
+    lines = lines_of(path) if Path(path).is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_object(line)
+            if record.get("step", 0) <= until:
+                records.append(record)
+        except (ValueError, TypeError) as error:
+            # A program that was killed while it wrote leaves half a line, but only as the last.
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: {error}; mend or remove it") from error
+    return records
 
 
 def whole_records(path):
@@ -244,6 +274,9 @@ def whole_records(path):
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
+
+MOST_PIXELS = 2**26  # of a picture: a few bytes can say a side of any length, and fill the memory
+LONGEST_SHAPE = 200  # times as long as wide, which is what Qwen2.5-VL takes
 
 
 def to_rgb(image):
@@ -261,13 +294,24 @@ def open_picture(path):
     """The picture in a file as an RGB PIL image, decoded whole, upright as its EXIF says. Raises
     UserError that names it."""
     try:
-        # Only formats that Pillow reads itself: for others it may start foreign programs.
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        return decode_picture(endless_refused(path))
     except Exception as error:  # Pillow raises many kinds for a damaged file
         reason = error if isinstance(error, OSError) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a picture ({reason}); make it again, as PNG, "
                         f"JPEG or WebP") from error
+
+
+def decode_picture(file):
+    """As `open_picture`, of a path or an open file, with whatever errors Pillow raises."""
+    # Only formats that Pillow reads itself: for others it may start foreign programs.
+    with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise OSError(f"{width}×{height} pixels, more than {MOST_PIXELS:,} in all")
+        if max(width, height) > LONGEST_SHAPE * min(width, height):
+            raise OSError(f"{width}×{height} pixels, more than {LONGEST_SHAPE} times as long as "
+                          f"wide")
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def png(image, **facts):

@@ -85,14 +85,17 @@ def mmdit_name(path):
     return name.removesuffix(".")
 
 
-def mmdit_fields(folder):
-    """Fields of mmdit.MMDiTConfig from a diffusers folder's config.json. Raises UserError."""
-    raw = weights.read_config(folder)
+def mmdit_fields(folder, tensors=math.inf):
+    """Fields of mmdit.MMDiTConfig from a diffusers folder's config.json. Raises UserError.
+
+    tensors: how many the folder's files hold.
+    """
+    raw = weights.read_config(folder / "config.json", tensors)
     try:
         if raw.get("qk_norm") not in (None, "rms_norm"):
             raise ValueError(f"qk_norm {raw['qk_norm']!r} is not supported")
         fields = {ours: raw[theirs] for ours, theirs in MMDIT_KEYS.items()}
-        fields["dual_blocks"] = tuple(raw.get("dual_attention_layers") or ())
+        fields["dual_blocks"] = tuple(raw.get("dual_attention_layers", ()))
         fields["qk_norm"] = raw.get("qk_norm") == "rms_norm"
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}/config.json: not a configuration of SD3.5's transformer "
@@ -104,13 +107,17 @@ def mmdit_fields_of_tensors(entries, path):
     """The same from the tensors' shapes, for a single file, which has no configuration."""
     try:
         blocks = [name.split(".") for name in entries if name.startswith("joint_blocks.")]
+        # Counted, and not the greatest number, as a stranger's block may have the number 10⁹.
+        depth = len({parts[1] for parts in blocks})
+        if depth > 1000:
+            raise ValueError(f"at most 1,000 blocks, found {depth:,}")
         width, channels, patch, _ = entries["x_embedder.proj.weight"].shape
         norm = entries.get("joint_blocks.0.x_block.attn.ln_q.weight")
         head_dim = 64 if norm is None else norm.shape[0]
         # A block has a second attention to itself if the file has tensors of one.
         dual_blocks = {int(parts[1]) for parts in blocks if parts[3] == "attn2"}
         return {
-            "depth": 1 + max(int(parts[1]) for parts in blocks),
+            "depth": depth,
             "heads": width // head_dim,
             "head_dim": head_dim,
             "dual_blocks": tuple(sorted(dual_blocks)),
@@ -120,7 +127,7 @@ def mmdit_fields_of_tensors(entries, path):
             "pooled_dim": entries["y_embedder.mlp.0.weight"].shape[1],
             "qk_norm": norm is not None,
             "positions": math.isqrt(entries["pos_embed"].shape[1])}
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: no SD3.5 transformer under model.diffusion_model.* (looking for "
                         f"{error}); give sd3.5_medium.safetensors or a diffusers folder") from error
 
@@ -166,7 +173,7 @@ def vae_views(vae):
 
 def vae_fields(folder):
     """Fields of vae.VAEConfig from a diffusers folder's config.json. Raises UserError."""
-    raw = weights.read_config(folder)
+    raw = weights.read_config(folder / "config.json")
     try:
         if raw.get("use_quant_conv", True) or raw.get("use_post_quant_conv", True):
             raise ValueError("it has a quant_conv")
@@ -176,7 +183,7 @@ def vae_fields(folder):
             "latent_channels": raw["latent_channels"],
             "groups": raw.get("norm_num_groups", 32),
             "scale": raw["scaling_factor"],
-            "shift": raw.get("shift_factor") or 0.0}
+            "shift": raw.get("shift_factor", 0.0)}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder}/config.json: not a configuration of SD3's autoencoder "
                         f"({error}); give the vae/ of an SD3 or SD3.5 checkpoint") from error
@@ -186,12 +193,14 @@ def vae_fields_of_tensors(entries, path):
     """The same from the tensors' shapes, for a single file; scale, shift and groups are SD3's."""
     try:
         down = [name.split(".") for name in entries if name.startswith("encoder.down.")]
-        levels = range(1 + max(int(parts[2]) for parts in down))
+        levels = len({parts[2] for parts in down})
         first = [parts for parts in down if parts[2:4] == ["0", "block"]]
-        inputs = [entries[f"encoder.down.{i}.block.0.conv1.weight"] for i in levels]
+        if levels > 10 or len(first) > 1000:
+            raise ValueError(f"at most 10 levels, found {levels:,}")
+        inputs = [entries[f"encoder.down.{i}.block.0.conv1.weight"] for i in range(levels)]
         return {
             "channels": tuple(entry.shape[0] for entry in inputs),
-            "blocks": 1 + max(int(parts[4]) for parts in first),
+            "blocks": len({parts[4] for parts in first}),
             "latent_channels": entries["decoder.conv_in.weight"].shape[1]}
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path}: no SD3 autoencoder under first_stage_model.* (looking for "
@@ -243,14 +252,14 @@ def qwen_lora_targets(model):
     return targets
 
 
-def qwen_fields(folder):
+def qwen_fields(folder, tensors=math.inf):
     """Fields of qwen_vl.QwenVLConfig from a folder's config.json. Raises UserError.
 
-    The file is flat, as first published, or has a text_config.
+    The file is flat, as first published, or has a text_config. tensors: as for `mmdit_fields`.
     """
-    raw = weights.read_config(folder)
-    text = raw.get("text_config") or raw
-    vision = raw.get("vision_config") or {}
+    raw = weights.read_config(folder / "config.json", tensors)
+    text = raw.get("text_config", raw)
+    vision = raw.get("vision_config", {})
     try:
         if raw.get("model_type") != "qwen2_5_vl":
             raise ValueError(f"model_type {raw.get('model_type')!r}")
@@ -258,21 +267,43 @@ def qwen_fields(folder):
             raise ValueError("use_sliding_window is true")
         fields = {ours: text[theirs] for ours, theirs in QWEN_TEXT.items()}
         fields |= {ours: vision[theirs] for ours, theirs in QWEN_VISION.items()}
-        given = {ours: vision.get(theirs) for ours, theirs in QWEN_VISION_OPTIONAL.items()}
-        fields |= {ours: value for ours, value in given.items() if value is not None}
+        fields |= {ours: vision[theirs] for ours, theirs in QWEN_VISION_OPTIONAL.items()
+                   if theirs in vision}
         if "full_blocks" in fields:
             fields["full_blocks"] = tuple(fields["full_blocks"])
-        rope = text.get("rope_parameters") or text.get("rope_scaling")
+        rope = text.get("rope_parameters") or text["rope_scaling"]
         fields["sections"] = tuple(rope["mrope_section"])
         fields["theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
         fields["eps"] = text.get("rms_norm_eps", 1e-6)
         fields["tied"] = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         fields["image_token"] = raw.get("image_token_id", 151_655)
+        check_qwen(fields)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{folder}/config.json: not a Qwen2.5-VL configuration this file knows ({error}); give "
             f"Qwen/Qwen2.5-VL-7B-Instruct or a folder in its layout") from error
     return fields
+
+
+def check_qwen(fields):
+    """ValueError if the numbers of a configuration, each fine by itself, fit no model together."""
+    heads = fields["heads"]
+    vision_heads = fields["vision_heads"]
+    unit = fields.get("patch", 14) * fields.get("merge", 2)  # pixels of a side of a merged token
+    fits = {
+        "hidden_size is no multiple of num_attention_heads": fields["width"] % heads == 0,
+        "num_attention_heads is no multiple of num_key_value_heads":
+            heads % fields["kv_heads"] == 0,
+        "mrope_section has not one number for each two channels of a head":
+            len(fields["sections"]) == 3 and 2 * sum(fields["sections"]) * heads == fields["width"],
+        "vision_config's hidden_size is no multiple of four times its num_heads":
+            fields["vision_width"] % (4 * vision_heads) == 0,
+        "window_size is less than a merged patch": fields.get("window", 112) >= unit,
+        "image_token_id is beyond vocab_size": fields["image_token"] < fields["vocab"],
+        "tie_word_embeddings is neither true nor false": isinstance(fields["tied"], bool)}
+    for what, holds in fits.items():
+        if not holds:
+            raise ValueError(what)
 
 
 def qwen_json(c, processor):

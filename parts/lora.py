@@ -10,7 +10,7 @@ fused layer here gets one change for each projection that it fuses.
 """
 
 import json
-import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ ADAPTER_PREFIX = "base_model.model."  # of its tensors' names
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # that its `load_lora_weights` looks for
 DIFFUSERS_PREFIX = "transformer."  # the component of a pipeline that an adapter changes
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # peft's configuration, in the file's own metadata
+PER_TENSOR = 150  # bytes of its name, type and place in the files of an adapter
+MOST_ALPHA = 10**6
 
 
 @ops.fusable
@@ -133,9 +135,10 @@ def lora_views(model, prefix=ADAPTER_PREFIX):
 
 
 def file_size(model):
-    """Bytes of a model's adapter in a file, but for its header."""
+    """Bytes of a model's adapter in its folder, to a few for each tensor."""
     views = lora_views(model).values()
-    return sum(part.numel() * part.element_size() for parts in views for part in parts)
+    values = sum(part.numel() * part.element_size() for parts in views for part in parts)
+    return values + PER_TENSOR * len(views)
 
 
 def save_lora(folder, model, base, diffusers=False):
@@ -160,6 +163,13 @@ def save_lora(folder, model, base, diffusers=False):
     write_json(folder / "adapter_config.json", config)  # the last one, see `adapter_in`
 
 
+def config_in(source):
+    """The adapter_config.json of a folder; None if there is none, as for a hub id."""
+    # os.path says no to what can be no path, such as 5,000 letters; Path would raise.
+    file = Path(os.path.expanduser(source)) / "adapter_config.json"
+    return file if os.path.isfile(file) else None
+
+
 def base_of(folder):
     """The model that the adapter in a folder belongs to, or None if none is there."""
     file = Path(folder) / "adapter_config.json"
@@ -172,7 +182,7 @@ def base_of(folder):
     # The base may be an adapter itself, trained further, but not one that leads back to this one.
     seen = {Path(folder).resolve()}
     following = base
-    while (path := Path(following).expanduser() / "adapter_config.json").exists():
+    while (path := config_in(following)) is not None:
         if path.parent.resolve() in seen:
             raise UserError(f"{file}: base_model_name_or_path {base!r} leads back to an adapter; "
                             f"give the model that it belongs to")
@@ -210,6 +220,12 @@ def adapter_in(source):
         raise UserError(f"{source}: this run has written no adapter yet; wait for its first "
                         f"checkpoint")
     return whole[0]
+
+
+def file_of(source):
+    """The file of an adapter's tensors: of a folder peft's, or diffusers' if it has no other."""
+    files = [Path(source) / name for name in (ADAPTER_FILE, DIFFUSERS_FILE)]
+    return next((file for file in files if file.is_file()), Path(source))
 
 
 @dataclass(frozen=True)
@@ -251,21 +267,24 @@ def read_adapter(source):
         config = {key.removeprefix(prefix): value for key, value in json.loads(said).items()}
         if said_in == file and not config:  # diffusers then multiplies B·A by 1
             config = {"r": ranks[0], "lora_alpha": ranks[0]}
-        rank = int(config["r"])
-        alpha = float(config["lora_alpha"])
+        rank = config["r"]
+        alpha = config["lora_alpha"]
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+            raise ValueError(f"r is {rank!r:.80} and lora_alpha {alpha!r:.80}")
         if config.get("peft_type", "LORA") != "LORA":
-            raise ValueError(f"peft_type is {config['peft_type']!r}")
+            raise ValueError(f"peft_type is {config['peft_type']!r:.80}")
         # These change the formula without changing any tensor, so nothing else would notice them.
-        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
-        if [rank] != ranks or not math.isfinite(alpha):
-            raise ValueError(f"r is {rank} and lora_alpha {alpha}, the file's ranks are {ranks}")
+        if [rank] != ranks or not abs(alpha) <= MOST_ALPHA:  # NaN is no alpha, either
+            raise ValueError(f"r is {rank} and lora_alpha {alpha!r:.80}, the file's ranks are "
+                             f"{ranks}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{said_in}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    return Adapter(entries, prefix, rank, alpha)
+    return Adapter(entries, prefix, rank, float(alpha))
 
 
 def layers_in(source, targets):

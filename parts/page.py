@@ -345,8 +345,10 @@ def changes(old, new):
     """A prompt as HTML: words that are new stand in <ins>, those that only the old had in <del>."""
     # Whole words are compared: letters would be found again in words that have nothing in common.
     old, new = (WORD.findall(FORBIDDEN.sub("\ufffd", text)) for text in (old, new))
+    # Of 200 words and more, those that come again and again are not looked for (autojunk): all
+    # their pairs would take minutes.
     match = difflib.SequenceMatcher(
-        None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
+        None, [word.strip() for word in old], [word.strip() for word in new])
     out = ""
     for kind, i, j, k, m in match.get_opcodes():
         gone = "".join(old[i:j]).strip()

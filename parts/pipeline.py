@@ -207,7 +207,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
                         f"a folder or hub id that does, such as {PAPER}")
 
     # 1. check the headers of all files, so that a damaged one is refused before 17 GB are read
-    scheduler = read_json(weights.find_file(rest, "scheduler/scheduler_config.json"))
+    scheduler = weights.read_config(weights.find_file(rest, "scheduler/scheduler_config.json"))
     for path in weight_paths(source, rest, use_t5):
         weights.index(path)
     name = name_of(source)
@@ -224,6 +224,7 @@ def load_generator(source, device="cpu", dtype=None, use_t5=True, encoders_from=
     if adapter is not None:
         lora.load_lora(adapter, model, model.lora_targets(dual=True))
     decoder = vae.VAE.from_pretrained(source, *home)
+    check_parts(model.config, towers, decoder.config, source)
     generator = Generator(model, decoder, towers, scheduler.get("shift", 3.0), name)
     if offload:
         generator.offload = device
@@ -239,6 +240,18 @@ def files_of_generator(source, use_t5=True, encoders_from=None, adapter=None):
     head = ["model_index.json", "scheduler/*", "transformer/config.json"]
     return [(encoders_from or source, head + texts), (source, ["transformer/*", "vae/*"]),
             (adapter, ["*"])]
+
+
+def check_parts(c, encoders, vae_config, source):
+    """UserError unless the parts of a generator, c an MMDiTConfig, give what the next ones take."""
+    towers = (encoders.clip_l.config, encoders.clip_g.config)
+    pooled = sum(tower.projection_dim for tower in towers)
+    given = (encoders.context_width, pooled, vae_config.latent_channels)
+    taken = (c.context_dim, c.pooled_dim, c.channels)
+    if given != taken or sum(tower.hidden_size for tower in towers) > encoders.context_width:
+        raise UserError(f"{source}: the transformer takes texts of {taken[0]} and {taken[1]} "
+                        f"numbers and latents of {taken[2]} channels, the other parts have "
+                        f"{given[0]}, {given[1]} and {given[2]}; give parts of one checkpoint")
 
 
 def weight_paths(source, rest, use_t5):
@@ -260,7 +273,7 @@ def fingerprints(args):
     if args.pickscore != "none":
         paths["pickscore"] = [weights.find(args.pickscore)]
     if args.init_adapter != "none":
-        paths["init_adapter"] = [weights.find(lora.adapter_in(args.init_adapter))]
+        paths["init_adapter"] = [lora.file_of(weights.find(lora.adapter_in(args.init_adapter)))]
     return {flag: weights.fingerprint(found) for flag, found in paths.items()}
 
 

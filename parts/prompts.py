@@ -1,13 +1,14 @@
 """Prompts as texts: values for their $names, a user's own in their place, what a rewrite lost."""
 
 import argparse
-import json
 import re
 import string
-from pathlib import Path
 
-from parts.cli import UserError
+from parts.cli import UserError, is_plain
+from parts.files import endless_refused, parse_object
 
+LONGEST_PROMPT = 2000  # characters, also of a caption; CLIP reads 77 tokens and T5 256
+LONGEST_QUESTION = 20_000  # characters of a prompt to the judge
 SMALL_WORDS = set(
     "a an and are as at away be by for from his her in inside into is it its near no of off on "
     "onto or our out over that the their there this through to under up upon very was were while "
@@ -30,7 +31,7 @@ def load_prompts(path, prompts, values, needed):
     Raises UserError.
     """
     try:
-        own = json.loads(Path(path).read_text(encoding="utf-8"))
+        own = parse_object(endless_refused(path).read_bytes())
         unknown = own.keys() - prompts.keys()
         if unknown:
             raise ValueError(f"unknown prompt {min(unknown)!r}")
@@ -40,6 +41,8 @@ def load_prompts(path, prompts, values, needed):
             for part in needed.get(name, ()):
                 if part not in (used if part.startswith("$") else text):
                     raise ValueError(f"{name!r} lacks {part}")
+            if text and not is_plain(text, LONGEST_QUESTION):
+                raise ValueError(f"{name} has control characters or <|tokens|>, or is too long")
     # No file, no JSON, no object, a text that is none, or a $name without a value.
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "

@@ -401,6 +401,8 @@ class Run:
         """Take up the log of a run that goes on after `step`, and return that step's record; lines
         of later steps, which a killed run wrote after its last checkpoint, go."""
         self.records = read_records(self.log_path, step)
+        if not all(type(record.get("step")) is int for record in self.records):
+            raise UserError(f"{self.log_path}: a line without its step; mend or remove it")
         if self.processes.first:
             write_json(self.folder / "settings.json", self.settings)
             if step:
@@ -583,8 +585,10 @@ class Run:
         path = folder / DIGESTS
         if not path.exists():  # of a run before checkpoints had digests
             return False
-        names = sorted(read_json(path).items())[self.processes.rank::self.processes.world]
-        changed = [name for name, digest in names if checkpoints.digest_of(folder / name) != digest]
+        # in this folder, whatever path a name leads along
+        digests = {Path(name).name: digest for name, digest in read_json(path).items()}
+        names = sorted(digests)[self.processes.rank::self.processes.world]
+        changed = [name for name in names if checkpoints.digest_of(folder / name) != digests[name]]
         changed = self.processes.gather(changed)
         if changed and self.processes.first:
             cli.say(f"{folder}: {', '.join(changed)} damaged; the checkpoint before is used")
@@ -611,7 +615,7 @@ def disk_parts(state, export, args, on_the_way):
         parts["strips of pictures"] = (evaluations + 1, PER_EVALUATION)
     else:
         parts["export"] = (1, export)
-    return parts | {"steps' log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
+    return parts | {"lines of the log": (args.steps, PER_STEP), "sheet of curves": (1, 200_000)}
 
 
 def in_bytes(size):

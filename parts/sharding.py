@@ -60,7 +60,7 @@ def build(make, views, entries, what, device, dtype, optional, methods):
     A unit is each part of a ModuleList. methods: as for `shard`.
     """
     # 1. The whole model has shapes only, which say what must be in the file and where it belongs.
-    model = weights.without_memory(make, device, dtype)
+    model = weights.without_memory(make, what, device, dtype)
     targets_of = views(model)
     weights.check(targets_of, entries, what, optional)
     names = {tensor: name for name, tensor in model.state_dict(keep_vars=True).items()}

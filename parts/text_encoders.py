@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parts import clip, ops, weights
+from parts import clip, layouts, ops, weights
 from parts.cli import UserError
-from parts.files import read_json
 
 T5_TOKENS = 256  # of SD3.5's pipeline
 
@@ -102,13 +101,17 @@ class T5Encoder(nn.Module):
         component: its folder in a whole pipeline, e.g. `text_encoder_3`.
         """
         path = weights.find(source, component)
-        raw = weights.read_config(path)
+        entries = weights.index(path)
+        raw = weights.read_config(path / "config.json", len(entries))
         if raw.get("feed_forward_proj") != "gated-gelu":
             raise UserError(
                 f"{path}/config.json: not T5 version 1.1, whose feed_forward_proj is gated-gelu; "
                 f"give an SD3.5 text_encoder_3/ folder")
-        make = functools.partial(cls, weights.fields_of(T5Config, raw))
-        entries = weights.index(path)
+        config = weights.fields_of(T5Config, raw)
+        if config.relative_attention_max_distance <= config.relative_attention_num_buckets // 4:
+            raise UserError(f"{path}/config.json: relative_attention_max_distance is too small for "
+                            f"its relative_attention_num_buckets; download it again")
+        make = functools.partial(cls, config)
         tied = "encoder.embed_tokens.weight"  # a second name of the same table
         if "shared.weight" not in entries and tied in entries:
             entries["shared.weight"] = entries.pop(tied)
@@ -135,7 +138,8 @@ def distance_bucket(offset, c):
 
 def has_t5(index):
     """Whether a pipeline's model_index.json lists T5."""
-    return index.get("text_encoder_3", [None])[0] is not None
+    listed = index.get("text_encoder_3")
+    return isinstance(listed, list) and listed[:1] not in ([], [None])
 
 
 class TextEncoders:
@@ -182,7 +186,7 @@ class TextEncoders:
         use_t5 False, or no T5 in model_index.json: T5 is not loaded and zeros stand in its place.
         `t5_tokens` in model_index.json overrides T = 256.
         """
-        index = read_json(weights.find_file(source, "model_index.json"))
+        index = weights.read_config(weights.find_file(source, "model_index.json"))
         use_t5 = use_t5 and has_t5(index)
         t5_tokens = index.get("t5_tokens", T5_TOKENS)
         tokenizers = [
@@ -194,11 +198,14 @@ class TextEncoders:
         clip_l, clip_g = (
             clip.TextTower.from_pretrained(source, device, dtype, component)
             for component in ("text_encoder", "text_encoder_2"))
+        for tower, tokenizer in zip((clip_l, clip_g), tokenizers):
+            tokenizer.fit(tower.config.vocab_size, tower.config.max_position_embeddings)
         if use_t5:
             t5 = T5Encoder.from_pretrained(source, device, dtype, "text_encoder_3")
+            tokenizers[2].fit(t5.config.vocab_size)
             width = t5.config.d_model
         else:
             t5 = None
-            mmdit = read_json(weights.find_file(source, "transformer/config.json"))
-            width = mmdit["joint_attention_dim"]
+            config = weights.find_file(source, "transformer/config.json")
+            width = layouts.mmdit_fields(config.parent)["context_dim"]
         return cls(clip_l, clip_g, t5, tokenizers, width, t5_tokens)

@@ -15,6 +15,7 @@ tensors.
 import fnmatch
 import hashlib
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +33,8 @@ DTYPES = {  # without 8-bit floats: those are quantised, and mean nothing withou
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 SAMPLES = 64  # places of a file whose values are part of its fingerprint, 1,024 bytes each
+
+LARGEST_HEADER = 10**7  # bytes; of SD3.5-Large in one file it has 260,000
 
 
 # --------------------------------------------------------------------------------------------------
@@ -71,8 +74,9 @@ def root(source, wanted):
 
     Of a hub id the files that match the pattern `wanted` are downloaded. Raises UserError.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    # os.path says no to what can be no path, such as 5,000 letters; Path would raise.
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):
         return path
     # Only what can be a hub id is asked of the hub, so that a misspelt path fails at once.
     if not hub.is_hub_id(source):
@@ -83,24 +87,72 @@ def root(source, wanted):
     return hub.FOLDERS.get(name) or hub.download(name, [wanted])
 
 
-LIMITS = {  # greatest values of a config.json that a model could have; 10⁹ layers would never end
-    "num_layers": 1000, "num_hidden_layers": 1000, "depth": 1000, "layers_per_block": 100,
-    "num_attention_heads": 4096, "num_key_value_heads": 4096, "num_heads": 4096,
-    "attention_head_dim": 4096, "d_kv": 4096, "hidden_size": 10**6, "d_model": 10**6,
-    "intermediate_size": 10**7, "d_ff": 10**7, "vocab_size": 10**7, "in_channels": 10**4,
-    "patch_size": 4096, "image_size": 10**5, "pos_embed_max_size": 10**4}
+# What a configuration may say: the least and the greatest number that a model could have. Whole
+# numbers first, as 10⁹ layers would never end, then the others.
+WHOLE = {
+    "num_layers": (1, 1000), "num_hidden_layers": (1, 1000), "depth": (1, 1000),
+    "layers_per_block": (1, 100), "num_attention_heads": (1, 4096),
+    "num_key_value_heads": (1, 4096), "num_heads": (1, 4096), "attention_head_dim": (1, 4096),
+    "d_kv": (1, 4096), "hidden_size": (1, 10**6), "d_model": (1, 10**6),
+    "intermediate_size": (1, 10**7), "d_ff": (1, 10**7), "projection_dim": (1, 10**6),
+    "joint_attention_dim": (1, 10**6), "pooled_projection_dim": (1, 10**6),
+    "in_channels": (1, 10**4), "latent_channels": (1, 10**4), "block_out_channels": (1, 10**5),
+    "norm_num_groups": (1, 10**4), "dual_attention_layers": (0, 1000),
+    "fullatt_block_indexes": (0, 1000), "mrope_section": (0, 4096), "patch_size": (1, 4096),
+    "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16), "merge_size": (1, 16),
+    "window_size": (1, 10**5), "image_size": (1, 10**5), "sample_size": (1, 10**4),
+    "min_pixels": (1, 2**22), "max_pixels": (1, 10**9), "shortest_edge": (1, 2**22),
+    "longest_edge": (1, 10**9), "pos_embed_max_size": (1, 10**4),
+    "max_position_embeddings": (1, 10**7), "relative_attention_num_buckets": (4, 10**4),
+    "relative_attention_max_distance": (2, 10**6), "vocab_size": (1, 10**7),
+    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024),
+    "model_max_length": (2, 10**31)}  # transformers writes 10³⁰ for a tokenizer without a limit
+REAL = {
+    "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),
+    "layer_norm_eps": (0, 1), "layer_norm_epsilon": (0, 1), "rms_norm_eps": (0, 1),
+    "rope_theta": (1, 1e12), "image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}
+LISTS = {"block_out_channels", "dual_attention_layers", "fullatt_block_indexes", "mrope_section",
+         "image_mean", "image_std"}
+OBJECTS = {"text_config", "vision_config", "rope_scaling", "rope_parameters", "image_processor"}
 
 
-def read_config(folder):
-    """A folder's config.json. Raises UserError, also for sizes that no model has."""
-    raw = read_json(Path(folder) / "config.json")
-    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
-        for name in LIMITS.keys() & (part.keys() if isinstance(part, dict) else ()):
-            value = part[name]  # null where a configuration leaves it to its model
-            if value is not None and (type(value) is not int or not 1 <= value <= LIMITS[name]):
-                raise UserError(f"{folder}/config.json: {name} is {value!r}, expected a whole "
-                                f"number in 1..{LIMITS[name]:,}; download it again")
+def read_config(path, tensors=math.inf):
+    """A JSON file of numbers, such as config.json, without its nulls, which leave a value to the
+    model. Raises UserError for values that no model has.
+
+    tensors: how many the model's files hold; no model has more layers.
+    """
+    raw = read_json(path)
+    objects = [raw]
+    for part in objects:  # those inside it are appended
+        for name, value in list(part.items()):
+            if value is None:
+                del part[name]
+            elif expected := expectation(name, value, tensors):
+                raise UserError(f"{path}: {name} is {value!r:.80}, expected {expected}; download "
+                                f"it again")
+            elif isinstance(value, dict):
+                objects.append(value)
     return raw
+
+
+def expectation(name, value, tensors):
+    """What the value of a configuration's key should be, or None if a model could have it."""
+    if name in OBJECTS:
+        return None if isinstance(value, dict) else "an object"
+    if name not in WHOLE and name not in REAL:
+        return None
+    low, high = WHOLE.get(name) or REAL[name]
+    if name in ("num_layers", "num_hidden_layers", "depth"):
+        high = min(high, tensors)
+    kinds = (int,) if name in WHOLE else (int, float)
+    what = f"{'a whole number' if name in WHOLE else 'a number'} in {low:,}..{high:,}"
+    numbers = [value]
+    if name in LISTS:
+        what = f"a list, each {what}"
+        numbers = value if isinstance(value, list) and len(value) <= 1000 else [None]
+    fits = all(type(number) in kinds and low <= number <= high for number in numbers)
+    return None if fits else what
 
 
 def fields_of(kind, raw):
@@ -116,17 +168,31 @@ def read_tokenizer(folder, assemble):
     file = folder / "tokenizer.json"
     try:
         if file.exists():
-            return Tokenizer.from_file(str(file))
-        vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        pairs = [line.split() for line in lines if not line.startswith("#version")]
-        return assemble(vocab, [tuple(pair) for pair in pairs if pair])
-    except UserError:
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            vocab = read_json(folder / "vocab.json")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            pairs = [line.split() for line in lines if not line.startswith("#version")]
+            tokenizer = assemble(vocab, [tuple(pair) for pair in pairs if pair])
+        # A tokenizer.json may pad and cut by itself; we pad, and say what is cut.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("water, 水")  # some faults show only in use
+        return tokenizer
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # tokenizers raises plain Exception for a malformed file
+    except BaseException as error:  # for a malformed file the library raises Exception, or panics
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({str(error)!r}); download it again"
         ) from error
+
+
+def check_vocabulary(tokenizer, rows, folder):
+    """UserError if a tokenizer has tokens beyond the rows of the model's table of embeddings."""
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last >= rows:
+        raise UserError(f"{folder}: its tokenizer has token {last:,}, the model only {rows:,}; "
+                        f"give a model and a tokenizer of one checkpoint")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,7 +244,7 @@ def files_of(path):
             files = [path / shard for shard in sorted(set(shard_of.values()))]
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{indexes[0]}: no index of shards; download it again") from error
-        missing = [file.name for file in files if not file.exists()]
+        missing = [file.name for file in files if not os.path.isfile(file)]
         if missing:
             raise UserError(f"{indexes[0]}: missing shards {missing}; download them again")
         return files, shard_of
@@ -190,6 +256,16 @@ def files_of(path):
     return files, {}
 
 
+def check_header_size(file):
+    """OSError for what is no file, and for a safetensors header that would take seconds to read."""
+    if not file.is_file():
+        raise OSError("no file, but a folder or a device")
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if size > LARGEST_HEADER:
+        raise OSError(f"a header of {size:,} bytes, expected at most {LARGEST_HEADER:,}")
+
+
 def read_header(file):
     """{tensor name: Entry} of one safetensors file.
 
@@ -198,6 +274,7 @@ def read_header(file):
     one ends where the file ends, and their sizes say where each starts.
     """
     try:
+        check_header_size(file)
         with safe_open(file, "numpy") as opened:
             # Only names, types and shapes are asked of the library: it would map a file's data
             # into memory beside the model.
@@ -335,7 +412,7 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     views: function of the model that gives its views. entries, what, optional: as for `check`.
     dtype None: float32 on a CPU (bfloat16 is emulated there), bfloat16 elsewhere.
     """
-    model = without_memory(make, device, dtype)
+    model = without_memory(make, what, device, dtype)
     check(views(model), entries, what, optional)  # before memory is asked for
     # Memory is allocated here, in its final type, and filled in place: no second copy ever is.
     model = model.to_empty(device=device)
@@ -343,10 +420,15 @@ def build(make, views, entries, what, device="cpu", dtype=None, optional=()):
     return model
 
 
-def without_memory(make, device, dtype):
+def without_memory(make, what, device, dtype):
     """The model that `make()` returns, frozen, on the meta device; the rest is as for `build`."""
-    with torch.device("meta"):  # shapes alone: no memory, and no random numbers drawn
-        model = make()
+    try:
+        with torch.device("meta"):  # shapes alone: no memory, and no random numbers drawn
+            model = make()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Each number may be fine by itself, and yet 32 groups not divide 48 channels.
+        raise UserError(f"{what}: the sizes of its configuration do not fit one another ({error}); "
+                        f"download it again") from error
     on_cpu = torch.device(device).type == "cpu"
     dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
     return model.to(dtype).eval().requires_grad_(False)

@@ -6,10 +6,11 @@ import re
 from tqdm import tqdm
 
 import data
-from feedback import LONGEST_PROMPT, Unusable, conversation
+from feedback import Unusable, conversation
+from parts.cli import plain_text
 from parts.files import append_rows, open_picture, read_records, whole_records
 from parts.pipeline import judge_of, load_judge
-from parts.prompts import content_words, fill
+from parts.prompts import LONGEST_PROMPT, content_words, fill
 
 SIDE = 512  # a picture of more than SIDE × SIDE pixels is shrunk before it is captioned
 PROMPTS = {  # $name stands for a value of VALUES; wording is ours
@@ -87,7 +88,7 @@ def read_caption(text):
     said = " ".join(line for line in lines if not line.endswith(":"))  # "Here it is:"
     caption = unquoted(" ".join(said.split()))
     name = r"^([a-z]+ ){0,3}(caption|description|prompt|sentence) ?:"
-    caption = unquoted(re.sub(name, "", caption, flags=re.IGNORECASE))
+    caption = plain_text(unquoted(re.sub(name, "", caption, flags=re.IGNORECASE)))
     if not content_words(caption) or len(caption) > LONGEST_PROMPT:
         raise Unusable(f"its caption has {len(caption):,} characters; expected words, at most "
                        f"{LONGEST_PROMPT:,} characters")

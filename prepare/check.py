@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -20,12 +19,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data import EMOTIONS, FAMILIES, LABELS, LEXICON, check_va
+from data import EMOTIONS, FAMILIES, LABELS, LEXICON, check_caption, check_id, check_va
 from parts import cli, imagefolder
 from parts.cli import UserError
+from parts.files import decode_picture, endless_refused, lines_of, parse_object
 
 LEXICON_COLUMNS = ("V.Mean.Sum", "V.SD.Sum", "A.Mean.Sum", "A.SD.Sum")
 # The words of each class that data.FAMILIES was computed from: forms and near synonyms, our choice.
@@ -70,14 +69,11 @@ def check_lexicon(path):
 def look_at(path):
     """(SHA-256 of a picture file's bytes, None), or (None, why) if the file is of no use."""
     try:
-        content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            width, height = image.size
+        content = endless_refused(path).read_bytes()
+        decode_picture(io.BytesIO(content))
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        return None, f"cannot be read ({type(error).__name__})"
-    if max(width, height) > 200 * min(width, height):  # Qwen2.5-VL refuses it
-        return None, f"is {width}×{height} pixels, more than 200 times as long as wide"
+        reason = error if type(error) is OSError else type(error).__name__
+        return None, f"cannot be read ({reason})"
     return hashlib.sha256(content).hexdigest(), None
 
 
@@ -89,22 +85,19 @@ def problems_of(raw, split):
     if missing:  # what follows reads these keys
         return [f"no {', '.join(map(repr, missing))}; add it or remove the line"]
     found = []
-    try:
-        check_va(raw["v"], raw["a"])
-    except ValueError as error:
-        found.append(f"{error}; mend it or remove the line")
+    checks = [(check_va, raw["v"], raw["a"]), (check_id, raw["id"])]
+    checks += [(check_caption, key, raw[key]) for key in ("neutral", "emotional") if key in raw]
+    for check, *values in checks:
+        try:
+            check(*values)
+        except ValueError as error:
+            found.append(f"{error}; mend it or remove the line")
     if raw["label"] not in EMOTIONS:
         found.append(f"unknown label {raw['label']!r}; give one of {', '.join(EMOTIONS)}")
     if raw.get("labels", "true") not in LABELS:
         found.append(f"unknown labels {raw['labels']!r}; give one of {', '.join(LABELS)}")
-    for key in ("neutral", "emotional"):
-        text = raw.get(key, "absent")
-        if not (isinstance(text, str) and text.strip()):
-            found.append(f"{key!r} is {text!r}, expected a caption; mend it or remove the line")
     if split == "test" and "emotional" in raw:
         found.append("a test row with an emotional caption (§4.1); remove the caption")
-    if Path(str(raw["id"])).name != str(raw["id"]):  # pictures of a case are named after it
-        found.append(f"the id {raw['id']!r} cannot name a file; give it another")
     return found
 
 
@@ -125,10 +118,10 @@ def read_rows(folder):
     for split in ("train", "test"):
         path = imagefolder.file_of(folder, split)
         # an empty file counts as one bad line, an absent one as none
-        lines = path.read_bytes().splitlines() or [b""] if path.is_file() else []
+        lines = lines_of(path) or [b""] if path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
-                raw = imagefolder.own_row(dict(json.loads(line)), folder, path)
+                raw = imagefolder.own_row(parse_object(line), folder, path)
             except (ValueError, TypeError, KeyError):
                 raw = {}
             rows.append((split, f"{path}, line {number}", raw))

@@ -21,6 +21,7 @@ import numpy as np
 import data
 from parts import cli
 from parts.cli import UserError
+from parts.files import parse_object
 from parts.run import run_in_processes
 from prepare import build
 from prepare.check import check_lexicon, look_at
@@ -40,7 +41,7 @@ def read_emoset(folder):
                 label, *_, source, annotation = entry
                 candidates.append({"id": Path(source).stem, "source": source,
                                    "annotation": annotation, "label": label})
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / name}: {error}; expected a list of [emotion, id, picture, "
                             f"annotation], as in EmoSet-118K's folder") from error
     return sorted(candidates, key=lambda candidate: candidate["source"])
@@ -51,7 +52,7 @@ def look_at_emoset(folder, candidate):
     label = candidate["label"]
     try:
         path = folder / candidate["annotation"]
-        said = json.loads(path.read_text(encoding="utf-8"))["emotion"]
+        said = parse_object(path.read_bytes())["emotion"]
     except (OSError, ValueError, KeyError, TypeError):  # missing, no JSON, or another form
         return None, f"has no readable annotation {candidate['annotation']}"
     if not label == said == Path(candidate["source"]).parent.name or said not in data.EMOTIONS:

@@ -22,7 +22,8 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
-from parts import chat
+import qwen_vl
+from parts import chat, layouts
 
 SYSTEM = {"role": "system", "content": "You look at pictures."}
 
@@ -40,6 +41,14 @@ def processor():
     tokenizer = small_tokenizer()
     image = chat.ImageConfig(max_pixels=28 * 28 * 100)
     return chat.Processor(tokenizer, image, tokenizer.token_to_id("<|image_pad|>"))
+
+
+def config_of(folder):
+    return qwen_vl.QwenVLConfig(**layouts.qwen_fields(folder))
+
+
+def config_for(processor):
+    return qwen_vl.QwenVLConfig(image_token=processor.image_token)
 
 
 def picture(width, height, seed=0, mode="RGB"):
@@ -282,8 +291,7 @@ def same_for_transformers(folder, processor, messages):
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_transformers_reads_the_miniature_judges_conversations_as_we_do(no_films, name):
-    image_token = json.loads((JUDGE / "config.json").read_text())["image_token_id"]
-    same_for_transformers(JUDGE, chat.Processor.from_pretrained(JUDGE, image_token), CONVERSATIONS[name])
+    same_for_transformers(JUDGE, chat.Processor.from_pretrained(JUDGE, config_of(JUDGE)), CONVERSATIONS[name])
 
 
 def test_a_processor_made_here_is_written_for_transformers_too(no_films, processor, tmp_path):
@@ -304,7 +312,7 @@ def test_the_files_of_its_folder_are_carried_over_but_for_the_settings_of_pictur
     (source / "preprocessor_config.json").unlink()
     file = "processor_config.json" if newer else "preprocessor_config.json"
     (source / file).write_text(json.dumps({"image_processor": raw} if newer else raw))
-    read = chat.Processor.from_pretrained(source, processor.image_token)
+    read = chat.Processor.from_pretrained(source, config_for(processor))
     read.image = dataclasses.replace(read.image, max_pixels=50_000)
     read.save_pretrained(out)
     assert {path.name for path in out.iterdir()} == {*own, file, "tokenizer.json"}
@@ -312,7 +320,7 @@ def test_the_files_of_its_folder_are_carried_over_but_for_the_settings_of_pictur
     written = json.loads((out / file).read_text())
     written = written["image_processor"] if newer else written
     assert written["resample"] == 3 and written["max_pixels"] == 50_000 and "size" not in written
-    again = chat.Processor.from_pretrained(out, processor.image_token)
+    again = chat.Processor.from_pretrained(out, config_for(processor))
     assert again.image == read.image and again.stop == (3,)
 
 
@@ -320,7 +328,7 @@ def test_a_template_in_the_tokenizers_configuration_is_not_doubled(processor, tm
     processor.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "chat_template.jinja").unlink()
     (tmp_path / "source" / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    chat.Processor.from_pretrained(tmp_path / "source", processor.image_token).save_pretrained(tmp_path / "out")
+    chat.Processor.from_pretrained(tmp_path / "source", config_for(processor)).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 

@@ -104,6 +104,17 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(capsys, error, code, 
     assert len(lines) == 1 and line in lines[0]
 
 
+def test_an_error_is_one_line_without_what_a_terminal_obeys_and_keeps_both_ends():
+    said = str(cli.UserError("a.json: " + "\x1b[2J\n" * 10**5 + "; download it again"))
+    assert said.isprintable() and len(said) == cli.LONGEST_LINE + 3
+    assert said.startswith("a.json: ") and said.endswith("; download it again")
+
+
+def test_what_is_said_keeps_its_lines_and_nothing_else_that_a_terminal_obeys(capsys):
+    cli.say("one \x1b[31m\ntwo\r")
+    assert capsys.readouterr().err == "one  [31m\ntwo \n"
+
+
 def test_success_is_0_and_what_is_no_users_mistake_is_raised():
     assert cli.run_program(lambda: None) == 0 and cli.run_program(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):

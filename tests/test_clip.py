@@ -386,7 +386,7 @@ def test_what_is_no_list_of_pairs_is_refused_in_one_line(miniature, images, prom
     ("preprocessor_config.json", {"resample": 2}, "resample 2"),
     ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop False"),
     ("preprocessor_config.json", {"image_mean": [0.5]}, "normalised by 3 means"),
-    ("preprocessor_config.json", {"image_std": None}, "normalised by 3 means"),
+    ("preprocessor_config.json", {"image_std": []}, "normalised by 3 means"),
     ("preprocessor_config.json", None, "preprocessor_config.json"),
     ("tokenizer_config.json", None, "tokenizer_config.json"),
     ("tokenizer.json", {}, "cannot be read"),

@@ -98,7 +98,7 @@ def test_a_folder_with_metadata_only_gives_the_same_rows(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"file_name": None}, "no 'file_name'"), ({"file_name": "/etc/a.png"}, "not in the subpath"), ({"file_name": "../../a.png"}, "no picture"),
+    ({"file_name": None}, "no 'file_name'"), ({"file_name": "/etc/a.png"}, "not in the subpath"), ({"file_name": "../../a.png"}, "lies outside of the folder"),
     ({"neutral": None}, "'neutral' is None"), ({"neutral": None, "text": "a lake"}, None), ({"id": None}, None)])
 def test_lines_of_others_are_read_or_named(dataset, tmp_path, change, message):
     shutil.copytree(dataset / "images" / "test", tmp_path / "test")

@@ -3,12 +3,8 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +17,10 @@ from evaluation.cases import Case, for_others, grid_of, held_out_cases, seeds_of
 from parts import clip
 from parts.files import write_rows
 from parts.pipeline import TINY, load_generator
+from tests import launch
 from tests.launch import locked
 from tiny import scenes
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--sample-steps", "2", "--size", "64"]
 JUDGE = TINY / "judge"
 
@@ -123,8 +119,8 @@ def test_scores_of_clip_are_those_of_its_functions(tmp_path):
 
 
 def test_the_shipped_miniature_follows_emotion_words_and_numbers_less_well(tmp_path):
-    args = run.parse_args(["--sample-steps", "10"])
-    generator, cases, result = load_generator(TINY), held_out_cases(40, seed=9), {}
+    args = run.parse_args(["--sample-steps", "8"])
+    generator, cases, result = load_generator(TINY), held_out_cases(24, seed=9), {}
     for form in ("numbers", "words"):
         (tmp_path / form).mkdir()
         result[form] = figures_of(cases, partial(run.draw_with, generator, form, args, None), tmp_path / form)
@@ -214,20 +210,18 @@ def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
 
 
 def test_a_killed_program_goes_on_to_the_same_figures(tmp_path):
-    def command(out):
-        return [sys.executable, "-m", "evaluation", "run", "--cases", "12", *QUICK, "--forms", "words", "--micro", "2",
-                "--out", str(out)]
+    def start(out, before=None):
+        return launch.start("evaluation.__main__", "run", "--cases", 6, *QUICK, "--forms", "words", "--micro", 2, "--out",
+                            tmp_path / out, before=before)
 
-    process, path = subprocess.Popen(command(tmp_path / "killed"), cwd=ROOT), tmp_path / "killed" / "words.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # while it measures its second batch
+    launch.finish(start("killed", partial(launch.signal_at, 2, "evaluation.run.scores_of", signal.SIGKILL)), -signal.SIGKILL)
+    assert len(lines(tmp_path / "killed" / "words.jsonl")) == 2
     for out in ("killed", "whole"):
-        subprocess.run(command(tmp_path / out), cwd=ROOT, check=True, capture_output=True)
+        launch.finish(start(out))
     first, second = ([{k: v for k, v in r.items() if k != "seconds"} for r in lines(tmp_path / out / "words.jsonl")]
                      for out in ("killed", "whole"))
-    assert first == second and len(first) == 12
+    assert first == second and len(first) == 6
 
 
 @pytest.mark.parametrize("flags", [[], ["--help"], ["run", "--help"], ["cases", "-h"], ["table", "-h"], ["rate", "-h"]])

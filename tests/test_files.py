@@ -211,6 +211,11 @@ def test_a_checkpoint_and_a_log_that_a_full_disk_refuses_are_named(tmp_path):
     assert files.read_records(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
+def test_of_a_file_that_is_written_while_another_is_the_name_is_told(tmp_path):
+    with full_disk(20_000), pytest.raises(OSError, match="File too large: '.*inner'"):
+        files.write_whole(tmp_path / "outer", lambda _: files.write_whole(tmp_path / "inner", "x" * 100_000))
+
+
 def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
     def fail(path):
         raise ZeroDivisionError from OSError(errno.ENOENT, "nothing there")

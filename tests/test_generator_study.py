@@ -7,11 +7,12 @@ import pytest
 
 import train_judge
 from parts.pipeline import TINY, load_generator
-from tiny import generator_study
+from tests.launch import run_command
+from tiny import generator_study, judge_study
 from tiny.dataset import write_tiny
 
 SMALL = ("--cases 4 --steps 1 --group 2 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 "
-         "--eval-rows 4 --size 64 --window 1 --window-within 1").split()
+         "--eval-rows 4 --size 64 --window 1 --window-within 1 --jobs 1").split()
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def folders(tmp_path, monkeypatch):
     for name, path in (("SUPERVISED", train_judge.TINY), ("STUDY", tmp_path / "study"), ("DATASET", tmp_path / "dataset"),
                        ("SHIPPED", tmp_path / "shipped"), ("SEEDS", (0, 1))):
         monkeypatch.setattr(generator_study, name, path)
+    monkeypatch.setattr(judge_study.subprocess, "run", run_command)
     rows = generator_study.ROWS
     monkeypatch.setattr(generator_study, "ROWS", {name: rows[name] for name in list(rows)[:2]})
     write_tiny(tmp_path / "dataset", 4, 4)
@@ -42,6 +44,7 @@ def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
 
 
 def test_a_failed_run_is_named(folders, capsys):
+    del generator_study.ROWS["base"]  # which trains nothing
     assert generator_study.main([*SMALL, "--window", "9"]) == 2
     assert re.search(r"the run both_seed0 ended with code 2; see .*output.txt", capsys.readouterr().err)
 

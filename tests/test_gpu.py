@@ -1,10 +1,8 @@
 """bench/gpu.py and bench/measure.py on a CPU: parts at a tiny size, rows that fail, kernels that are wrong."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,8 +11,7 @@ import torch
 
 from bench import gpu, measure
 from parts import ops
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests import launch
 
 
 def rows_in(folder):
@@ -24,9 +21,7 @@ def rows_in(folder):
 def test_parts_run_at_a_tiny_size_and_write_their_tables(tmp_path):
     pytest.importorskip("triton")
     parts = "errors-float32,judge-policy,generator,judge"
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--parts", parts, "--out", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = launch.finish(launch.start("bench.gpu", "--device", "cpu", "--parts", parts, "--out", tmp_path))
     rows = rows_in(tmp_path)
     assert not [row for row in rows if "failed" in row or row.get("right") is False]
     errors = [row["row"].split(",")[0] for row in rows if row["table"] == "kernel against float64"]
@@ -41,7 +36,7 @@ def test_parts_run_at_a_tiny_size_and_write_their_tables(tmp_path):
     skipped = [row for row in rows if "skipped" in row]
     assert skipped and all(row["skipped"] == "needs CUDA" for row in skipped)
     assert {row["part"] for row in rows} == {"call", *parts.split(",")}
-    assert (tmp_path / "report.md").read_text(encoding="utf-8").strip() in done.stdout
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").strip() in printed
 
 
 def test_a_row_that_fails_is_told_and_the_others_run(tmp_path):

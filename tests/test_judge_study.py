@@ -1,7 +1,9 @@
 """The study of the miniature judge: every run once, and a table of what its judges say of the test pictures."""
 
+import os
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -111,3 +113,13 @@ def test_a_study_without_a_supervised_judge_says_what_to_run(folders, monkeypatc
     monkeypatch.setattr(judge_study, "SUPERVISED", folders / "nothing")
     assert judge_study.main([]) == 2
     assert "run `python -m tiny.pretrain judge` first" in capsys.readouterr().err
+
+
+def test_the_runs_are_processes_that_find_the_project_and_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    ask = [sys.executable, "-c", "import importlib.util, os\n"
+           "print(importlib.util.find_spec('train_judge') is not None, os.environ['OMP_NUM_THREADS'])"]
+    judge_study.run_all([(tmp_path / "one", [ask]), (tmp_path / "two", [ask, ask])], 2, "runs")
+    said = f"True {max(1, os.cpu_count() // 2)}\n"
+    assert [(tmp_path / name / "output.txt").read_text() for name in ("one", "two")] == [said, 2 * said]

@@ -1,10 +1,4 @@
-"""Operations against torch's own modules and the formulas written out, on fused and plain forms, and how a form is found."""
-
-import importlib
-import os
-import shutil
-import subprocess
-import sys
+"""Operations against torch's own modules and the formulas written out, on fused and plain forms."""
 
 import pytest
 import torch
@@ -12,9 +6,8 @@ from torch import nn
 
 import mmdit
 import qwen_vl
-from kernels import FORMS, linears
+from kernels import linears
 from parts import ops
-from tests.launch import ROOT
 
 
 @pytest.mark.parametrize("length, width", [(5, 7), (5, 64), (2**11, 64)])
@@ -94,6 +87,7 @@ def test_swiglu_gates_the_second_half_by_the_first():
     torch.testing.assert_close(qwen_vl.swiglu(packed), gate * torch.sigmoid(gate) * up)
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 @pytest.mark.parametrize("biased", [False, True])
 @torch.no_grad()
@@ -106,6 +100,7 @@ def test_a_layer_laid_out_in_blocks_gives_the_same_product(rows, biased):
         torch.testing.assert_close(product(own, gelu=True), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(monkeypatch):
     model, x, used = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8)])), torch.randn(2, 8), []
@@ -117,6 +112,7 @@ def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(mon
     assert len(used) == 2 and torch.equal(model[0](x), plain) and "forward" not in vars(model[1][0])
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_changed_weights_are_seen_by_the_next_context():
     layer, x = nn.Linear(8, 8), torch.randn(2, 8)
@@ -131,11 +127,10 @@ def test_changed_weights_are_seen_by_the_next_context():
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(P, n, K, G, L, t, masked):
     q, prompt, own = torch.randn(P * n, K * G, 8), torch.randn(2, P, K, L, 8), torch.randn(2, P * n, K, t, 8)
-    hidden = (torch.rand(P, L + t) < 0.4) if masked else None
-    if masked:
-        hidden[:, -1] = False  # the new token itself
+    hidden = torch.rand(P, L + t) < (0.4 if masked else 0)
+    hidden[:, -1] = False  # the new token itself
     whole = torch.cat([prompt.repeat_interleave(n, 1), own], dim=3).repeat_interleave(G, 2).double()  # [2,P·n,H,L+t,E]
-    mask = None if hidden is None else ~hidden.repeat_interleave(n, 0)[:, None, None]
+    mask = ~hidden.repeat_interleave(n, 0)[:, None, None]
     expected = nn.functional.scaled_dot_product_attention(q[:, :, None].double(), *whole, attn_mask=mask)
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         out = qwen_vl.attend_shared(*(x.to(dtype) for x in (q, *prompt, *own)), hidden)
@@ -143,6 +138,7 @@ def test_rows_that_share_a_prompt_attend_as_if_each_had_its_own(P, n, K, G, L, t
         torch.testing.assert_close(out.double(), expected.flatten(1), rtol=error, atol=error)
 
 
+@pytest.mark.one_form
 def test_a_sharded_module_is_left_as_it_is():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].reshard = lambda: None  # as FSDP2 gives it
@@ -150,106 +146,7 @@ def test_a_sharded_module_is_left_as_it_is():
         assert "forward" not in vars(model[0])
 
 
-def test_channels_last_changes_the_layout_and_nothing_else():
+def test_channels_last_changes_the_layout_and_nothing_else(forms):
     x = torch.randn(2, 3, 4, 5)
     assert torch.equal(ops.channels_last(x), x)
-    assert ops.channels_last(x).is_contiguous(memory_format=torch.channels_last) == ops.FUSED
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How a faster form is found, and when it stands aside
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_was_written_for_the_definition_that_stands_in_its_file_and_takes_the_same_arguments(name):
-    module, _, function = name.rpartition(".")
-    plain = getattr(importlib.import_module(module), function).plain
-    assert ops.definition(plain) == FORMS[name].definition, f"forms of {name} are for another definition: python -m kernels"
-
-
-def test_a_definition_is_its_code_and_not_its_comments():
-    def code(function):
-        return ops.code_of(function, set())[1:]  # without "def" and the name
-
-    assert code(first)[1:] == code(renamed_apart)[1:]
-    assert ops.definition(first) != ops.definition(third)
-    assert "FIVE=5" in code(first)  # a constant of a function that it calls
-
-
-def first(x, y=2):
-    """A docstring."""
-    return x * y + helper(x)  # a comment
-
-
-def helper(x):
-    return x + FIVE
-
-
-FIVE = 5
-
-
-def third(x, y=2):
-    return x * y - helper(x)
-
-
-def renamed_apart(x, y=2):
-    return x * y + helper(x)
-
-
-def tree(tmp_path, *left_out):
-    """A copy of the code without some folders; weights are linked."""
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(
-        ".*", "__pycache__", "out", "weights", "cache", "bench", "docs", *left_out))
-    (tmp_path / "tree" / "tiny" / "weights").symlink_to(ROOT / "tiny" / "weights")
-    return tmp_path / "tree"
-
-
-PROBE = """
-import torch, mmdit
-x, vector = torch.full((1, 2, 3), 2.0), torch.ones(1, 3)
-print(mmdit.gate_residual(x, x, vector).flatten()[0].item())
-"""
-
-
-def probe(folder, **environment):
-    done = subprocess.run([sys.executable, "-c", PROBE], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout), done.stderr
-
-
-def test_an_edited_plain_form_runs_and_one_line_says_so(tmp_path):
-    folder = tree(tmp_path)
-    assert probe(folder) == (4.0, "")
-    text = (folder / "mmdit.py").read_text()
-    whole = "    return x + gate[:, None] * branch\n"
-    assert text.count(whole) == 1
-    (folder / "mmdit.py").write_text(text.replace(whole, "    return x - gate[:, None] * branch  # edited\n"))
-    value, said = probe(folder)
-    assert value == 0.0 and said.count("\n") == 1 and "mmdit.gate_residual was edited: its plain form runs" in said
-    assert probe(folder, KERNELS="plain") == (0.0, "")
-    (folder / "mmdit.py").write_text(text.replace(whole, "    # A comment changes nothing.\n" + whole))
-    assert probe(folder) == (4.0, "")
-
-
-def test_an_edit_of_what_a_plain_form_calls_counts_too(tmp_path):
-    folder = tree(tmp_path)
-    text = (folder / "flow_grpo.py").read_text()
-    script = "import flow_grpo; from parts import ops; print(ops.definition(flow_grpo.sde_draw))"
-
-    def digest():
-        return subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True).stdout
-
-    before = digest()
-    assert "z.square()" in text
-    (folder / "flow_grpo.py").write_text(text.replace("z.square()", "z.abs()"))
-    assert digest() != before
-
-
-def test_without_the_folder_of_kernels_pictures_are_drawn_and_judged(tmp_path):
-    folder = tree(tmp_path, "kernels")
-    assert not (folder / "kernels").exists()
-    done = subprocess.run([sys.executable, "sample.py", "--v", "7", "--a", "3", "--sample-steps", "2", "--out", "run"],
-                          cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(list((folder / "run").glob("round0_*.png"))) == 1
+    assert ops.channels_last(x).is_contiguous(memory_format=torch.channels_last) == (forms == "fused")

@@ -185,7 +185,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"r": 10**9}, "r is 1000000000"), ({"r": 3}, "the file's ranks are .2."), ({"r": 0}, "r is 0"), ({"lora_alpha": "NaN"}, "lora_alpha nan"),
+    ({"r": 10**9}, "r is 1000000000"), ({"r": 3}, "the file's ranks are .2."), ({"r": 0}, "r is 0"), ({"lora_alpha": float("nan")}, "lora_alpha nan"),
     ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"x": 2}}, "alpha_pattern")])
 def test_an_adapter_that_would_be_merged_at_the_wrong_strength_is_refused(tmp_path, change, message):
     lora.save_lora(tmp_path, adapted(), "owner/name")

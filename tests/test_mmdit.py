@@ -62,6 +62,7 @@ def test_the_velocity_equals_diffusers(config, tmp_path):
     assert relative_error(ours(latents, timestep, context, pooled), expected) < 1e-4
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("config, count", [(mmdit.SD35_MEDIUM, 2_243_171_520), (mmdit.SD35_LARGE, 8_056_627_520)],
                          ids=["medium", "large"])
 def test_full_size_names_shapes_and_counts_equal_the_published_models(config, count):
@@ -73,6 +74,7 @@ def test_full_size_names_shapes_and_counts_equal_the_published_models(config, co
     assert found == expected
 
 
+@pytest.mark.one_form
 def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for():
     """The single file's layout, read by diffusers' own converter, gives the tensors that our diffusers layout has."""
     model = shake(mmdit.MMDiT(SMALL))
@@ -84,6 +86,7 @@ def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for():
         assert torch.equal(converted[name], torch.cat([p.detach() for p in parts])), name
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_saving_and_the_single_file_give_the_same_model(tmp_path):
     theirs = shake(reference(SMALL))
@@ -99,6 +102,7 @@ def test_saving_and_the_single_file_give_the_same_model(tmp_path):
     assert all(torch.equal(t, single.state_dict()[n]) for n, t in ours.state_dict().items())
 
 
+@pytest.mark.one_form
 def test_shards_are_read_like_one_file(tmp_path):
     theirs = shake(reference(SMALL))
     theirs.save_pretrained(tmp_path / "whole")
@@ -152,6 +156,7 @@ def test_checkpointing_changes_neither_output_nor_gradients(adapted):
     assert len(recomputed) == 12  # without gradients nothing is run again
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_compiled_blocks_are_whole_graphs_and_give_the_same(monkeypatch):
     model, texts = shake(mmdit.MMDiT(SMALL)), []
@@ -174,6 +179,7 @@ def test_compiled_blocks_are_whole_graphs_and_give_the_same(monkeypatch):
     assert len(texts) == 2  # of blocks with dual attention, and of the last
 
 
+@pytest.mark.one_form
 def test_latents_that_do_not_fit_are_refused():
     model = mmdit.MMDiT(SMALL)
     for size in ((7, 8), (8, 26)):

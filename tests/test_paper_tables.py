@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from evaluation import rate
+from evaluation import rate, tables
 from evaluation.__main__ import main
 from evaluation.cases import load_cases
 from evaluation.run import draw_with
@@ -12,7 +12,8 @@ from tiny.dataset import write_tiny
 JUDGE = TINY / "judge"
 
 
-def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
+def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tables.resamples, "__defaults__", (0, 20))  # of its seed and count
     dataset, cases, other = tmp_path / "dataset", tmp_path / "cases.jsonl", tmp_path / "other"
     write_tiny(dataset, train=4, test=4)
     assert main(["cases", "--data", str(dataset), "--out", str(cases)]) == 0
@@ -20,12 +21,12 @@ def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys):
     # another method's pictures, a folder of <id>.png
     generator, wished = load_generator(TINY), load_cases(cases)
     other.mkdir()
-    args = SimpleNamespace(size=64, sample_steps=4, guidance=4.5)
+    args = SimpleNamespace(size=64, sample_steps=2, guidance=4.5)
     for case, image in zip(wished, draw_with(generator, "words", args, None, wished, range(4)), strict=True):
         image.save(other / f"{case.id}.png")
 
     judges = ["run", "--judge", f"trained={JUDGE}", "--judge", f"independent={JUDGE}", "--cases", str(cases),
-              "--sample-steps", "4"]
+              "--sample-steps", "2", "--size", "64"]
     runs = [str(tmp_path / name) for name in ("run_other", "run_ours")]
     assert main([*judges, "--images", str(other), "--seconds", "2", "--out", runs[0]]) == 0
     assert main([*judges, "--name", "ours", "--adapter", str(TINY / "adapter"), "--forms", "words",

@@ -3,6 +3,7 @@
 import json
 import shutil
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from parts.pipeline import (
     TINY,
     PromptCache,
     brought,
+    check_parts,
     fingerprints,
     home_of_weights,
     load_generator,
@@ -162,6 +164,14 @@ def test_stabilitys_single_file_gives_the_same_picture(folder, tmp_path):
     single = load_generator(file, encoders_from=folder)
     pictures = [g.draw(["a lake"], [1], 64, steps=2) for g in (whole, single)]
     assert torch.equal(*pictures)
+
+
+def test_parts_of_different_checkpoints_are_refused(folder):
+    whole = load_generator(folder)
+    for field in ("context_dim", "pooled_dim", "channels"):
+        other = replace(whole.mmdit.config, **{field: 7})
+        with pytest.raises(UserError, match="the transformer takes .* 7.*; give parts of one checkpoint"):
+            check_parts(other, whole.encoders, whole.vae.config, "x")
 
 
 def test_half_precision_weights_draw_nearly_the_same_picture(folder):

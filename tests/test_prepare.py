@@ -4,8 +4,8 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -192,9 +192,7 @@ def test_the_miniature_judge_captions_alike_in_one_process_and_in_two(emoset, tm
     short = ("--max-new-tokens", "12")
     assert emoset_program.main(flags(emoset, tmp_path / "one", *short, train=3, test=2)) == 0
     assert check.main([str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, "-m", "prepare.emoset", *flags(emoset, tmp_path / "two", *short, train=3, test=2)],
-                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, cwd=launch.ROOT)
+    launch.together(2, "prepare.emoset", *flags(emoset, tmp_path / "two", *short, train=3, test=2))
     for split in ("train", "test"):
         assert raw_rows(tmp_path / "one", split) == raw_rows(tmp_path / "two", split)
     assert {p.name for p in (tmp_path / "two").glob("captions-*")} == {"captions-0.jsonl", "captions-1.jsonl"}
@@ -204,35 +202,27 @@ def test_the_miniature_judge_captions_alike_in_one_process_and_in_two(emoset, tm
 # ---------------------------------------------------------------------------------------------------------------------
 # Stops and resumes
 
-STOPPING = """
-import sys, time
-from prepare import build, emoset
-from tests.test_prepare import captioner
+def stop_at_third_question(number):
+    """Let prepare.emoset caption with a made-up captioner, and get a signal when that is asked for the third time."""
+    def load(args, processes):
+        answer, calls = captioner([])(args, processes), []
 
-def load(args, processes):
-    answer, calls = captioner([])(args, processes), []
-    def stopping(conversations):
-        calls.append(1)
-        if len(calls) == 3:
-            print("third", flush=True)
-            time.sleep(60)
-        return answer(conversations)
-    return stopping
+        def stopping(conversations):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), number)
+            return answer(conversations)
 
-build.build.__defaults__ = (load,)
-sys.exit(emoset.main(sys.argv[1:]))
-"""
+        return stopping
+
+    build.build.__defaults__ = (load,)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_without_a_second_look_or_question(emoset, tmp_path, number, code, monkeypatch):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", STOPPING, *flags(emoset, out)], cwd=launch.ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert process.stdout.readline() == "third\n"
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
+    said = launch.finish(launch.start("prepare.emoset", *flags(emoset, out), before=partial(stop_at_third_question, number)),
+                         code)
     assert number != signal.SIGINT or "stopped; the same command goes on" in said
     assert "Traceback" not in said and not (out / "train.jsonl").exists()
     if number == signal.SIGKILL:

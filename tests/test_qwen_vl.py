@@ -71,6 +71,7 @@ def reference_inputs(model, prompts):
     return inputs
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_positions_equal_transformers(pair, name):
     theirs, ours = pair
@@ -147,6 +148,7 @@ def test_a_pictures_features_do_not_depend_on_the_pictures_beside_it(pair):
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.one_form
 def test_pictures_that_do_not_belong_to_the_tokens_are_refused(pair):
     _, ours = pair
     prompt = ours.processor(CONVERSATIONS["one picture"])
@@ -212,6 +214,7 @@ def test_answers_to_one_question_differ_and_the_first_do_not_depend_on_how_many_
     assert sampled(ours, ["one picture"], [4], n=2)[0] == answers[:2]
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("conversations, count", [(2, 1), (2, 3), (1, 2)])
 def test_a_list_of_generators_must_have_one_for_each_conversation(pair, conversations, count):
     with pytest.raises(ValueError, match="generator"):
@@ -294,6 +297,7 @@ def test_generation_by_a_graph_gives_the_same_answers(pair, names, recorded, mon
     assert len({id(recording) for recording in recordings}) == recorded  # one for all steps
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"temperature": -0.1}, {"max_new_tokens": 0}])
 def test_settings_out_of_range_are_refused(pair, wrong):
     with pytest.raises(ValueError, match="expected n >= 1"):
@@ -321,25 +325,27 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_uniform_number(
     torch.testing.assert_close(log_prob, LOGITS.log_softmax(-1)[4].expand(3))
 
 
+@pytest.mark.one_form
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40).filter(any), st.integers(0, 2**10 - 1), st.integers(1, 9))
 def test_the_index_of_a_share_is_where_the_running_sum_exceeds_it(mass, share, block):
     """Small integers and a share in 1024ths, whose sums and products are exact."""
     rows = torch.tensor([mass, mass[::-1]], dtype=torch.float32)
     uniforms = torch.tensor([share, share]) / 2**10
-    for found in (qwen_vl.inverse_cdf(rows, uniforms), inverse_cdf(rows, uniforms, block)):
+    for found in (qwen_vl.inverse_cdf.plain(rows, uniforms), inverse_cdf(rows, uniforms, block)):
         for row, index in zip(rows, found, strict=True):
             exceeded = row.cumsum(0) > share / 2**10 * row.sum()
             assert index == int(exceeded.nonzero()[0]) and row[index] > 0
 
 
+@pytest.mark.one_form
 def test_a_token_without_probability_is_never_drawn_however_sums_are_rounded():
     mass = torch.rand(200, 1000, generator=torch.Generator().manual_seed(0)) ** 40
     mass[:, ::2] = 0
     mass[:, -300:] = 0
     for uniform in (0.0, 0.3, 0.99999994):
         uniforms = torch.full((200,), uniform)
-        for found in (qwen_vl.inverse_cdf(mass, uniforms), inverse_cdf(mass, uniforms, 7)):
+        for found in (qwen_vl.inverse_cdf.plain(mass, uniforms), inverse_cdf(mass, uniforms, 7)):
             assert (mass.gather(1, found[:, None]) > 0).all()
 
 
@@ -459,6 +465,7 @@ SIZES = {
 }
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("size", SIZES)
 def test_full_size_models_have_the_published_names_shapes_and_counts(size):
     config, count, width, layers, heads, kv_heads, mlp, vocab, tied = SIZES[size]
@@ -479,6 +486,7 @@ def test_full_size_models_have_the_published_names_shapes_and_counts(size):
     assert list(weights.renamed(views, layouts.QWEN_NEWER)) == list(views)
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("size", SIZES)
 def test_the_published_configurations_are_read(tmp_path, size):
     config, _, width, layers, heads, kv_heads, mlp, vocab, tied = SIZES[size]
@@ -503,6 +511,7 @@ def same_weights(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.one_form
 def test_the_newer_naming_scheme_loads_to_the_same_weights(pair, tmp_path):
     _, ours = pair
     ours.save_pretrained(tmp_path)
@@ -518,6 +527,7 @@ def test_the_newer_naming_scheme_loads_to_the_same_weights(pair, tmp_path):
     assert same_weights(qwen_vl.QwenVL.from_pretrained(tmp_path), ours)
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_we_save_is_read_back_by_us_and_by_transformers(tmp_path, tied):
@@ -562,10 +572,14 @@ BROKEN = {
     "its tokenizer cannot be read": lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
     "vocab.json: missing": lambda f: (f / "tokenizer.json").unlink(),
     "preprocessor_config.json: missing": lambda f: (f / "preprocessor_config.json").unlink(),
+    "has no eos_token_id, and its tokenizer no <|im_end|>": lambda f: (
+        (f / "generation_config.json").unlink(),
+        (f / "tokenizer.json").write_text((f / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>"))),
     "expected '<|image_pad|>'": lambda f: edit_json(f / "config.json", image_token_id=5),
 }
 
 
+@pytest.mark.one_form
 @pytest.mark.parametrize("message", BROKEN)
 def test_a_broken_folder_is_refused_in_one_line_that_says_why(pair, tmp_path, message):
     pair[1].save_pretrained(tmp_path)
@@ -575,6 +589,7 @@ def test_a_broken_folder_is_refused_in_one_line_that_says_why(pair, tmp_path, me
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_our_adapter_is_read_by_peft_and_peft_s_by_us(pair, tmp_path):
     theirs, ours = pair[0], copy.deepcopy(pair[1])

@@ -194,7 +194,7 @@ def test_a_run_says_what_it_takes_of_the_disk_and_whether_there_is_room(tmp_path
     state = {"x": torch.empty(10**6, device="meta"), "y": torch.empty(500, dtype=torch.bfloat16, device="meta")}
     assert disk_parts(state, 75e6, args, True) == {
         "checkpoints": (KEEP + 1, 4 * 10**6 + 1000 + 2 * 1800), "adapters": (17 + KEEP + 2, 75e6),
-        "strips of pictures": (18, 2 * 6 * 128 * 128 * 3), "steps' log": (1000, 2000), "sheet of curves": (1, 200_000)}
+        "strips of pictures": (18, 2 * 6 * 128 * 128 * 3), "lines of the log": (1000, 2000), "sheet of curves": (1, 200_000)}
     assert disk_parts(state, 75e6, Namespace(steps=60, eval_every=0), False)["export"] == (1, 75e6)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 SHARDED = partial(sharding.build, methods=("completion_hidden", "generate"))
 # Sizes that neither 2 nor 5 processes divide, and 4 rows of most of the vision tower for 5 processes.
 ODD = {"width": 24, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 33, "sections": (2, 2, 2), "vision_width": 4,
-       "vision_layers": 2, "vision_heads": 1, "vision_mlp": 7, "full_blocks": (1,)}
+       "vision_layers": 2, "vision_heads": 1, "vision_mlp": 7, "patch": 16, "full_blocks": (1,)}
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_answers_may_be_recorded_as_a_graph_only_while_weights_are_kept_gathered
 def write_judge(folder, **changes):
     """A judge with random weights and the tokenizer of the miniature's; returns it."""
     config = qwen_vl.QwenVLConfig(**qwen_vl.layouts.qwen_fields(train_judge.TINY))
-    processor = chat.Processor.from_pretrained(train_judge.TINY, config.image_token)
+    processor = chat.Processor.from_pretrained(train_judge.TINY, config)
     torch.manual_seed(0)
     config = qwen_vl.QwenVLConfig(**ODD, vocab=config.vocab + 2, image_token=config.image_token, **changes)
     model = qwen_vl.QwenVL(config, processor)

@@ -72,6 +72,11 @@ def write_run(folder, name, rows, **facts):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(tables.resamples, "__defaults__", (0, 200))  # of its seed and count
+
+
 @pytest.fixture
 def runs(tmp_path):
     worse, better = [(1.0, 2.0)] * 9 + [(3.0, 2.0)], [(0.5, 1.0)] * 10

@@ -29,6 +29,7 @@ def test_t5_equals_transformers(tmp_path, length):
     assert float((ours(ids) - expected).norm() / expected.norm()) < 1e-4
 
 
+@pytest.mark.one_form
 def test_full_size_t5_has_the_published_names_shapes_and_count():
     with torch.device("meta"):
         ours = text_encoders.T5Encoder(text_encoders.T5_XXL)
@@ -66,6 +67,7 @@ def test_context_and_pooled_equal_diffusers(folder, use_t5):
     assert float((our_pooled - pooled).norm() / pooled.norm()) < 1e-4
 
 
+@pytest.mark.one_form
 def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_is_lost(folder):
     encoders = text_encoders.TextEncoders.from_pretrained(folder, use_t5=False)
     tokenizer = encoders.tokenizers[0]
@@ -80,6 +82,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_is_lost(folder):
         tokenizer([" ".join(words[:kept])])
 
 
+@pytest.mark.one_form
 def test_a_folder_without_its_vocabulary_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77}')
     with pytest.raises(UserError, match="vocab.json"):
@@ -132,6 +135,7 @@ def strings():
     yield "the quick brown fox " * 2000
 
 
+@pytest.mark.one_form
 def test_clip_tokenization_equals_openais_on_their_vocabulary(openai, published):
     theirs, compared, different = openai.SimpleTokenizer(), 0, []
     for text in strings():
@@ -147,5 +151,6 @@ def test_clip_tokenization_equals_openais_on_their_vocabulary(openai, published)
     assert not different, (len(different), different[:5])
 
 
+@pytest.mark.one_form
 def test_the_byte_alphabet_is_clips(openai):
     assert byte_alphabet() == list(openai.bytes_to_unicode().values())

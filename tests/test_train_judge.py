@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from parts import chat, checkpoints, lora, sharding, weights
 from parts import run as training
 from parts.files import read_records
 from tests import launch
-from tests.launch import finish, log_of, without_times
+from tests.launch import finish, log_of, stop_inside, without_times
 from tiny.dataset import write_tiny
 
 SMALL = "--group 4 --batch 4 --micro 2 --eval-rows 4 --save-every 2 --max-new-tokens 80 --device cpu".split()
@@ -36,13 +35,18 @@ def dataset(tmp_path_factory):
     return folder
 
 
-start = partial(launch.start, "train_judge.py")
+def flags(dataset, out, *more):
+    return ["--data", str(dataset), "--out", str(out), *SMALL, *map(str, more)]
+
+
+def start(*args, before=None):
+    return launch.start("train_judge", *flags(*args), before=before)
 
 
 @pytest.fixture(scope="module")
 def unbroken(dataset, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    return out, finish(start(dataset, out, *SMALL, "--steps", 5))
+    return out, launch.started("train_judge.py", dataset, out, *SMALL, "--steps", 5)
 
 
 def test_a_run_leaves_log_curves_figures_and_a_judge(unbroken):
@@ -104,44 +108,32 @@ def test_another_model_in_the_same_folder_is_noticed(dataset, unbroken, tmp_path
 
 
 def test_a_run_killed_inside_a_checkpoint_ends_with_the_same_weights(dataset, unbroken, tmp_path):
-    out = tmp_path / "run"
-    killed = launch.kill_inside_second_checkpoint("train_judge", dataset, out, *SMALL, "--steps", 5)
-    assert killed.returncode == -signal.SIGKILL
-    assert (out / "checkpoint-00000004.tmp").exists() and [r["step"] for r in log_of(out)] == [0, 1, 2, 3, 4]
-    assert "goes on after step 2" in finish(start(dataset, out, *SMALL, "--steps", 5))
-    same_end(out, unbroken[0])
+    finish(start(dataset, tmp_path, "--steps", 5, before=launch.kill_inside_second_checkpoint), -signal.SIGKILL)
+    assert (tmp_path / "checkpoint-00000004.tmp").exists() and [r["step"] for r in log_of(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "goes on after step 2" in finish(start(dataset, tmp_path, "--steps", 5))
+    same_end(tmp_path, unbroken[0])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_writes_a_checkpoint_and_ends_with_the_same_weights(dataset, unbroken, tmp_path, number, code):
-    out = tmp_path / "run"
-    process, deadline = start(dataset, out, *SMALL, "--steps", 5, "--save-every", 1000), time.time() + 120
-    while time.time() < deadline and len(read_records(out / "log.jsonl")) < 3:
-        time.sleep(0.05)
-    process.send_signal(number)
-    assert "the same command goes on from there" in finish(process, code)
-    assert list(out.glob("checkpoint-*[0-9]"))
-    finish(start(dataset, out, *SMALL, "--steps", 5))
-    same_end(out, unbroken[0])
-
-
-def test_a_rollout_and_an_evaluation_are_broken_off_and_nothing_is_lost(dataset, unbroken, tmp_path):
-    out, flags = tmp_path / "run", (*SMALL, "--steps", 5, "--save-every", 1000)
-    output = launch.stop_inside("train_judge.roll_out", 2, "train_judge", dataset, out, *flags)
-    assert "asked to stop: " in output and "stopped after step 1; " in output
-    assert [r["step"] for r in log_of(out)] == [0, 1] and (out / "checkpoint-00000001").exists()
-    output = launch.stop_inside("train_judge.evaluate", 1, "train_judge", dataset, out, *flags)
-    assert "stopped after step 5; " in output and not (out / "judge").exists()
-    assert (out / "checkpoint-00000005").exists() and "eval_format" not in log_of(out)[-1]
-    finish(start(dataset, out, *flags))
-    same_end(out, unbroken[0])
+def test_an_update_is_finished_a_rollout_and_an_evaluation_are_broken_off_and_nothing_is_lost(dataset, unbroken, tmp_path):
+    long = ("--steps", 5, "--save-every", 1000)
+    output = finish(start(dataset, tmp_path, *long, before=stop_inside(2, "train_judge.update", signal.SIGINT)), 130)
+    assert "asked to stop: " in output and "stopped after step 2; the same command goes on from there" in output
+    assert [r["step"] for r in log_of(tmp_path)] == [0, 1, 2] and (tmp_path / "checkpoint-00000002").exists()
+    output = finish(start(dataset, tmp_path, *long, before=stop_inside(2, "train_judge.roll_out")), 143)
+    assert "asked to stop: " in output and "stopped after step 3; " in output
+    assert [r["step"] for r in log_of(tmp_path)] == [0, 1, 2, 3] and (tmp_path / "checkpoint-00000003").exists()
+    output = finish(start(dataset, tmp_path, *long, before=stop_inside(1, "train_judge.evaluate")), 143)
+    assert "stopped after step 5; " in output and not (tmp_path / "judge").exists()
+    assert (tmp_path / "checkpoint-00000005").exists() and "eval_format" not in log_of(tmp_path)[-1]
+    finish(start(dataset, tmp_path, *long))
+    same_end(tmp_path, unbroken[0])
 
 
 def test_a_run_of_one_process_goes_on_with_four(dataset, unbroken, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(unbroken[0], out)
     shutil.rmtree(out / "checkpoint-00000005")
-    assert "goes on after step 4" in finish(start(dataset, out, *SMALL, "--steps", 5, processes=4))
+    assert "goes on after step 4" in launch.together(4, "train_judge", *flags(dataset, out, "--steps", 5))
     for a, b in zip(log_of(unbroken[0]), log_of(out), strict=True):
         for key in ("reward", "length", "kl", "grad_norm", "lr"):
             assert a["step"] == 0 or a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-5), (a["step"], key)
@@ -151,36 +143,34 @@ def test_a_run_of_one_process_goes_on_with_four(dataset, unbroken, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora",)])
-def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path, flags):
-    if flags:
-        one = tmp_path / "one"
-        finish(start(dataset, one, *SMALL, "--steps", 3, *flags))
-    else:
-        one = unbroken[0]
-    two = tmp_path / "two"
-    steps = 3 if flags else 5
-    finish(start(dataset, two, *SMALL, "--steps", steps, *flags, processes=2))
+def same_curve(one, two, name):
+    """The logs and the results of one process and of two."""
     for a, b in zip(log_of(one), log_of(two), strict=True):
         for key in ("loss", "reward", "reward_format", "reward_va", "reward_class", "kl", "length", "grad_norm", "lr"):
             if a.get(key) is None:
                 assert b.get(key) is None
             else:
                 assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
-    name = "judge/adapter_model.safetensors" if flags else "judge/model.safetensors"
     ours, theirs = load_file(one / name), load_file(two / name)
     for key in theirs:
         torch.testing.assert_close(ours[key].float(), theirs[key].float(), atol=2e-2, rtol=2e-2)  # one is in bfloat16
 
 
-def test_an_adapter_is_read_as_a_judge_and_continues_from_the_model_it_names(dataset, tmp_path):
-    out = tmp_path / "run"
-    finish(start(dataset, out, *SMALL, "--steps", 2, "--lora", "--lr", "1e-2"))
-    config = json.loads((out / "judge" / "adapter_config.json").read_text())
+def test_two_processes_give_the_curve_of_one(dataset, unbroken, tmp_path):
+    launch.together(2, "train_judge", *flags(dataset, tmp_path, "--steps", 5))
+    same_curve(unbroken[0], tmp_path, "judge/model.safetensors")
+
+
+def test_an_adapter_is_trained_by_two_processes_as_by_one_and_read_as_a_judge(dataset, tmp_path):
+    for name, processes in (("one", 1), ("two", 2)):
+        launch.together(processes, "train_judge", *flags(dataset, tmp_path / name, "--steps", 3, "--lora", "--lr", "1e-2"))
+    same_curve(tmp_path / "one", tmp_path / "two", "judge/adapter_model.safetensors")
+    out = tmp_path / "two" / "judge"
+    config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(train_judge.TINY) and config["r"] == 16
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):  # for servers of models
-        assert (out / "judge" / name).read_bytes() == (train_judge.TINY / name).read_bytes()
-    judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out / "judge", train_judge.TINY))
+        assert (out / name).read_bytes() == (train_judge.TINY / name).read_bytes()
+    judge, base = (qwen_vl.QwenVL.from_pretrained(folder) for folder in (out, train_judge.TINY))
     qkv, before = (each.model.layers[0].self_attn.qkv_proj.weight for each in (judge, base))
     assert not torch.equal(qkv, before)
     assert torch.equal(judge.visual.patch_embed.proj.weight, base.visual.patch_embed.proj.weight)
@@ -191,8 +181,7 @@ def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatc
         return {"format": float(any(word in text for word in ("still", "calm", "quiet")))}  # a third of the moods
 
     monkeypatch.setattr(train_judge, "rewards_of", calm)
-    args = train_judge.parse_args(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--group", "8", "--steps", "8",
-                                   "--lr", "1e-3", "--tasks", "regression"])
+    args = train_judge.parse_args(flags(dataset, tmp_path, "--group", 8, "--steps", 8, "--lr", 1e-3, "--tasks", "regression"))
     assert train_judge.train(args, training.Processes(0, 1, torch.device("cpu"))) == 0
     rewards = [r["reward"] for r in log_of(tmp_path)[1:]]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.5, rewards
@@ -201,10 +190,9 @@ def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatc
 def test_training_stops_if_it_does_not_see_the_probabilities_of_sampling(dataset, tmp_path, monkeypatch, capsys):
     plain = qwen_vl.QwenVL.completion_hidden
     monkeypatch.setattr(qwen_vl.QwenVL, "completion_hidden", lambda self, *a: plain(self, *a) * 1.01)
-    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "2"]) == 2
+    assert train_judge.main(flags(dataset, tmp_path, "--steps", 2)) == 2
     assert "training's log-probabilities differ from sampling's by mean " in capsys.readouterr().err
-    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, "--steps", "1",
-                             "--mismatch", "mean=1000"]) == 0
+    assert train_judge.main(flags(dataset, tmp_path, "--steps", 1, "--mismatch", "mean=1000")) == 0
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(dataset, tmp_path, monkeypatch):
@@ -215,7 +203,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(dataset, tmp_pa
         return plain(model, reference, rollout, advantages * (float("nan") if len(calls) == 1 else 1), *rest, **named)
 
     monkeypatch.setattr(train_judge, "update", update)
-    assert train_judge.main(["--data", str(dataset), "--out", str(tmp_path), *SMALL, "--steps", "2"]) == 0
+    assert train_judge.main(flags(dataset, tmp_path, "--steps", 2)) == 0
     assert [r.get("skipped") for r in log_of(tmp_path)] == [None, 1, 0]
     judge = qwen_vl.QwenVL.from_pretrained(tmp_path / "judge")
     assert all(p.isfinite().all() for p in judge.parameters())
@@ -294,7 +282,7 @@ def test_other_questions_are_asked_and_are_among_the_settings(tmp_path, monkeypa
         assert program.main(["--questions", str(tmp_path / "own.json")]) == (own, own["class"])
 
 
-@pytest.mark.parametrize("flags, message", [
+@pytest.mark.parametrize("wrong, message", [
     (["--questions", "none.json"], "--questions: none.json"),
     (["--group", "1"], "--group/--num-generations: expected a whole number in 2..1,024, got 1"),
     (["--tasks", "regression,mood"], "--tasks: expected some of regression, class"),
@@ -303,11 +291,11 @@ def test_other_questions_are_asked_and_are_among_the_settings(tmp_path, monkeypa
     (["--temperature", "0"], "--temperature: expected"), (["--data", "nowhere"], "nowhere/train.jsonl: missing"),
     (["--model", "no/such/folder"], "no such file or folder"), (["--device", "cuda"], "sees no GPU"),
     (["--mismatch", "0.1"], "--mismatch: expected e.g. mean=1,share=1, got 0.1")])
-def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, message):
-    if flags[0] == "--device" and torch.cuda.is_available():
+def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, wrong, message):
+    if wrong[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     try:
-        code = train_judge.main(["--data", str(dataset), "--out", str(tmp_path / "run"), *SMALL, *flags])
+        code = train_judge.main(flags(dataset, tmp_path / "run", *wrong))
     except SystemExit as stopped:
         code = stopped.code
     assert code == 2
@@ -315,22 +303,22 @@ def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, flags, 
     assert message in error and error.count("\n") <= 2 and "Traceback" not in error
 
 
-def test_evaluate_prints_a_table_and_a_line_of_figures(dataset, capsys):
-    assert train_judge.main(["--data", str(dataset), *SMALL, "--evaluate"]) == 0
-    *table, floor, line = capsys.readouterr().out.splitlines()
-    figures = json.loads(line)
-    assert table[0] == "| format | v_error | a_error | v_floor | a_floor | class_accuracy |" and figures["pictures"] == 4
-    assert floor.endswith("the labels allow at best V 0.00, A 0.00")
-    assert figures["model"] == str(train_judge.TINY) and 0 < figures["v_error"] < 3
-
-
-def test_evaluate_prints_the_figures_of_a_training_s_start_on_one_process_and_on_two(dataset, unbroken, tmp_path):
-    expected = {name: x for name, x in log_of(unbroken[0])[0].items() if name.startswith("eval_")}
-    for flags, processes in (((), 1), (("--lora",), 1), ((), 2)):
-        output = finish(start(dataset, tmp_path, *SMALL, "--evaluate", *flags, processes=processes))
-        figures = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-        for name, x in expected.items():
-            assert figures[name.removeprefix("eval_")] == pytest.approx(x, rel=1e-5), (name, flags, processes)
+def test_evaluate_prints_a_table_and_the_figures_of_a_training_s_start_on_one_process_and_on_two(
+        dataset, unbroken, tmp_path, capsys):
+    outputs = []
+    for more in ((), ("--lora",)):
+        assert train_judge.main(flags(dataset, tmp_path, "--evaluate", *more)) == 0
+        outputs.append(capsys.readouterr().out)
+    outputs.append(launch.together(2, "train_judge", *flags(dataset, tmp_path, "--evaluate")))
+    for output in outputs:
+        *_, head, _, row, line = output.splitlines()
+        assert head == "| format | v_error | a_error | class_accuracy |"
+        figures = json.loads(line)
+        assert figures["model"] == str(train_judge.TINY) and figures["pictures"] == 4 and 0 < figures["v_error"] < 3
+        assert row == "| " + " | ".join(f"{figures[name.strip()]:.3f}" for name in head.strip("|").split("|")) + " |"
+        for name, x in log_of(unbroken[0])[0].items():
+            if name.startswith("eval_"):
+                assert figures[name.removeprefix("eval_")] == pytest.approx(x, rel=1e-5), name
     assert not any(tmp_path.iterdir())
 
 
@@ -345,8 +333,7 @@ def test_with_evaluate_the_judge_is_frozen_and_whole_but_sees_small_pictures(dat
 def test_one_sharded_process_trains_as_one_that_is_not_sharded(dataset, tmp_path, monkeypatch):
     """What a GPU does; on a CPU both compute in float32."""
     for name in ("plain", "sharded"):
-        flags = ["--data", str(dataset), "--out", str(tmp_path / name), *SMALL, "--steps", "1", "--checkpointing"]
-        assert train_judge.main(flags) == 0
+        assert train_judge.main(flags(dataset, tmp_path / name, "--steps", 1, "--checkpointing")) == 0
         assert not torch.distributed.is_initialized()
         monkeypatch.setattr(weights, "build", partial(sharding.build, methods=("completion_hidden", "generate")))
     plain, sharded = (log_of(tmp_path / name)[1] for name in ("plain", "sharded"))

@@ -50,18 +50,20 @@ def test_encoder_and_decoder_equal_diffusers(pair, height, width):
     assert close(ours.decode(latents), theirs.decode(latents / 1.5305 + 0.0609).sample)
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_a_generator_draws_from_the_posterior(pair):
     _, ours, _ = pair
     images = torch.rand(1, 3, 32, 32) * 2 - 1
-    draws = torch.cat([ours.encode(images, torch.Generator().manual_seed(k)) for k in range(400)])
+    draws = torch.cat([ours.encode(images, torch.Generator().manual_seed(k)) for k in range(100)])
     mean, logvar = ours.moments(images)
     expected = (mean - 0.0609) * 1.5305
     deviation = torch.exp(0.5 * logvar) * 1.5305
-    assert ((draws.mean(0) - expected[0]).abs() < 5 * deviation[0] / 20).all()
+    assert ((draws.mean(0) - expected[0]).abs() < 5 * deviation[0] / 10).all()
     assert torch.equal(ours.encode(images, torch.Generator().manual_seed(3)), draws[3:4])
 
 
+@pytest.mark.one_form
 def test_full_size_names_shapes_and_count_equal_the_published_model():
     with torch.device("meta"):
         ours = vae.VAE(vae.SD3_VAE)
@@ -74,6 +76,7 @@ def test_full_size_names_shapes_and_count_equal_the_published_model():
     assert weights.shapes(layouts.vae_views(ours)) == expected
 
 
+@pytest.mark.one_form
 @torch.no_grad()
 def test_saving_and_the_single_file_give_the_same_model(pair, tmp_path):
     theirs, ours, _ = pair
@@ -88,6 +91,7 @@ def test_saving_and_the_single_file_give_the_same_model(pair, tmp_path):
     assert all(torch.equal(t, single.state_dict()[n]) for n, t in ours.state_dict().items())
 
 
+@pytest.mark.one_form
 def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for(pair):
     """The single file's layout, read by diffusers' own converter, gives the tensors that our diffusers layout has."""
     _, ours, _ = pair
@@ -99,6 +103,7 @@ def test_stabilitys_names_mean_what_diffusers_converter_takes_them_for(pair):
         assert torch.equal(converted[name], tensor), name
 
 
+@pytest.mark.one_form
 def test_bad_images_and_foreign_files_are_refused(pair, tmp_path):
     _, ours, _ = pair
     with pytest.raises(ValueError, match="multiples of 8"):

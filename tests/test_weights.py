@@ -307,7 +307,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
 def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        weights.read_config(tmp_path)
+        weights.read_config(tmp_path / "config.json")
 
 
 def test_a_model_that_does_not_fit_its_file_is_refused_before_memory_is_asked_for(tmp_path, monkeypatch):
