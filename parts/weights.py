@@ -490,7 +490,7 @@ def save(path, views, dtype=None, metadata=None):
     """Write the tensors that `views` describe to one safetensors file, whole or not at all.
 
     dtype: of the floating-point tensors in the file; None keeps the model's.
-    metadata: {name: text} that the file then says of itself.
+    metadata: {name: text}, of one name, that the file then says of itself.
     """
     tensors = {}
     for name, targets in views.items():
@@ -499,7 +499,8 @@ def save(path, views, dtype=None, metadata=None):
         kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
         # Copies, because safetensors refuses tensors that share memory, as slices do.
         tensors[name] = tensor.to(kind, copy=True, memory_format=torch.contiguous_format)
-    metadata = {"format": "pt", **(metadata or {})}
+    # One name only: of several the library changes the order from run to run, and so the file.
+    metadata = metadata or {"format": "pt"}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 

@@ -25,7 +25,7 @@ import grpo
 from evaluation import rate
 from parts import checkpoints, cli, lora, weights
 from parts.cli import UserError
-from parts.files import open_picture, save_png
+from parts.files import LOCKED, open_picture, save_png
 from prepare import check
 from tests import hostile
 from tests.test_hostile import watched
@@ -383,7 +383,7 @@ def test_requests_for_ratings(tmp_path, kept, monkeypatch):
 
     def read():
         status, body = hostile.ask_server(study, last[0])
-        assert status is None or status in (200, 303, 400, 403, 404, 413, 414, 422, 431, 501, 505), status
+        assert status is None or status in (200, 303, 400, 403, 404, 405, 411, 413, 414, 422, 431, 501, 505), status
         assert status is None or b"\x1b" not in body or body[:4] == b"\x89PNG"
         for row in study.rows:  # only a whole form is written
             assert rate.NAME.fullmatch(row["rater"]) and row["rater"].isprintable()
@@ -424,7 +424,7 @@ def test_folders_of_runs(tmp_path, kept, monkeypatch):
             state = {name: torch.zeros_like(value) for name, value in hostile.STATE.items()}
             run.read_log(run.load(state, 99))
         finally:
-            while files.LOCKED:
-                files.LOCKED.pop().close()
+            while LOCKED:
+                LOCKED.pop().close()
 
     fuzz("folders of runs", tmp_path, put, read, kept)

@@ -72,6 +72,15 @@ def test_an_adapter_is_on_again_after_an_error():
     assert torch.equal(model(x), on)
 
 
+def test_an_adapter_that_is_written_again_has_the_same_bytes(tmp_path):
+    files = [lora.ADAPTER_FILE, lora.DIFFUSERS_FILE, "adapter_config.json"]
+    written = set()
+    for _ in range(10):
+        lora.save_lora(tmp_path, adapted(), "owner/name", diffusers=True)
+        written.add(b"".join((tmp_path / name).read_bytes() for name in files))
+    assert len(written) == 1
+
+
 def test_a_saved_adapter_is_read_back(tmp_path):
     model, x = adapted(), torch.randn(7, 6)
     lora.save_lora(tmp_path, model, "owner/name")
