@@ -185,7 +185,7 @@ class Prompt:
 
 def read_image_config(folder, model):
     """The ImageConfig of a folder of Qwen2.5-VL, for its QwenVLConfig. Raises UserError."""
-    file = image_file(folder)
+    file = weights.image_file(folder)
     raw = weights.read_config(file)
     raw = raw.get("image_processor", raw)
     size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
@@ -288,7 +288,7 @@ class Processor:
         files = {name: (source / name).read_bytes() for name in names}
         # 2. the settings of pictures
         image = self.image
-        file = image_file(source).name if names else "preprocessor_config.json"
+        file = weights.image_file(source).name if names else "preprocessor_config.json"
         whole = json.loads(files.get(file, "{}"))
         settings = {
             "image_processor_type": "Qwen2VLImageProcessor", **whole.get("image_processor", whole),
@@ -315,10 +315,3 @@ class Processor:
         # 4. the tokenizer's configuration last: a folder that has one is whole
         for name in sorted(files, key=CARRIED.index):
             write_whole(folder / name, files[name])
-
-
-def image_file(folder):
-    """The file of a folder that has the settings of pictures."""
-    newer = folder / "processor_config.json"
-    older = folder / "preprocessor_config.json"
-    return newer if newer.exists() and not older.exists() else older

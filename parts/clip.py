@@ -126,10 +126,9 @@ def image_config(folder, side):
     Sizes are a number, {"shortest_edge": …} or {"height": …, "width": …}. Raises UserError for
     another side and for steps that `preprocess` does not take.
     """
+    file = weights.image_file(folder)
+    raw = weights.read_config(file) if file.exists() else {}
     # Newer folders put the settings of pictures inside those of the whole processor.
-    files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
-    file = next((file for file in files if file.exists()), None)
-    raw = {} if file is None else weights.read_config(file)
     raw = raw.get("image_processor", raw)
     usual = {
         "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,

@@ -1,5 +1,6 @@
 """Files: written whole or not at all; JSON, JSON lines and pictures, with errors that name them."""
 
+import base64
 import errno
 import io
 import json
@@ -325,6 +326,11 @@ def png(image, **facts):
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=info)
     return content.getvalue()
+
+
+def data_url(content, kind="png"):
+    """An address that holds a picture's bytes itself, for pages and requests."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def save_png(image, path, **facts):

@@ -13,8 +13,6 @@ This is urllib and not huggingface_hub's InferenceClient, which sends the user's
 address that is given no key, and none of whose requests leave where HF_HUB_OFFLINE is set.
 """
 
-import base64
-import io
 import json
 import os
 import time
@@ -26,7 +24,7 @@ from urllib.error import HTTPError
 
 from parts.chat import parts_of
 from parts.cli import UserError, plain_text
-from parts.files import to_rgb
+from parts.files import data_url, png, to_rgb
 
 AT_ONCE = 16  # requests; a server puts them into one batch
 TRIES = 5  # of a request
@@ -133,9 +131,7 @@ def as_sent(message):
     parts = []
     for part in parts_of(message):
         if part["type"] == "image":
-            png = io.BytesIO()
-            to_rgb(part["image"]).save(png, "PNG")
-            url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+            url = data_url(png(to_rgb(part["image"])))
             part = {"type": "image_url", "image_url": {"url": url}}
         parts.append(part)
     return {"role": message["role"], "content": parts}

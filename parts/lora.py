@@ -222,15 +222,10 @@ def adapter_in(source):
     return whole[0]
 
 
-def file_of(source):
-    """The file of an adapter's tensors: of a folder peft's, or diffusers' if it has no other."""
-    files = [Path(source) / name for name in (ADAPTER_FILE, DIFFUSERS_FILE)]
-    return next((file for file in files if file.is_file()), Path(source))
-
-
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in a file, of which only the header has been read."""
+    file: Path
     entries: dict  # {name of a tensor: weights.Entry}
     prefix: str  # of these names; what follows is diffusers' or Qwen's name of a projection
     rank: int
@@ -256,7 +251,8 @@ def read_adapter(source):
         said_in = source / "adapter_config.json"
         prefix = ADAPTER_PREFIX
         said = json.dumps(read_json(said_in))
-        entries = index(source / ADAPTER_FILE)
+        file = source / ADAPTER_FILE
+        entries = index(file)
 
     # 2. its rank and alpha
     ranks = sorted({entry.shape[0] for name, entry in entries.items()
@@ -284,7 +280,7 @@ def read_adapter(source):
         raise UserError(
             f"{said_in}: no usable r and lora_alpha ({error}); give an adapter of plain LoRA"
         ) from error
-    return Adapter(entries, prefix, rank, float(alpha))
+    return Adapter(file, entries, prefix, rank, float(alpha))
 
 
 def layers_in(source, targets):

@@ -8,7 +8,6 @@ style, diagram and pictures are inside, and all text is escaped. page.html is it
 valence-arousal plane, and page.css its style. Rounds count from 0, as in Algorithm 1.
 """
 
-import base64
 import difflib
 import functools
 import io
@@ -22,7 +21,7 @@ from PIL import Image
 
 from parts import sheets
 from parts.cli import UserError
-from parts.files import check_writable, read_json, save_png, write_json, write_whole
+from parts.files import check_writable, data_url, read_json, save_png, write_json, write_whole
 from parts.ranking import rank
 
 SMALL = 256  # pixels: PNGs up to this side enter the page as they are
@@ -453,6 +452,5 @@ def picture(path, alt, side=None):
             content = buffer.getvalue()
         width, height = image.size
     # Inside the page, so that it can be sent as one file and opened without a network.
-    data = base64.b64encode(content).decode()
-    return (f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" '
+    return (f'<img src="{data_url(content, kind)}" width="{width}" height="{height}" '
             f'alt="{plain(alt)}">')

@@ -273,7 +273,8 @@ def fingerprints(args):
     if args.pickscore != "none":
         paths["pickscore"] = [weights.find(args.pickscore)]
     if args.init_adapter != "none":
-        paths["init_adapter"] = [lora.file_of(weights.find(lora.adapter_in(args.init_adapter)))]
+        adapter = weights.find(lora.adapter_in(args.init_adapter))
+        paths["init_adapter"] = [lora.read_adapter(adapter).file]
     return {flag: weights.fingerprint(found) for flag, found in paths.items()}
 
 

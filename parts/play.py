@@ -11,7 +11,6 @@ after another. A tab that wishes anew gives up its last wish. No file is written
 pictures, as PNGs with the texts that sample.py writes into its own.
 """
 
-import base64
 import json
 import queue
 import threading
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from parts import cli, page
 from parts.cli import plain_text, say
-from parts.files import png
+from parts.files import data_url, png
 from parts.server import FOREIGN, LocalHandler, address, listen
 
 START = (7, 3)  # V and A of the first picture, if the flags give none
@@ -194,10 +193,6 @@ def with_emotion(finished, name_emotion):
     [picture] = finished.pictures
     judgement = replace(picture.judgement, emotion=name_emotion(picture.image))
     return replace(finished, pictures=[replace(picture, judgement=judgement)])
-
-
-def data_url(content):
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -160,6 +160,13 @@ def fields_of(kind, raw):
     return kind(**{field.name: raw[field.name] for field in fields(kind) if field.name in raw})
 
 
+def image_file(folder):
+    """The file of a folder that has the settings of pictures; newer ones have a new name."""
+    newer = folder / "processor_config.json"
+    older = folder / "preprocessor_config.json"
+    return newer if newer.exists() and not older.exists() else older
+
+
 def read_tokenizer(folder, assemble):
     """A folder's tokenizer: of tokenizer.json, or assemble(vocab, merges) of two older files.
 
