@@ -1,15 +1,19 @@
-"""The study of reward and textual feedback: every case once, resumed after a kill, and its tables."""
+"""The study of textual feedback: its blind judges, every case once, resumed after a kill, and its records."""
 
-import json
 from functools import partial
 
 import pytest
+from PIL import Image
 
 import data
+import feedback
 from evaluation.cases import held_out_cases
+from parts.files import read_records
 from tests.launch import run_command
 from tiny import feedback_study as study
-from tiny import judge_study
+from tiny import judge_study, results
+
+BLIND = ("blind, compares blank pictures", "blind, compares another case's", "blind, its scores too")
 
 
 def fewer_rounds():
@@ -19,9 +23,10 @@ def fewer_rounds():
 def run(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "ROUNDS", 2)
+        patch.setattr(results, "RECORDS", folder)
         patch.setattr(judge_study.subprocess, "run", partial(run_command, before=fewer_rounds))
-        assert study.main(["--cases", "2", "--seeds", "0", "--n", "2", "--readings", "2", "--sample-steps", "1", "--out",
-                           str(folder), "--jobs", "1"]) == 0
+        assert study.main(["--cases", "2", "--n", "2", "--sample-steps", "1", "--out", str(folder), "--jobs", "1",
+                           "--split", "validation"]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -31,39 +36,61 @@ def finished(tmp_path_factory):
     return folder
 
 
-def records(folder, generator, seed):
-    return [json.loads(line) for line in (folder / f"{generator}_seed{seed}" / "cases.jsonl").read_text().splitlines()]
-
-
-def test_every_case_is_drawn_once_by_feedback_and_by_a_control_that_shares_round_0(finished):
+def test_every_case_is_drawn_in_each_way_from_one_noise(finished):
     for generator in study.GENERATORS:
-        for record, case in zip(records(finished, generator, 0), held_out_cases(2, 5), strict=True):
-            assert record["case"] == [case.neutral, case.v, case.a]
-            assert record["prompts"][0] == data.with_numbers(case.neutral, case.v, case.a)
-            assert record["words"][0]["v"] == record["control"][0]["v"]
-            assert [r["pictures"] for r in record["control"]] == [2, 4]
-            for kind in ("words", "control"):
-                losses = [r["loss"] for r in record[kind]]
-                assert losses == sorted(losses, reverse=True)  # the best so far
+        for record, case in zip(read_records(finished / f"{generator}.jsonl"), held_out_cases(2, 5, "validation"),
+                                strict=True):
+            seeing = record["feedback"]
+            assert seeing["prompts"][0] == data.with_numbers(case.neutral, case.v, case.a)
+            assert len(seeing["losses"]) == 2 and seeing["changed"][0] == (seeing["prompts"][1] != seeing["prompts"][0])
+            assert {(found["id"], found["v"], found["a"]) for found in record.values()} == {(case.id, case.v, case.a)}
+            for name in BLIND:  # round 0 is the same pictures
+                assert record[name]["round_errors"][0] == seeing["round_errors"][0]
 
 
-def test_a_killed_study_goes_on_and_prints_the_same_tables(finished, capsys):
-    path = finished / "RF_seed0" / "cases.jsonl"
+def test_a_killed_study_goes_on_and_has_the_same_records(finished):
+    path = finished / "RF.jsonl"
     whole = path.read_text()
+    before = (finished / "feedback_validation.jsonl").read_text()
     path.write_text(whole[:len(whole) - 40])
     run(finished)
-    again = [{k: v for k, v in r["words"][-1].items() if k != "seconds"} for r in records(finished, "RF", 0)]
-    assert again == [{k: v for k, v in json.loads(r)["words"][-1].items() if k != "seconds"} for r in whole.splitlines()]
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line]
-    assert rows[2:8] == ["base", "base, best of as many as TF", "TF", "RF", "RF, best of as many as TF", "RF + TF"]
-    assert sum("TF, mean of the round" in row for row in rows) == 2
+    assert path.read_text() == whole and (finished / "feedback_validation.jsonl").read_text() == before
 
 
-def test_a_table_holds_means_over_cases_and_spread_over_seeds():
-    def record(x):
-        figures = {"v": x, "a": 1.0, "judge_v": float("nan"), "judge_a": 0.5, "clip": 70.0, "pictures": 4}
-        return {"one": figures, "control": [figures] * study.ROUNDS, "words": [figures] * study.ROUNDS,
-                "words_round": [{"v": x, "a": 1.0}] * study.ROUNDS}
+def seen_by(judge, questions):
+    """The pictures of each question as the judge behind a Blind one is shown them."""
+    seen = []
 
-    text = study.tables({"base": [[record(1.0), record(2.0)], [record(2.0), record(3.0)]]})
-    assert "| base | 2.00 ± 0.71 | 1.00 ± 0.00 |" in text and "3.00 ± 0.71 | 3.00 ± 0.71" in text
+    def remember(conversations, *counts):
+        seen.extend([part["image"] for part in user["content"] if part["type"] == "image"] for _, user in conversations)
+        return [""] * len(conversations)
+
+    judge.judge = remember
+    judge(questions, 0)
+    return seen
+
+
+def test_a_blind_judge_is_shown_other_pictures_and_told_the_same():
+    colours = [Image.new("RGB", (28, 28), name) for name in ("red", "blue", "grey", "white")]
+    one = feedback.ask("regression", colours[0])
+    two = feedback.ask_compare("a swan", "a swan", 7, 3, (colours[0], 6, 3), (colours[1], 5, 3))
+    assert seen_by(study.Blind(None, colours[2:], comparing=True), [one, two]) == [[colours[0]], colours[2:]]
+    assert seen_by(study.Blind(None, colours[2:], comparing=False), [one, two]) == [[colours[2]], colours[2:]]
+    hidden = study.Blind(None, colours[2:], comparing=True).hidden(two)
+    assert hidden[0] == two[0] and hidden[1]["content"][2:] == two[1]["content"][2:]
+
+
+def test_the_tables_compare_case_by_case_and_follow_the_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RECORDS", tmp_path)
+    for method, off in (("one picture", 2.0), ("feedback", 1.0)):
+        records = [{"id": str(i), "v": 5.0, "a": 5.0, "meter": [5 + off, 5 + off / 2], "judge": None, "content": 50.0 * off,
+                    "clip_score": 1.0, "other_clip_score": 1.0, "round_errors": [3.0, 2.0], "best_errors": [2.0, 1.0],
+                    "losses": [0.2 + i, 0.1], "changed": [i]} for i in range(3)]
+        results.add_figures("feedback", f"base: {method}", {}, records)
+    pairs = results.table_of("feedback_pairs").splitlines()
+    assert pairs[2:] == ["| base: feedback | base: one picture | -50 [-50, -50] | -50 [-50, -50] | -50 [-50, -50] |"
+                         " -50.0 [-50.0, -50.0] |"]
+    pictures, best, changed = results.table_of("feedback_rounds").splitlines()[2:]
+    assert pictures.endswith("| 3.00 [3.00, 3.00] | 2.00 [2.00, 2.00] |")
+    assert best.endswith("| 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] |")
+    assert changed.endswith("| 100 % of 2 | – |")  # the first case is settled

@@ -1,53 +1,78 @@
-"""Reward and textual feedback in the miniature, alone and together (figure 5), and error by round.
+"""Textual feedback in the miniature beside all that might explain it without looking at pictures.
 
-    python -m tiny.feedback_study                          # 100 held-out cases, 3 seeds, two tables
-    python -m tiny.feedback_study --cases 10 --seeds 0     # a quick look
+    python -m tiny.feedback_study                    # 100 test cases, two generators, the records
+    python -m tiny.feedback_study --cases 4 --split validation      # a quick look
 
 A case is a neutral request with a target V and A, given as numbers in the first prompt. For each
-generator, the base and the one after reward feedback (RF), it is drawn
+generator, the base and the one after reward feedback (RF), a picture is chosen in eight ways:
 
-- once,
-- by textual feedback (TF, feedback.refine): rounds 0..3 of `--n` pictures, the best of all by the
-  judge,
-- and as TF's control: best of as many pictures by the judge, of the unchanged prompt. Round 0 is
-  the same pictures.
+- one picture of the first prompt, and one of the template that writes the target in words as well;
+- the best of as many pictures as feedback draws, of either prompt;
+- feedback: rounds 0..3 of `--n` pictures (feedback.refine), the best of all;
+- blind feedback: the pictures are scored as ever, but the judge compares two blank ones, or two of
+  another case; or it sees nothing, so that the scores it is told are those of blank pictures.
 
-The meter, which takes no part, and the judge, which chose, read V and A of the chosen picture;
-CLIP-Score compares it with the request. A killed study goes on with the next case; the cases lie in
-tiny/cache/feedback_study.
+All start from the same noise, so round 0 is the same pictures. The judge chooses, and sees for it;
+the meter and the examiner of content, which take no part, say how good the choice was. A killed
+study goes on with the next case; the cases lie in tiny/cache/feedback_study, then in
+docs/records/feedback.jsonl.
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
     from parts import interrupts
     interrupts.catch()
 
-import math
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import feedback
-import qwen_vl
-from evaluation import metrics
+from evaluation import run as evaluation
 from evaluation.cases import held_out_cases
 from parts import cli, clip
 from parts.files import append_rows, read_records, whole_records
-from parts.pipeline import TINY, judge_of, load_generator, to_images
-from tiny import scenes
-from tiny.judge_study import run_all
+from parts.pipeline import TINY, judge_of, load_generator, load_judge, to_images
+from tiny import results, scenes
+from tiny.examiner import Examiner
+from tiny.judge_study import run_all, shown
 
 STUDY = Path(__file__).resolve().parent / "cache" / "feedback_study"
 GENERATORS = ("base", "RF")
 ROUNDS = 4
-COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge",
-           "judge_a": "A-Error by judge", "clip": "CLIP-Score ↑", "pictures": "pictures",
-           "seconds": "seconds"}
+SIZE = 128
+TABLE = "feedback"
+
+
+# --------------------------------------------------------------------------------------------------
+# Judges that do not look
+
+
+@dataclass
+class Blind:
+    """A judge that sees other pictures than it is shown, always or only where it compares two."""
+    judge: object  # of pipeline.judge_of
+    pictures: list  # PIL images, in turn in place of a question's own
+    comparing: bool  # only these questions; their scores are then those of the real pictures
+
+    def __call__(self, conversations, *counts):
+        return self.judge([self.hidden(each) for each in conversations], *counts)
+
+    def expected_va(self, conversations, *thoughts):
+        return self.judge.expected_va([self.hidden(each) for each in conversations], *thoughts)
+
+    def hidden(self, conversation):
+        system, user = conversation
+        images = [part for part in user["content"] if part["type"] == "image"]
+        if self.comparing and len(images) < 2:
+            return conversation
+        instead = [part | {"image": own} for part, own in zip(images, self.pictures)]
+        return [system, user | {"content": instead + user["content"][len(images):]}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,163 +82,105 @@ COLUMNS = {"v": "V-Error ↓", "a": "A-Error ↓", "judge_v": "V-Error by judge"
 @dataclass
 class Tools:
     """What draws and reads the pictures of every case."""
-    draw: object  # (prompts, seeds) -> pictures
+    draw: object  # (prompt, seeds) -> PIL images
     judge: object  # of pipeline.judge_of
-    scorer: clip.CLIP
+    instruments: evaluation.Instruments
     n: int  # pictures a round
-    readings: int  # answers of the judge for each picture
+    readings: int | str  # how the judge is read
 
 
-def figures(picture, case, scorer, count):
-    """What meter, judge and CLIP say of the picture chosen among `count`.
-
-    NaN where the judge's answer could not be read.
-    """
-    v, a = scenes.measure_va(picture.image)
-    judge_v, judge_a = picture.judgement.va
+def figures(image, judgement, case, tools):
+    """What meter, judge, examiner and CLIP say of the chosen picture, with the case's target."""
     # against the request, not the rewritten prompt: did the picture keep what was asked for?
-    score = metrics.clip_score(scorer, [picture.image], [case.neutral])
+    scores = evaluation.scores_of(tools.instruments, [image], [case])
+    return {"id": case.id, "v": case.v, "a": case.a, "meter": list(scenes.measure_va(image)),
+            "judge": None if judgement.v is None else list(judgement.va),
+            **{name: float(values[0]) for name, values in scores.items()}}
+
+
+def error(image, case):
+    """|ΔV| + |ΔA| by the meter."""
+    return float(np.abs(np.subtract(scenes.measure_va(image), (case.v, case.a))).sum())
+
+
+def chosen(images, judgements, case, tools):
+    """The figures of the picture that the judge finds nearest to the target."""
+    losses = [judgement.distance(case.v, case.a) for judgement in judgements]
+    best = losses.index(min(losses))
+    return figures(images[best], judgements[best], case, tools)
+
+
+def by_round(rounds, case):
+    """What happened in each round of feedback."""
+    best_errors = []
+    for number in range(1, len(rounds) + 1):
+        r, i = feedback.best_of(rounds[:number])
+        best_errors.append(error(rounds[r].pictures[i].image, case))
     return {
-        "v": abs(v - case.v), "a": abs(a - case.a),
-        "judge_v": abs(judge_v - case.v), "judge_a": abs(judge_a - case.a),
-        "loss": picture.loss, "clip": float(score[0]), "pictures": count,
-    }
-
-
-def mean_errors(pictures, case):
-    """{"v": , "a": } by the meter of all pictures of a round, chosen or not."""
-    measured = [scenes.measure_va(picture.image) for picture in pictures]
-    errors = np.abs(np.subtract(measured, (case.v, case.a))).mean(0)
-    return dict(zip("va", errors.tolist()))
-
-
-def run_case(case, seed, tools):
-    """The record of one case: figures of one picture, and by round of TF and of its control."""
-    def generate(prompt, seeds):
-        return to_images(tools.draw([prompt] * len(seeds), seeds))
-
-    start = data.with_numbers(case.neutral, case.v, case.a)
-    refine = partial(feedback.refine, case.neutral, case.v, case.a, generate, tools.judge,
-                     images_per_round=tools.n, start=start, readings=tools.readings)
-
-    # 1. textual feedback
-    began = time.perf_counter()
-    rounds = refine(rounds=ROUNDS, seed=seed)
-    seconds = time.perf_counter() - began  # drawing, judging and rewriting
-
-    # 2. its control: the same seeds, the first prompt
-    control = rounds[:1]
-    for number in range(1, len(rounds)):
-        control += refine(rounds=1, seed=seed + number * tools.n)
-
-    # 3. the best picture after each round
-    def best(of):
-        r, i = feedback.best_of(of)  # chosen by the judge, never by the meter
-        return figures(of[r].pictures[i], case, tools.scorer, tools.n * len(of))
-
-    one = figures(rounds[0].pictures[0], case, tools.scorer, 1)
-    done = range(1, len(rounds) + 1)
-    return {
-        "case": [case.neutral, case.v, case.a],
-        "seed": seed,
+        "round_errors": [float(np.mean([error(picture.image, case) for picture in r.pictures]))
+                         for r in rounds],
+        "best_errors": best_errors,
+        "losses": [r.pictures[r.best].loss for r in rounds],
+        "changed": [int(r.next_prompt != r.prompt) for r in rounds[:-1]],
         "prompts": [r.prompt for r in rounds],
-        "notes": [r.note for r in rounds],
-        "one": one | {"seconds": rounds[0].seconds["draw"] / tools.n},
-        "words": [best(rounds[:k]) | {"seconds": seconds} for k in done],
-        "control": [best(control[:k]) for k in done],
-        "words_round": [mean_errors(r.pictures, case) for r in rounds],
-        "seconds": [r.seconds for r in rounds],
     }
+
+
+def run_case(case, another, seed, tools):
+    """{way of choosing: its picture's figures} of a case; another: the case shown in its place."""
+    seeds = range(seed, seed + ROUNDS * tools.n)  # as feedback counts them
+    read = partial(feedback.judge_images, tools.judge, readings=tools.readings)
+
+    # 1. pictures of one prompt: one, and the best of as many as feedback draws
+    found = {}
+    for name, form in (("", "numbers"), ("template, ", "both")):
+        images = tools.draw(data.TARGET_FORMS[form](case.neutral, case.v, case.a), seeds)
+        judgements = read(images)
+        found[f"{name}one picture"] = figures(images[0], judgements[0], case, tools)
+        found[f"{name}best of as many"] = chosen(images, judgements, case, tools)
+
+    # 2. feedback with each judge
+    blank = [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))] * 2
+    prompt = data.with_numbers(another.neutral, another.v, another.a)
+    strangers = tools.draw(prompt, [seed + ROUNDS * tools.n, seed + ROUNDS * tools.n + 1])
+    judges = {
+        results.SEEING: tools.judge,
+        "blind, compares blank pictures": Blind(tools.judge, blank, comparing=True),
+        "blind, compares another case's": Blind(tools.judge, strangers, comparing=True),
+        "blind, its scores too": Blind(tools.judge, blank, comparing=False),
+    }
+    for name, judge in judges.items():
+        rounds = feedback.refine(case.neutral, case.v, case.a, tools.draw, judge, ROUNDS, tools.n,
+                                 seed=seed, readings=tools.readings)
+        pictures = [picture for r in rounds for picture in r.pictures]
+        images = [picture.image for picture in pictures]
+        # Every picture is chosen by what the seeing judge says, also where it was blind till then.
+        scored = judge is tools.judge or judge.comparing
+        judgements = [picture.judgement for picture in pictures] if scored else read(images)
+        found[name] = chosen(images, judgements, case, tools) | by_round(rounds, case)
+    return found
 
 
 def run_cases(args):
-    """One generator and seed: append the missing cases to its file."""
-    model = qwen_vl.QwenVL.from_pretrained(args.judge)
+    """One generator: append the missing cases to its file."""
     generator = load_generator(TINY, adapter=args.adapter if args.only == "RF" else None)
-    tools = Tools(
-        draw=partial(generator.draw, size=128, steps=args.sample_steps),
-        judge=judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=False),
-        scorer=clip.CLIP.from_pretrained(TINY / "clip"),
-        n=args.n,
-        readings=args.readings,
-    )
-    path = file_of(args, args.only, args.seeds[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def draw(prompt, seeds):
+        pixels = generator.draw([prompt] * len(seeds), list(seeds), SIZE, args.sample_steps)
+        return to_images(pixels)
+
+    instruments = evaluation.Instruments(
+        readers={}, scorer=clip.CLIP.from_pretrained(TINY / "clip"),
+        other=clip.CLIP.from_pretrained(TINY / "other_clip"), examiner=Examiner.from_pretrained())
+    model = load_judge(args.judge, "cpu", SIZE)
+    judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=False)
+    tools = Tools(draw, judge, instruments, args.n, args.readings)
+    path = args.out / f"{args.only}.jsonl"
     done = len(whole_records(path))  # without the line that a kill cut short
-    cases = held_out_cases(args.cases, seed=5)
-    name = f"{args.only} {args.seeds[0]}"
-    for i in tqdm(range(done, args.cases), name, args.cases, initial=done):
-        seed = (args.seeds[0] * args.cases + i) * 10_000  # no two cases share a picture's seed
-        append_rows(path, [run_case(cases[i], seed, tools)])
-
-
-def file_of(args, generator, seed):
-    return args.out / f"{generator}_seed{seed}" / "cases.jsonl"
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-
-
-def over_seeds(values):
-    """Mean over the cases, then "mean ± standard deviation" over the seeds.
-
-    values: for each seed those of all cases. What could not be read (NaN) is left out.
-    """
-    means = []
-    for own in values:
-        # a seed without any readable answer stays NaN
-        means.append(np.mean([value for value in own if not math.isnan(value)] or math.nan))
-    spread = f" ± {np.std(means, ddof=1):.2f}" if len(means) > 1 else ""
-    return f"{np.mean(means):.2f}{spread}"
-
-
-def methods_of(name, record):
-    """{row of the first table: its figures} of one generator's record of a case."""
-    return {
-        name: record["one"],
-        f"{name}, best of as many as TF": record["control"][-1],
-        "TF" if name == "base" else f"{name} + TF": record["words"][-1],
-    }
-
-
-def method_figures(cases, name, method, key):
-    return [methods_of(name, record)[method][key] for record in cases]
-
-
-def round_errors(cases, kind, number):
-    """V-Error + A-Error of each case after a round."""
-    return [record[kind][number]["v"] + record[kind][number]["a"] for record in cases]
-
-
-def tables(results):
-    """Two Markdown tables of {generator: [records of a seed]}.
-
-    The methods with TF's control, and error by round.
-    """
-    rows = [("method", *COLUMNS.values())]
-    for name, records in results.items():
-        # every record has the same methods, and a method the same figures
-        for method, known in methods_of(name, records[0][0]).items():
-            cells = [method]
-            for key in COLUMNS:
-                if key not in known:
-                    cells.append("")
-                    continue
-                values = [method_figures(cases, name, method, key) for cases in records]
-                cells.append(over_seeds(values))
-            rows.append(cells)
-    by_round = [("V-Error + A-Error by the meter", *(f"round {r}" for r in range(ROUNDS)))]
-    kinds = {"words": "TF, best so far", "control": "control: best of as many",
-             "words_round": "TF, mean of the round's pictures"}
-    for name, records in results.items():
-        for kind, title in kinds.items():
-            cells = [f"{name}: {title}"]
-            for number in range(ROUNDS):
-                values = [round_errors(cases, kind, number) for cases in records]
-                cells.append(over_seeds(values))
-            by_round.append(cells)
-    return f"{cli.markdown(rows)}\n\n{cli.markdown(by_round)}"
+    cases = held_out_cases(args.cases + 1, 5, args.split)  # the last one is only shown
+    for i in tqdm(range(done, args.cases), args.only, args.cases, initial=done):
+        # no two cases share a picture's seed
+        append_rows(path, [run_case(cases[i], cases[i + 1], i * 1000, tools)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,14 +190,13 @@ def tables(results):
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--cases", type=cli.integer(1, 10**6), default=100,
-        help="held-out cases (default: %(default)s)")
-    add("--seeds", type=lambda text: [cli.integer(0, 10**6)(seed) for seed in text.split(",")],
-        default=[0, 1, 2], help="of the pictures (default: 0,1,2)")
-    add("--n", type=cli.integer(2, 1000), default=4,
+    add("--cases", type=cli.integer(1, 10**6), default=100, help="(default: %(default)s)")
+    add("--split", choices=("test", "validation"), default="test",
+        help="whose cases; those of validation go to records of their own (default: %(default)s)")
+    add("--n", type=cli.integer(2, 200), default=4,
         help="pictures a round (default: %(default)s)")
-    add("--readings", type=cli.readings, default=8,
-        help="answers of the judge a picture (default: %(default)s)")
+    add("--readings", type=cli.readings, default=feedback.RefineOptions.readings,
+        help="how the judge is read (default: %(default)s)")
     add("--sample-steps", type=cli.integer(1, 1000), default=12,
         help="steps of the sampler (default: %(default)s)")
     add("--judge", type=Path, default=TINY / "judge", help="folder of the judge")
@@ -238,31 +204,35 @@ def parse_args(argv=None):
     add("--out", type=Path, default=STUDY, help="folder of the study (default: %(default)s)")
     add("--jobs", type=cli.integer(1, 1000), default=2,
         help="runs at a time (default: %(default)s)")
-    add("--only", choices=GENERATORS,
-        help="run the cases of one generator and the first seed, no table")
+    add("--only", choices=GENERATORS, help="run the cases of one generator, no table")
     return parser.parse_args(argv)
 
 
+def command_of(args, generator):
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in
+             ("cases", "split", "n", "readings", "sample_steps", "judge", "adapter", "out")]
+    return [sys.executable, "-m", "tiny.feedback_study", "--only", generator, *flags]
+
+
 def study(args):
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.only:
         return run_cases(args)
-    # a process for each generator and seed whose cases are not complete
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in
-             ("cases", "n", "readings", "sample_steps", "judge", "adapter", "out")]
-    runs = []
-    for seed in args.seeds:
-        for name in GENERATORS:
-            path = file_of(args, name, seed)
-            if len(read_records(path)) < args.cases:  # else it was finished before
-                command = [sys.executable, "-m", "tiny.feedback_study", "--only", name,
-                           "--seeds", seed, *flags]
-                runs.append((path.parent, [command]))
-    run_all(runs, args.jobs, "feedback")
-    results = {}
-    for name in GENERATORS:
-        records = [read_records(file_of(args, name, seed)) for seed in args.seeds]
-        results[name] = [cases[:args.cases] for cases in records]
-    print(tables(results))
+    # 1. a process for each generator whose cases are not complete
+    files = {name: args.out / f"{name}.jsonl" for name in GENERATORS}
+    run_all([(args.out / name, [command_of(args, name)]) for name, file in files.items()
+             if len(read_records(file)) < args.cases], args.jobs, "feedback")
+
+    # 2. records, a row for each generator and way of choosing
+    table = TABLE if args.split == "test" else f"{TABLE}_{args.split}"
+    for name, file in files.items():
+        cases = read_records(file)[:args.cases]
+        for method in cases[0]:
+            head = {"commands": [shown(command_of(args, name))]}
+            records = [case[method] for case in cases]
+            results.add_figures(table, f"{name}: {method}", head, records)
+    for name in (table, f"{table}_pairs", f"{table}_rounds"):
+        print(results.table_of(name), end="\n\n")
 
 
 def main(argv=None):

@@ -10,6 +10,8 @@ reward feedback draws with. The meter says what valence and arousal each picture
 - mean of 8: the mean of that answer and seven that are drawn at random
 - logits: the expected value over the number's digits, in one forward pass without a thought
 - thought, then logits: the same after the thought of the likeliest answer
+
+The groups' figures go to docs/records/reading.jsonl.
 """
 
 import sys
@@ -17,6 +19,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import feedback
@@ -25,9 +28,10 @@ from evaluation.cases import held_out_cases
 from evaluation.metrics import spearman
 from parts import cli
 from parts.pipeline import TINY, judge_of, load_generator, load_judge, seeded, to_images
-from tiny import scenes
+from tiny import results, scenes
 
 SIZE = 128
+TABLE = "reading"
 WAYS = {"answer": 1, "mean of 8": 8, "logits": "logits", "thought, then logits": "thought"}
 DRAWING = flow_grpo.SDESettings(  # as train_gen.py draws the miniature's pictures
     num_steps=6, noise_level=0.7, stochastic=range(6), trained=range(0))
@@ -44,16 +48,14 @@ def draw_group(generator, case, group, seed):
     return to_images(generator.decode(trajectory.latents))
 
 
-def figures_of(readings, truths, targets, seconds):
-    """{column: figure} of readings and truths [groups,G,2], targets [groups,2]."""
-    rewards = -np.abs(readings - targets[:, None]).sum(-1)  # [groups,G], but for a constant
-    best = -np.abs(truths - targets[:, None]).sum(-1)
-    ties = [1 - len(set(group)) / len(group) for group in rewards.round(6).tolist()]
-    order = [spearman(*pair) for pair in zip(rewards, best, strict=True)]
-    errors = np.nanmean(np.abs(readings - truths), axis=(0, 1))
-    return {"V to the meter ↓": errors[0], "A to the meter ↓": errors[1],
-            "ties in a group ↓": np.mean(ties), "Spearman in a group ↑": np.nanmean(order),
-            "seconds a picture ↓": seconds / readings[..., 0].size}
+def figures_of(readings, truths, target, seconds):
+    """{figure: number} of a group's readings and truths [G,2] and its target (V, A)."""
+    rewards = -np.abs(readings - target).sum(-1)  # [G], but for a constant
+    best = -np.abs(truths - target).sum(-1)
+    off = np.abs(readings - truths)
+    return {"v_off": float(np.nanmean(off[:, 0])), "a_off": float(np.nanmean(off[:, 1])),
+            "ties": 1 - len(set(rewards.round(6).tolist())) / len(rewards),
+            "order": spearman(rewards, best), "seconds": seconds / len(rewards)}
 
 
 def study(args):
@@ -61,20 +63,22 @@ def study(args):
     judge = judge_of(load_judge(args.judge, "cpu", SIZE), progress=False)
     cases = held_out_cases(args.groups, seed=0, split="validation")
     groups = [draw_group(generator, case, args.group, i * args.group)
-              for i, case in enumerate(cases)]
-    images = [image for group in groups for image in group]
-    targets = np.array([(case.v, case.a) for case in cases])
-    shape = (args.groups, args.group, 2)
-    truths = np.array([scenes.measure_va(image) for image in images]).reshape(shape)
-    rows = []
-    for name, readings in WAYS.items():
-        began = time.perf_counter()
-        seen = feedback.judge_images(judge, images, readings, strict=True)
-        readings = np.array([each.va for each in seen]).reshape(shape)
-        figures = figures_of(readings, truths, targets, time.perf_counter() - began)
-        rows = rows or [["reading", *figures]]
-        rows.append([name, *(f"{figure:.2f}" for figure in figures.values())])
-    print(cli.markdown(rows))
+              for i, case in enumerate(tqdm(cases, "drawing"))]
+    command = f"python -m tiny.reading_study --groups {args.groups} --group {args.group}"
+    if args.adapter:
+        command += f" --adapter {args.adapter}"
+    for name, ways in WAYS.items():
+        records = []
+        for case, images in zip(cases, tqdm(groups, name), strict=True):
+            began = time.perf_counter()
+            seen = feedback.judge_images(judge, images, ways, strict=True)
+            seconds = time.perf_counter() - began
+            truths = np.array([scenes.measure_va(image) for image in images])
+            readings = np.array([each.va for each in seen])
+            records.append({"id": case.id,
+                            **figures_of(readings, truths, (case.v, case.a), seconds)})
+        results.add_figures(TABLE, name, {"commands": [command]}, records)
+    print(results.table_of(TABLE))
 
 
 def main(argv=None):

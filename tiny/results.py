@@ -11,7 +11,8 @@ each case. On the page a table stands between two comments that name its records
     <!-- end -->
 
 A figure is the mean over cases, with its 95 % interval over cases: what another set of prompts
-might have given. A row of several seeds first takes the mean of a case over its seeds.
+might have given. A row of several seeds first takes the mean of a case over its seeds. NAME_pairs
+compares rows of the table NAME case by case, and feedback_rounds follows feedback over its rounds.
 """
 
 import re
@@ -55,6 +56,16 @@ CONTROL = {
     "order V ↑": (itemgetter("v_order"), 3),
     "order A ↑": (itemgetter("a_order"), 3),
 }
+READING = {
+    "V to the meter ↓": (itemgetter("v_off"), 2),
+    "A to the meter ↓": (itemgetter("a_off"), 2),
+    "ties in a group, % ↓": (lambda r: 100 * r["ties"], 1),
+    "Spearman in a group ↑": (itemgetter("order"), 2),
+    "seconds a picture ↓": (itemgetter("seconds"), 3),
+}
+TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING}  # others have COLUMNS
+SEEING = "feedback"  # what the controls of textual feedback are compared with
+UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
 
 
 def error_by_judge(record, axis):
@@ -144,8 +155,7 @@ def cells_of(runs, columns):
             cells.append("–")
             continue
         values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n]
-        found = estimate(values.mean(axis=0), mean, samples)
-        cells.append("{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits))
+        cells.append(shown(estimate(values.mean(axis=0), mean, samples), digits))
     return cells
 
 
@@ -159,9 +169,86 @@ def correlations(runs):
     return cells
 
 
+def by_case(runs, figure):
+    """A figure of each case [n], the mean over a row's runs, in the order of the cases' names."""
+    ordered = [sorted(records, key=itemgetter("id")) for records in runs.values()]
+    return np.array([[figure(record) for record in records] for records in ordered]).mean(axis=0)
+
+
+def pairs_of(rows):
+    """[(row, the row it is compared with)] of a table."""
+    if "base" in rows:
+        return [(row, "base") for row in rows if row != "base"]
+    pairs = []
+    for row in rows:
+        generator, method = row.split(": ")
+        if method != SEEING:
+            pairs.append((f"{generator}: {SEEING}", row))
+    return pairs
+
+
+def pairs_table(name):
+    """Markdown of how rows differ on the same cases: errors in per cent, the rest in points."""
+    rows = rows_of(name)
+    lines = [["", "beside", *(f"{head.split()[0]}, %" for head in list(COLUMNS)[:2]), "both, %",
+              "content, points"]]
+    for row, other in pairs_of(rows):
+        errors = [[by_case(rows[each], COLUMNS[head][0]) for head in list(COLUMNS)[:2]]
+                  for each in (row, other)]  # [2 rows][2 scales] of [n]
+        samples = resamples([None] * len(errors[0][0]))
+        cells = []
+        for mine, theirs in (*zip(*errors), [sum(both) for both in errors]):
+            pair = np.stack([mine, theirs], axis=1)  # [n,2]
+            cells.append(shown(estimate(pair, change, samples), 0))
+        content = [by_case(rows[each], COLUMNS["content, % ↑"][0]) for each in (row, other)]
+        cells.append(shown(estimate(content[0] - content[1], mean, samples), 1))
+        lines.append([row, other, *cells])
+    return cli.markdown(lines)
+
+
+def change(pair):
+    """How much less the mean of [n,2]'s first column is than that of its second, in per cent."""
+    mine, theirs = pair.mean(axis=0)
+    return 100 * (mine / theirs - 1)
+
+
+def rounds_table(name):
+    """Markdown of feedback by round: the error of its pictures and how often its prompt changed.
+
+    The last line counts only cases whose best picture's loss, by the judge, is above UNSETTLED.
+    """
+    rows = {row: runs for row, runs in rows_of(name).items() if row.endswith(f": {SEEING}")}
+    count = len(next(iter(next(iter(rows.values())).values()))[0]["losses"])
+    lines = [["V-Error + A-Error by the meter", *(f"round {number}" for number in range(count))]]
+    for row, runs in rows.items():
+        for title, key in (("all pictures of the round", "round_errors"),
+                           ("the best so far by the judge", "best_errors")):
+            values = by_case(runs, itemgetter(key))  # [n,rounds]
+            samples = resamples([None] * len(values))
+            cells = [shown(estimate(own, mean, samples), 2) for own in values.T]
+            lines.append([f"{row}: {title}", *cells])
+        records = [record for own in runs.values() for record in own]
+        cells = []
+        for number in range(count - 1):
+            changed = [record["changed"][number] for record in records
+                       if record["losses"][number] > UNSETTLED]
+            cells.append(f"{100 * statistics.mean(changed):.0f} % of {len(changed)}"
+                         if changed else "–")
+        lines.append([f"{row}: its prompt is changed, loss above {UNSETTLED}", *cells, "–"])
+    return cli.markdown(lines)
+
+
+def shown(found, digits):
+    return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits)
+
+
 def table_of(name):
     """Markdown of a table."""
-    columns = {"judge": JUDGE, "control": CONTROL}.get(name, COLUMNS)
+    if name.endswith("_pairs"):
+        return pairs_table(name.removesuffix("_pairs"))
+    if name.endswith("_rounds"):
+        return rounds_table(name.removesuffix("_rounds"))
+    columns = TABLES.get(name, COLUMNS)
     head = ["", "seeds", *columns]
     if columns is COLUMNS:
         head += ["Spearman V ↑", "Spearman A ↑"]
