@@ -158,8 +158,13 @@ def folded_cell(run, cell, folder):
     """One target of a grid."""
     best = best_of(cell)
     loss = f' <span class="soft">loss {best[2]["loss"]:.2f}</span>' if best else ""
-    return fill("cell", v=f"{cell['v']:g}", a=f"{cell['a']:g}", loss=loss,
+    return fill("cell", v=f"{cell['v']:g}", a=f"{cell['a']:g}", loss=loss, id=anchor(cell),
                 rounds=round_sections(run, cell, folder, 4))
+
+
+def anchor(cell):
+    """The name of a target's place in the page; a browser unfolds what a link leads into."""
+    return f"v{cell['v']:g}-a{cell['a']:g}"
 
 
 def best_picture(run, folder):
@@ -236,10 +241,10 @@ RING = '<circle class="line" r="13"/>'  # around the result
 
 
 def plane(cells):
-    """What is drawn into the plane: {axes, marks, keys, label}.
+    """What is drawn into the plane: {axes, marks, keys, label, role}.
 
     One cell: its target and all judged pictures, the best ones of the rounds joined by a line.
-    Several: each target joined to its best picture.
+    Several: each target joined to its best picture, and both lead to the target's pictures.
     """
     one = len(cells) == 1
     rounds = rounds_of(cells)
@@ -247,7 +252,8 @@ def plane(cells):
     for cell in cells:
         chosen = best_of(cell)
         points = [] if one else [at(cell["v"], cell["a"])]
-        targets.append(put(cell, CROSS if one else CIRCLE, f"target: {target(cell)}"))
+        to = None if one else anchor(cell)
+        targets.append(put(cell, CROSS if one else CIRCLE, f"target: {target(cell)}", to))
         for r, round in enumerate(cell["rounds"]):
             for i, image in enumerate(round["images"]):
                 best = chosen is not None and chosen[:2] == (r, i)
@@ -259,7 +265,7 @@ def plane(cells):
                 if best:
                     title += ", the result"
                     mark += RING if one else ""
-                (top if best else heads if head else dots).append(put(image, mark, title))
+                (top if best else heads if head else dots).append(put(image, mark, title, to))
                 if head:
                     points.append(at(image["v"], image["a"]))
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -275,7 +281,9 @@ def plane(cells):
         label = f"target {target(cells[0])} and the judged pictures"
     # What is drawn later hides what lies under it, so the result comes last.
     marks = "".join(lines + dots + targets + heads + top)
-    return {"axes": fill("axes"), "label": label, "keys": keys, "marks": marks}
+    # what is inside of an img cannot be reached by keys
+    role = "img" if one else "group"
+    return {"axes": fill("axes"), "label": label, "keys": keys, "marks": marks, "role": role}
 
 
 def at(v, a):
@@ -283,10 +291,11 @@ def at(v, a):
     return 4 + 40 * v, 376 - 40 * a
 
 
-def put(where, mark, title):
-    """A mark at the V and A of a cell or an image."""
+def put(where, mark, title, to=None):
+    """A mark at the V and A of a cell or an image; to: the place in the page that it leads to."""
     x, y = at(where["v"], where["a"])
-    return fill("mark", x=f"{x:.1f}", y=f"{y:.1f}", title=title, mark=mark)
+    mark = fill("mark", x=f"{x:.1f}", y=f"{y:.1f}", title=title, mark=mark)
+    return mark if to is None else fill("link", to=to, title=title, mark=mark)
 
 
 def colour(r, rounds):

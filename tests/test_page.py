@@ -153,14 +153,15 @@ def test_the_page_is_valid_html_that_loads_nothing_and_describes_every_picture(n
     assert "http:" not in source and "https:" not in source and "url(" not in source and "@import" not in source
     for tag, attrs in parsed.tags:
         assert tag not in ("script", "iframe", "object", "embed") and not any(key.startswith("on") for key in attrs)
-        assert all(attrs[key].startswith("data:") for key in ("src", "href") if key in attrs)
+        links = [attrs[key] for key in ("src", "href") if key in attrs]
+        assert all(to.startswith("data:") or to.removeprefix("#") in ids for to in links)
     images = sum(len(round["images"]) for cell in RUNS[name]["cells"] for round in cell["rounds"])
     assert len(parsed.all("img")) == images + (name != "grid that goes on")
     assert all("a swan on the" in img["alt"] and int(img["width"]) == int(img["height"]) > 0 for img in parsed.all("img"))
     levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in pairwise(levels))
     plane = [svg for svg in parsed.all("svg") if "aria-hidden" not in svg]
-    assert len(plane) == 1 and plane[0]["role"] == "img" and "alence" in plane[0]["aria-label"]
+    assert len(plane) == 1 and plane[0]["role"] == ("group" if "grid" in name else "img") and "alence" in plane[0]["aria-label"]
     for text in ("the miniature", "25", "4.5", "32 px", "in all 6.8 s", RUNS[name]["judge"] or "none"):
         assert text in parsed.text("table")
 
@@ -199,7 +200,19 @@ def test_the_plane_has_every_judged_picture_and_target_at_its_place(folder):
     assert "target: valence 7, arousal 3" in svg and svg.count(", the result") == 1
     assert "valence</text>" in svg and "arousal</text>" in svg
     svg = re.search(r'<svg viewBox="0 0 380 384".*?</svg>', page.html(RUNS["grid"], folder), re.DOTALL)[0]
-    assert svg.count("target: ") == svg.count("the result") == svg.count("<polyline") == 25
+    assert svg.count("<title>target: ") == svg.count("the result</title>") == svg.count("<polyline") == 25
+
+
+def test_the_plane_of_a_grid_leads_to_each_targets_pictures(folder):
+    source = page.html(RUNS["grid"], folder)
+    links = re.findall(r'<a href="#([^"]+)" aria-label="(target: [^"]+)?', source)
+    assert len(links) == 50 and ("v1-a9", "target: valence 1, arousal 9") in links
+    for to, _ in links:
+        cell = source.split(f'<div id="{to}">')[1].split("</details>")[0]
+        head = source.split(f'<div id="{to}">')[0].rsplit("<h3>", 1)[1]
+        v, a = re.fullmatch(r"v(.+)-a(.+)", to).groups()
+        assert head.startswith(f"V {v} A {a}") and "Round 0" in cell
+    assert "<a " not in page.html(RUNS["three rounds"], folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
