@@ -41,6 +41,7 @@ SHIPPED = HERE / "weights" / "adapter"
 TABLE = "reward_feedback"
 CONTENT = 0.05  # so much of the base's content a chosen adapter may lose
 EVALUATED = Path("evaluation", "evaluate.json")
+EVERY = 10  # steps between evaluations on the validation rows
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Row:
     form: str = "numbers"
 
 
+# Long enough to see a generator hack its judge, see tiny.hacking_study
+LONG = ("--steps", "100")
 ROWS = {
     "base": Row("base", None),
     "base, given words": Row("base_words", None, form="words"),
-    "emotion and PickScore": Row("both", (), (0, 1, 2)),
-    "emotion only": Row("emotion", ("--reward-weights", "emotion=1"), (0, 1, 2)),
+    "emotion and PickScore": Row("both", LONG, (0, 1, 2)),
+    "emotion only": Row(
+        "emotion", (*LONG, "--reward-weights", "emotion=1", "--beta", "0"), (0, 1, 2)),
     "guided imitation, no judge": Row("imitation", (), (0, 1, 2), "imitation"),
     "PickScore only": Row("pickscore", ("--reward-weights", "pickscore=1")),
     "judge before GRPO": Row("general", ("--judge", str(SUPERVISED))),
@@ -74,7 +78,8 @@ def training(row, seed, extra):
     if row.program == "imitation":
         return [sys.executable, "-m", "tiny.imitation", *common]
     judge = [] if "--judge" in row.flags else ["--judge", JUDGE]
-    return [sys.executable, HERE.parent / "train_gen.py", *common, *judge, *extra]
+    return [sys.executable, HERE.parent / "train_gen.py", "--eval-every", EVERY, *common, *judge,
+            *extra]
 
 
 def chosen(out):

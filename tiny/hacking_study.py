@@ -8,8 +8,8 @@ validation cases. The judge, who gave the rewards, is asked how near they are, a
 none are asked too: the meter, the examiner of content and a CLIP of another seed. Hacking is when
 the first goes on rising and the others fall.
 
-Further flags go to train_gen.py. A killed study goes on where it was; the runs lie in
-tiny/cache/hacking_study, the cases in docs/records/hacking.jsonl.
+The first two arms are rows of tiny.generator_study, and all runs lie in its folder. Further flags
+go to train_gen.py. A killed study goes on where it was; the cases go to docs/records/hacking.jsonl.
 """
 
 import sys
@@ -21,19 +21,29 @@ from PIL import Image, ImageDraw, ImageFont
 from parts import cli
 from parts.files import open_picture, save_png
 from tiny import results
-from tiny.generator_study import DATASET, EVALUATED, HERE, JUDGE
+from tiny.generator_study import (
+    DATASET,
+    EVALUATED,
+    JUDGE,
+    LONG,
+    ROWS,
+    STUDY,
+    Row,
+    training,
+)
 from tiny.judge_study import digest_of, run_missing, shown
 
-STUDY = HERE / "cache" / "hacking_study"
 PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
-ARMS = {  # name: ((rewards, β), seeds, colour in the plot)
-    "emotion, β 0": (("emotion=1", "0"), (0, 1, 2), (200, 40, 40)),
-    "emotion + 0.5 PickScore, β 0.02": (
-        ("emotion=1,pickscore=0.5", "0.02"), (0, 1, 2), (30, 90, 200)),
-    "emotion, β 0.02": (("emotion=1", "0.02"), (0,), (230, 140, 40)),
-    "emotion + 1 PickScore, β 0.02": (("emotion=1,pickscore=1", "0.02"), (0,), (40, 150, 160)),
-    "emotion + 0.5 PickScore, β 0.1": (("emotion=1,pickscore=0.5", "0.1"), (0,), (90, 60, 160)),
+ARMS = {  # name: (row as in the generator's study, colour in the plot)
+    "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
+    "emotion + 0.5 PickScore, β 0.02": (ROWS["emotion and PickScore"], (30, 90, 200)),
+    "emotion, β 0.02": (Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1")),
+                        (230, 140, 40)),
+    "emotion + 1 PickScore, β 0.02": (
+        Row("more_pickscore", (*LONG, "--reward-weights", "emotion=1,pickscore=1")),
+        (40, 150, 160)),
+    "emotion + 0.5 PickScore, β 0.1": (Row("more_kl", (*LONG, "--beta", "0.1")), (90, 60, 160)),
 }
 PANELS = {  # title: figure of a case's record
     "judge: |ΔV| + |ΔA|": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
@@ -45,46 +55,42 @@ SHOWN = 4  # watched prompts in the picture of strips
 
 
 def folder_of(arm, seed):
-    return STUDY / f"arm{list(ARMS).index(arm)}_seed{seed}"
-
-
-def training(arm, seed, args, extra):
-    (rewards, beta), _, _ = ARMS[arm]
-    return [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--judge", JUDGE,
-            "--out", folder_of(arm, seed), "--seed", seed, "--steps", args.steps, "--eval-every",
-            args.every, "--reward-weights", rewards, "--beta", beta, *extra]
+    return STUDY / f"{ARMS[arm][0].folder}_seed{seed}"
 
 
 def evaluation(arm, seed, step, args):
     """(folder, product, commands) of what is measured of a run after `step`."""
-    out = folder_of(arm, seed) / f"step{step}"
+    run = folder_of(arm, seed)
+    out = run / f"step{step}"
     command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
                args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
     if step:
-        command += ["--adapter", folder_of(arm, seed) / "adapters" / f"{step:08d}"]
+        command += ["--adapter", run / "adapters" / f"{step:08d}"]
     return out, EVALUATED, [command]
 
 
 def study(args, extra):
     # 1. trainings, then evaluations; all arms start from one base
-    runs = [(arm, seed) for arm, (_, seeds, _) in ARMS.items() for seed in seeds]
-    run_missing([(folder_of(*run), Path("adapter/adapter_config.json"),
-                  [training(*run, args, extra)]) for run in runs], args.jobs, "generators")
-    steps = range(args.every, args.steps + 1, args.every)
+    runs = [(arm, seed) for arm, (row, _) in ARMS.items() for seed in row.seeds]
+    trainings = {(arm, seed): training(ARMS[arm][0], seed, extra) for arm, seed in runs}
+    run_missing([(folder_of(*run), Path("adapter/adapter_config.json"), [command])
+                 for run, command in trainings.items()], args.jobs, "generators")
+    steps = range(args.every, int(LONG[1]) + 1, args.every)
     points = [(*runs[0], 0)] + [(*run, step) for run in runs for step in steps]
     run_missing([evaluation(*point, args) for point in points], args.jobs, "evaluations")
 
     # 2. records
     for arm, seed, step in points:
         out, _, commands = evaluation(arm, seed, step, args)
-        lines = [shown(training(arm, seed, args, extra)), *map(shown, commands)]
+        lines = [shown(trainings[arm, seed]), *map(shown, commands)]
         name = f"{folder_of(arm, seed).name}_step{step}"
         results.add_run(TABLE, f"{arm}|{step}" if step else "base|0", name, seed,
                         out / EVALUATED.parent, "numbers", lines, digest_of(DATASET))
 
     # 3. the picture: curves, and what the watched prompts look like
     curves = draw_curves(points_of(results.rows_of(TABLE)))
-    save_png(stacked(curves, draw_strips([runs[0], runs[len(ARMS["emotion, β 0"][1])]])), PICTURE)
+    firsts = [(arm, row.seeds[0]) for arm, (row, _) in list(ARMS.items())[:2]]
+    save_png(stacked(curves, draw_strips(firsts)), PICTURE)
     print(PICTURE)
 
 
@@ -123,14 +129,14 @@ def draw_curves(arms):
             for step in sorted(points):
                 share = (points[step][number] - low) / ((high - low) or 1)
                 line.append((left + step / last * 360, bottom - share * 170))
-            draw.line(line, ARMS[arm][2], 2)
+            draw.line(line, ARMS[arm][1], 2)
         # 3. the ends of both axes
         draw.text((left - 5, top), f"{high:.3g}", (90, 90, 90), font, anchor="rt")
         draw.text((left - 5, bottom), f"{low:.3g}", (90, 90, 90), font, anchor="rb")
         draw.text((right, bottom + 3), f"{last} steps", (90, 90, 90), font, anchor="rt")
     for number, arm in enumerate(arms):
         at = (60 + 290 * (number % 3), 475 + 22 * (number // 3))
-        draw.line((*at, at[0] + 20, at[1]), ARMS[arm][2], 3)
+        draw.line((*at, at[0] + 20, at[1]), ARMS[arm][1], 3)
         draw.text((at[0] + 26, at[1]), arm, "black", font, anchor="lm")
     return sheet
 
@@ -168,7 +174,6 @@ def stacked(*images):
 def main(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=cli.integer(1, 10**6), default=200, help="(default: %(default)s)")
     add("--every", type=cli.integer(1, 10**6), default=20,
         help="steps between evaluations (default: %(default)s)")
     add("--cases", type=cli.integer(2, 10**6), default=64,

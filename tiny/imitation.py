@@ -13,6 +13,8 @@ Its gradient was nearly that of imitation, so that it was no evidence for the ju
 The loss, the adapter and the schedule are those of train_gen.py. A run is short and is not resumed.
 """
 
+import math
+import random
 import sys
 from pathlib import Path
 
@@ -79,6 +81,9 @@ def update(model, trajectory, texts, advantages, picture_steps):
         step = flow_grpo.evaluate_step(*kept_step, reference)
         loss, _ = flow_grpo.flow_grpo_loss(
             step.log_prob, kept.log_prob, advantages, step.kl, beta=BETA, normalizer=picture_steps)
+        # all noise levels have a say, as with train_gen.py's --step-weights noise
+        dt = trajectory.sigmas[kept.index] - trajectory.sigmas[kept.index + 1]
+        loss = loss * step.sigma_t / math.sqrt(dt) / trajectory.settings.noise_level
         loss.backward()
         total += float(loss.detach())
     return total
@@ -99,10 +104,13 @@ def train(args):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=1e-4)
     ema = EMA(trained, 0.97)
-    settings = flow_grpo.SDESettings(6, GUIDANCE, generator.shift, args.noise_level,
-                                     stochastic=range(6), trained=range(5))
     bar = tqdm(range(args.steps), "imitation")
     for step in bar:
+        # two of the first four steps are stochastic and trained, at another place in every step
+        start = random.Random(f"window {args.seed} {step}").randint(0, 2)
+        window = range(start, start + 2)
+        settings = flow_grpo.SDESettings(
+            6, GUIDANCE, generator.shift, args.noise_level, stochastic=window, trained=window)
         # 2. pictures: guided ones and, to compare with, the policy's own
         own = [rows[i] for i in batch_indices(step, PROMPTS, len(rows), args.seed)]
         own = [row for row in own for _ in range(args.group // 2)]
