@@ -39,8 +39,9 @@ from parts.files import (
 from parts.pipeline import PAPER, TINY, load_generator, to_images
 from parts.run import run_in_processes
 
-NEUTRAL = "neutral"  # a form of the prompt that does not tell the target
-FORMS = {**data.TARGET_FORMS, NEUTRAL: lambda prompt, v, a: prompt}
+NEUTRAL = "neutral"  # does not tell the target
+FORMS = {"numbers": data.with_numbers, "words": data.with_words,
+         NEUTRAL: lambda prompt, v, a: prompt}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def open_folder(args, command, cases):
     """The facts of the run, in OUT/draw.json too. UserError if OUT has pictures of another one."""
     facts = {"command": command, "method": args.method, "model": args.model,
              "adapter": args.adapter, "weights": args.weights and str(args.weights),
-             "sources": args.sources and str(args.sources), "form": args.form, "size": args.size,
+             "sources": sources_told(args), "form": args.form, "size": args.size,
              "steps": args.sample_steps, "guidance": args.guidance, "seed": args.seed,
              "cases": str(args.cases), "count": len(cases)}
     if not lock(args.out / ".lock"):
@@ -159,6 +160,13 @@ def open_folder(args, command, cases):
     return facts
 
 
+def sources_told(args):
+    """Where the pictures are from that an editor changes, for tables; None for other methods."""
+    if not METHODS[args.method].edits:
+        return None
+    return str(args.sources) if args.sources else "the dataset's own pictures"
+
+
 def draw(args, processes, command):
     # 1. the cases, and the folder that they are drawn into
     method = METHODS[args.method]
@@ -168,12 +176,13 @@ def draw(args, processes, command):
     given = cases_of(cases, args.form, sources)
     facts = open_folder(args, command, cases) if processes.first else None
     processes.wait()
-    left = [i for i, case in enumerate(cases) if not (args.out / f"{case.id}.png").exists()]
-    mine = left[processes.rank::processes.world]
+    # Shared before it is asked what is missing, which another process may be drawing by now.
+    mine = [i for i in range(processes.rank, len(cases), processes.world)
+            if not (args.out / f"{cases[i].id}.png").exists()]
 
     # 2. the pictures
     billions = None
-    if left:
+    if mine:
         model = method.load(args, processes.device)
         billions = model.parameters() / 1e9
     seeds = seeds_of(cases, args.seed)

@@ -1,8 +1,9 @@
 """The figures that methods are compared by (EmoFeedback², section 4.2).
 
 Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA, LAION's aesthetic score, and whether
-it shows the class of emotion (Emo-A, as EmoCtrl reports it). Over cases: errors of V and A as a reader (a judge, or the miniature's meter) saw them, their rank
-correlation with the target, and the order of neighbours in a grid, for continuity (section 4.3.1).
+it shows the wanted class of emotion (Emo-A, which EmoCtrl reports). Over cases: errors of V and A
+as a reader (a judge, or the miniature's meter) saw them, their rank correlation with the target,
+and the order of neighbours in a grid, for continuity (section 4.3.1).
 
 Letters: B pictures, P dimension of CLIP's shared space, n records, one for each case.
 """

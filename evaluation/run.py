@@ -197,7 +197,7 @@ def open_run(args, command, cases, generator):
         facts["emotion_head"] = stamp(args.emotion_head)
     if args.images and (args.images / "draw.json").exists():  # of `python -m evaluation draw`
         drawn = read_json(args.images / "draw.json")
-        facts["sources"] = drawn["sources"] or drawn["source"]
+        facts["sources"] = drawn.get("sources")  # of an editor's pictures
         facts["billions"] = args.parameters or drawn.get("billions")
         facts["seconds_given"] = args.seconds or drawn.get("seconds")
     if generator is not None:

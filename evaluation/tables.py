@@ -357,7 +357,8 @@ def table(form, methods, ratings, human, seed):
 
 def about(label, facts):
     """A line on where the figures of a method come from."""
-    sources = {key: facts.get(key) for key in ("model", "adapter", "clip", "aesthetic")}
+    keys = ("model", "adapter", "clip", "aesthetic", "emotion_head", "sources")
+    sources = {key: facts.get(key) for key in keys}
     sources |= {f"judge {name}": source for name, source in facts["judges"].items()}
     # A local checkpoint is a list, of its name and of its files.
     named = [f"{what} {source[0] if isinstance(source, list) else source}"
