@@ -31,8 +31,8 @@ class Case:
     a: float
     group: str | None = None  # shared by cases that differ in V and A only
     # what only some methods and metrics need; a run's digest of its cases does without them
-    emotion: str | None = field(default=None, repr=False)  # EmoSet's class
-    source: Path | None = field(default=None, repr=False)  # of a picture that an editor changes
+    emotion: str | None = field(default=None, repr=False, compare=False)  # EmoSet's class
+    source: Path | None = field(default=None, repr=False, compare=False)  # of a picture that an editor changes
 
     @property
     def label(self):
@@ -114,7 +114,7 @@ def pictures_of(folder, cases):
     return paths
 
 
-def for_others(case, folder):
+def for_others(case, folder="."):
     """A case as a line of a file in `folder`, with the target in the terms of the methods of
     table 1."""
     row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a}
