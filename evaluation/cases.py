@@ -32,7 +32,7 @@ class Case:
     group: str | None = None  # shared by cases that differ in V and A only
     # what only some methods and metrics need; a run's digest of its cases does without them
     emotion: str | None = field(default=None, repr=False, compare=False)  # EmoSet's class
-    source: Path | None = field(default=None, repr=False, compare=False)  # of a picture that an editor changes
+    source: Path | None = field(default=None, repr=False, compare=False)  # what an editor changes
 
     @property
     def label(self):
