@@ -215,6 +215,15 @@ class VAE(nn.Module):
         z = latents / self.config.scale + self.config.shift
         return self.decoder(ops.channels_last(z))
 
+    @torch.no_grad()
+    def pictures(self, latents):
+        """Pictures [B,3,8h,8w] uint8, on the CPU, of scaled latents [B,16,h,w] of any type."""
+        weight = self.decoder.conv_in.weight
+        # One picture at a time, because the decoder's maps at full resolution fill the memory.
+        images = [self.decode(z[None].to(weight)) for z in latents]
+        images = torch.cat(images).float()  # [B,3,8h,8w] in -1..1
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None):
         """A diffusers folder or hub id (its `vae/`), or Stability's single file."""

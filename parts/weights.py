@@ -91,6 +91,7 @@ def root(source, wanted):
 # numbers first, as 10⁹ layers would never end, then the others.
 WHOLE = {
     "num_layers": (1, 1000), "num_hidden_layers": (1, 1000), "depth": (1, 1000),
+    "num_single_layers": (1, 1000),
     "layers_per_block": (1, 100), "num_attention_heads": (1, 4096),
     "num_key_value_heads": (1, 4096), "num_heads": (1, 4096), "attention_head_dim": (1, 4096),
     "d_kv": (1, 4096), "hidden_size": (1, 10**6), "d_model": (1, 10**6),
@@ -105,14 +106,17 @@ WHOLE = {
     "longest_edge": (1, 10**9), "pos_embed_max_size": (1, 10**4),
     "max_position_embeddings": (1, 10**7), "relative_attention_num_buckets": (4, 10**4),
     "relative_attention_max_distance": (2, 10**6), "vocab_size": (1, 10**7),
-    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024),
+    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024), "axes_dims_rope": (0, 4096),
+    "base_image_seq_len": (1, 10**6), "max_image_seq_len": (1, 10**6),
     "model_max_length": (2, 10**31)}  # transformers writes 10³⁰ for a tokenizer without a limit
 REAL = {
     "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),
+    "base_shift": (-10, 10), "max_shift": (-10, 10),
     "layer_norm_eps": (0, 1), "layer_norm_epsilon": (0, 1), "rms_norm_eps": (0, 1),
     "rope_theta": (1, 1e12), "image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}
 LISTS = {"block_out_channels", "dual_attention_layers", "fullatt_block_indexes", "mrope_section",
-         "image_mean", "image_std"}
+         "axes_dims_rope", "image_mean", "image_std"}
+LAYERS = {"num_layers", "num_single_layers", "num_hidden_layers", "depth"}
 OBJECTS = {"text_config", "vision_config", "rope_scaling", "rope_parameters", "image_processor"}
 
 
@@ -143,7 +147,7 @@ def expectation(name, value, tensors):
     if name not in WHOLE and name not in REAL:
         return None
     low, high = WHOLE.get(name) or REAL[name]
-    if name in ("num_layers", "num_hidden_layers", "depth"):
+    if name in LAYERS:
         high = min(high, tensors)
     kinds = (int,) if name in WHOLE else (int, float)
     what = f"{'a whole number' if name in WHOLE else 'a number'} in {low:,}..{high:,}"

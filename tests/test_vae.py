@@ -52,6 +52,17 @@ def test_encoder_and_decoder_equal_diffusers(pair, height, width):
 
 @pytest.mark.one_form
 @torch.no_grad()
+def test_pictures_of_narrow_latents_are_whole_numbers_of_0_to_255(pair):
+    _, ours, _ = pair
+    latents = 3 * torch.randn(2, 16, 4, 6)
+    pixels = ours.pictures(latents.bfloat16())
+    expected = (ours.decode(latents.bfloat16().float()).clamp(-1, 1) + 1) * 127.5
+    assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 32, 48) and pixels.float().std() > 10
+    assert (pixels - expected).abs().max() <= 0.51
+
+
+@pytest.mark.one_form
+@torch.no_grad()
 def test_a_generator_draws_from_the_posterior(pair):
     _, ours, _ = pair
     images = torch.rand(1, 3, 32, 32) * 2 - 1

@@ -301,6 +301,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
 
 
 @pytest.mark.parametrize("config, message", [
+    ({"num_single_layers": 10**9}, "num_single_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_layers": 10**9}, "num_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"vision_config": {"depth": 2.5}}, "depth is 2.5"),
     ({"text_config": {"hidden_size": "wide"}}, "hidden_size is 'wide'"), ({"vocab_size": True}, "vocab_size is True")])
