@@ -74,8 +74,9 @@ class OurGenerator:
                                    self.guidance if guidance is None else guidance,
                                    progress=progress)
 
-    def parameters(self):
-        return weights.count_parameters(self.generator.mmdit)
+    @property
+    def network(self):
+        return self.generator.mmdit
 
 
 def load_flux(args, device):
@@ -184,7 +185,10 @@ def draw(args, processes, command):
     billions = None
     if mine:
         model = method.load(args, processes.device)
-        billions = model.parameters() / 1e9
+        billions = weights.count_parameters(model.network) / 1e9
+        if args.encoders == "leave":
+            own = model.generator if isinstance(model, OurGenerator) else model
+            pipeline.encode_and_free(own, [given[i].prompt for i in mine])
     seeds = seeds_of(cases, args.seed)
     log = args.out / f"seconds_{processes.rank}.jsonl"
     with tqdm(total=len(mine), desc=args.method, unit="picture",
@@ -232,6 +236,10 @@ def check(args, method):
     for name, useful in needs.items():
         if getattr(args, name) is not None and not useful:
             raise UserError(f"--{name}: --method {args.method} has no use for it")
+    if args.encoders != "gpu" and method.load not in (OurGenerator, load_flux):
+        raise UserError(f"--encoders: --method {args.method} has no use for it")
+    if args.offload and method.load is not load_flux:
+        raise UserError(f"--offload: --method {args.method} has no use for it")
     if method.weights and args.weights is None:
         raise UserError(f"--method {args.method}: needs --weights FILE, the file that its authors "
                         f"publish; docs/paper.md says where")

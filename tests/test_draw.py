@@ -34,8 +34,7 @@ class Recorder:
         self.given += list(zip(cases, seeds, strict=True))
         return torch.stack([torch.full((3, 64, 64), seed % 256, dtype=torch.uint8) for seed in seeds])
 
-    def parameters(self):
-        return 2_500_000_000
+    network = torch.nn.Linear(2, 1, device="meta")
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_a_stopped_run_goes_on_and_says_what_a_picture_took(tmp_path, recorder, 
     recorder.given.clear()
     assert main(command) == 0 and len(recorder.given) == 1
     facts = json.loads((tmp_path / "out" / "draw.json").read_text())
-    assert facts["billions"] == 2.5 and facts["seconds"] >= 0 and facts["form"] == "words"
+    assert facts["billions"] == 3e-9 and facts["seconds"] >= 0 and facts["form"] == "words"
     assert "8 pictures" in capsys.readouterr().out
     assert main([*command, "--seed", "1"]) == 2 and "(seed changed)" in capsys.readouterr().err
 
@@ -88,7 +87,7 @@ def test_two_processes_share_what_is_missing(tmp_path, recorder):
     draw.draw(args, Second(0, 2, torch.device("cpu")), "command")
     assert [case.v for case, _ in recorder.given[2:]] == [cases[0].v, cases[2].v, cases[4].v]
     assert len(list((tmp_path / "out").glob("*.png"))) == 5
-    assert json.loads((tmp_path / "out" / "draw.json").read_text())["billions"] == 2.5
+    assert json.loads((tmp_path / "out" / "draw.json").read_text())["billions"] == 3e-9
 
 
 def test_each_method_gets_its_own_form_of_the_target(tmp_path, recorder):
@@ -121,6 +120,8 @@ def test_an_editor_gets_the_dataset_s_picture_or_one_of_a_folder(tmp_path, recor
     (["--method", "flux", "--adapter", "x"], "--adapter: --method flux has no use for it"),
     (["--method", "sdxl", "--sources", "x"], "--sources: --method sdxl has no use for it"),
     (["--method", "emoedit", "--weights", "w"], "2 of 2 cases have no source, such as"),
+    (["--method", "sdxl", "--encoders", "leave"], "--encoders: --method sdxl has no use for it"),
+    (["--method", "sd35", "--offload"], "--offload: --method sd35 has no use for it"),
     (["--method", "flux", "--cases", "missing.jsonl"], "missing.jsonl: no such file"),
 ])
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, recorder, flags, message, capsys):
