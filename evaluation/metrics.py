@@ -11,14 +11,11 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
-import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from parts import weights
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
@@ -66,20 +63,13 @@ def aesthetic_head(path):
     hold the same names. Raises UserError.
     """
     path = Path(path).expanduser()
-    try:
-        # weights_only: a pickle could hold code, which would be run
-        is_pickle = path.suffix != ".safetensors"
-        state = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise UserError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
-                        f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+                        f"sac+logos+ava1-l14-linearMSE.pth and give its path")
+    state = weights.read_tensors(path)
     layers = {}  # {number in the file: {"weight": [out,in], "bias": [out]}}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
+    for name, value in state.items():
+        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", name):
             layers.setdefault(int(match[1] or 0), {})[match[2]] = value
     # Anything beside whole layers means that this is another model's file.
     whole = layers and sum(map(len, layers.values())) == len(state) == 2 * len(layers)
