@@ -1,5 +1,7 @@
 """EmoEdit's adapter against transformers' Q-Former; what reaches the editor; words, sizes and bad input."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,27 @@ def test_settings_may_be_others_and_a_wide_source_gives_its_middle(parts):
     pixels = method.draw([Case("a lake", 5, 5, "fear", wide)], [0], size=64, steps=7, guidance=1.0)
     assert method.editor.asked[2:5] == (64, 7, (1.0, 1.5))
     assert pixels.shape == (1, 3, 64, 64) and pixels[0, :, 32, 32].tolist() == [0, 0, 255]
+
+
+@torch.no_grad()
+def test_a_picture_is_changed_as_by_the_published_adapter_in_diffusers_pipeline(tmp_path, monkeypatch):
+    editors = pytest.importorskip("tests.test_baseline_unet")
+    config = emoedit.QFormerConfig(width=32, layers=2, heads=4, mlp=40, queries=76, image_width=32)
+    adapter = lively(Published(config))
+    torch.save(adapter.state_dict(), tmp_path / "Q-Former.pth")
+    _, encoder, processor = random_clip(tmp_path / "clip", projection=32)
+    pipeline = editors.make_pipeline("pix2pix")
+    pipeline.save_pretrained(tmp_path / "editor")
+    source = editors.source_picture()
+    inputs = processor(text="fear", images=source, return_tensors="pt", padding="max_length")
+    seen = encoder(input_ids=inputs.input_ids, pixel_values=inputs.pixel_values)
+    expected = pipeline(image=source, prompt_embeds=adapter(seen.image_embeds, seen.text_embeds), num_inference_steps=4,
+                        guidance_scale=7.5, image_guidance_scale=1.5, generator=torch.Generator().manual_seed(3),
+                        output_type="np").images
+    monkeypatch.setattr(emoedit.QFormer, "from_pretrained", partial(emoedit.QFormer.from_pretrained, config=config))
+    method = emoedit.EmoEdit.from_pretrained(tmp_path, editor=tmp_path / "editor", encoder=tmp_path / "clip")
+    pixels = method.draw([Case("a lake", 5, 5, "fear", source)], [3], size=64, steps=4)
+    assert editors.difference(pixels, expected) <= 2
 
 
 @pytest.mark.parametrize("case, message", [
