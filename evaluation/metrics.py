@@ -12,15 +12,13 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import data
+from parts import weights
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
@@ -96,23 +94,16 @@ def emotion_head(path):
 def read_state(path, advice):
     """{name: tensor} of a file of torch or safetensors. UserError, with advice if it is missing."""
     path = Path(path).expanduser()
-    try:
-        # weights_only: a pickle could hold code, which would be run
-        is_pickle = path.suffix != ".safetensors"
-        return torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; {advice}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {advice}")
+    return weights.read_tensors(path)
 
 
 def layers_of(state, path, outputs, what):
     """The layers [(weight, bias)], float32, of a file's tensors. UserError unless they fit."""
     layers = {}  # {number in the file: {"weight": [out,in], "bias": [out]}}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
+    for name, value in state.items():
+        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", name):
             layers.setdefault(int(match[1] or 0), {})[match[2]] = value
     # Anything beside whole layers means that this is another model's file.
     whole = layers and sum(map(len, layers.values())) == len(state) == 2 * len(layers)

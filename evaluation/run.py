@@ -27,7 +27,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, hub, lora, pipeline, presets, weights
+from parts import cli, clip, hub, lora, pipeline, presets, scorers, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
@@ -106,6 +106,7 @@ class Instruments:
     scorer: clip.CLIP | None = None  # of CLIP-Score and CLIP-IQA
     head: list | None = None  # of the aesthetic score, from metrics.aesthetic_head; needs a scorer
     emotions: list | None = None  # of Emo-A, from metrics.emotion_head; needs a scorer
+    others: list | tuple = ()  # (name, score) of scorers.load
 
 
 def readers_of(judges, meter):
@@ -135,6 +136,8 @@ def scores_of(instruments, images, cases):
         scores["emo_a"] = 100 * hits
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
+    for name, score in instruments.others:
+        scores[name] = score(images, [case.neutral for case in cases])
     return scores
 
 
@@ -190,7 +193,7 @@ def open_run(args, command, cases, generator):
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
-        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic), "scorer": args.scorer,
         "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
     if args.emotion_head:
@@ -228,6 +231,7 @@ def parse_args(argv):
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
         help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
+    add("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
@@ -250,6 +254,7 @@ def complete(args):
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
     args.judge = judges
+    args.scorer = scorers.chosen(args.scorer)
     if args.images:
         args.forms = ("images",)
         args.name = args.name or args.images.resolve().name
@@ -284,6 +289,7 @@ def evaluate(args, command):
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
     hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              scorers.files_of(args.scorer),
               [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
@@ -293,7 +299,8 @@ def evaluate(args, command):
         readers_of(judges, meter=args.preset == "tiny"),
         clip.CLIP.from_pretrained(args.clip, args.device) if args.clip else None,
         metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None,
-        metrics.emotion_head(args.emotion_head) if args.emotion_head else None)
+        metrics.emotion_head(args.emotion_head) if args.emotion_head else None,
+        scorers.load(args.scorer, args.device))
     generator = None
     if not args.images:
         generator = load_generator(args.model, args.device, adapter=args.adapter)

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from evaluation import rate
 from evaluation.metrics import correlation, errors, mean, neighbours_in_order, targets_and_readings
-from parts import cli
+from parts import cli, scorers
 from parts.cli import UserError, markdown
 from parts.files import read_json, read_records, write_json, write_whole
 
 RESAMPLES = 2000  # bootstrap samples behind an interval
 SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score",
-          "emo_a": "Emo-A, %"}
+          "emo_a": "Emo-A, %", **scorers.TITLES}
 HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward", "all": "method"}
 
 

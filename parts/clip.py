@@ -90,7 +90,11 @@ def preprocess(images, config=ImageConfig()):
     """
     squares = [cut_out(to_rgb(image), config.size, config.square) for image in to_pil(images)]
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))  # [B,S,S,3]
-    pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255  # [B,3,S,S]
+    return normalised(pixels.permute(0, 3, 1, 2).contiguous().float() / 255, config)
+
+
+def normalised(pixels, config):
+    """(x − mean) / std of pixels [B,3,H,W] in 0..1."""
     mean = torch.tensor(config.mean).view(3, 1, 1)
     std = torch.tensor(config.std).view(3, 1, 1)
     return (pixels - mean) / std

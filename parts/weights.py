@@ -8,8 +8,8 @@ qkv_proj), swapped halves (scale before shift), plain renames, and writing: `sav
 same views.
 
 Bytes are read from the file into the parameter's own memory, tensor by tensor, so the peak is the
-size of the model plus one tensor. Left out: pickled checkpoints (they execute code) and quantised
-tensors.
+size of the model plus one tensor. Of a pickled checkpoint, which could execute code, only plain
+tensors are read (`find_tensors`). Left out: quantised tensors.
 """
 
 import fnmatch
@@ -19,10 +19,11 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from parts import hub
@@ -67,6 +68,39 @@ def find_file(source, name):
         advice = "give the folder of a whole pipeline in the diffusers layout"
         raise UserError(f"{path}: no {name} in it; {kind_of(path) or advice}")
     return path / name
+
+
+def find_tensors(source, name):
+    """(local path, {tensor name: Entry, or the tensor of a pickle}) of one file of tensors.
+
+    source: the file; or a folder or hub id that holds it as `name`, a folder perhaps as
+    .safetensors instead. Raises UserError.
+    """
+    path = root(source, name)
+    if not path.is_file():
+        converted = path / Path(name).with_suffix(".safetensors")
+        path = converted if converted.is_file() else path / name
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {name} in it; give the file, or a folder that has it")
+    return path, index(path) if path.suffix == ".safetensors" else read_tensors(path)
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors file, or of one of torch.save, without what else that holds.
+
+    No code in it is run. Raises UserError.
+    """
+    try:
+        is_pickle = path.suffix != ".safetensors"
+        state = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)  # beside it training programs keep their own
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
 
 
 def root(source, wanted):
@@ -455,8 +489,14 @@ def load(views, entries, what, optional=()):
 def fill(views, entries):
     """Fill every view from its file; the two fit, as `check` has found."""
     by_file = {}
-    for name in views:
-        by_file.setdefault(entries[name].file, []).append(name)
+    for name, targets in views.items():
+        entry = entries[name]
+        if isinstance(entry, Entry):
+            by_file.setdefault(entry.file, []).append(name)
+            continue
+        rows = [entry] if len(targets) == 1 else entry.split([len(target) for target in targets])
+        for target, own in zip(targets, rows, strict=True):  # of a pickle, read already
+            target.copy_(own)
     for file, names in by_file.items():
         with open(file, "rb", buffering=0) as opened:
             # In the order of their bytes, because disks and networks read forward fastest.

@@ -190,12 +190,14 @@ def test_uint8_tensors_are_the_same_pictures():
 PROMPTS = ["a lake at night", "", "A LONE tree — café, 42 horses!", "storm horses " * 60, "a lake at night", "dark morning"]
 
 
-def random_clip(folder):
+def random_clip(folder, projection=24):
     """(folder, CLIPModel, CLIPProcessor): a random CLIP with its own tokenizer and image settings, of transformers."""
     vocab, merges = learn_bpe([" ".join(WORDS)] * 3, 700)
-    text = {**TEXT, "vocab_size": len(vocab), "max_position_embeddings": 77, "eos_token_id": len(vocab) - 1}
+    text = {**TEXT, "vocab_size": len(vocab), "max_position_embeddings": 77, "eos_token_id": len(vocab) - 1,
+            "projection_dim": projection}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    vision = {**VISION, "projection_dim": projection}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).eval()
     for name, p in model.named_parameters():  # lively, with weak biases: pictures and prompts must not look alike
         p.data = torch.randn(p.shape) * (1 if "embedding" in name else 0.2) + ("norm.weight" in name or "norm1" in name)
     model.logit_scale.data.fill_(4.6052)
