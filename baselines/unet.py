@@ -97,17 +97,6 @@ class Attention(nn.Module):
         return self.to_out(ops.attention(q, k, v))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.proj = nn.Linear(width, 8 * width)  # the values, then their gates
-        self.out = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return self.out(value * F.gelu(gate))
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, width, context_dim, heads):
         super().__init__()
@@ -116,13 +105,15 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, context_dim, heads)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.ff_in = nn.Linear(width, 8 * width)  # the values, then their gates
+        self.ff_out = nn.Linear(4 * width, width)
 
     def forward(self, x, context):  # [B,N,C], [B,L,·] -> [B,N,C]
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        value, gate = self.ff_in(self.norm3(x)).chunk(2, dim=-1)
+        return x + self.ff_out(value * F.gelu(gate))
 
 
 class Transformer(nn.Module):
@@ -265,8 +256,8 @@ NAMES = (  # (ours, published)
     (r"_embedding\.mlp\.2\.", "_embedding.linear_2."),
     (r"\.(down|up)sample\.", r".\1samplers.0.conv."),
     (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.proj\.", ".ff.net.0.proj."),
-    (r"\.ff\.out\.", ".ff.net.2."))
+    (r"\.ff_in\.", ".ff.net.0.proj."),
+    (r"\.ff_out\.", ".ff.net.2."))
 FIXED = {  # settings that no tensor's shape shows; with others the same weights mean another model
     "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False,
     "downsample_padding": 1, "norm_eps": 1e-5, "mid_block_scale_factor": 1,
@@ -342,7 +333,8 @@ class Schedule:
                 "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
                 "interpolation_type": "linear", "final_sigmas_type": "zero",
                 "timestep_type": "discrete", "use_karras_sigmas": False, "use_beta_sigmas": False,
-                "use_exponential_sigmas": False, "rescale_betas_zero_snr": False})
+                "use_exponential_sigmas": False, "rescale_betas_zero_snr": False,
+                "trained_betas": None})
             schedule = weights.fields_of(cls, raw | {"ancestral": kinds[raw["_class_name"]]})
             if schedule.timestep_spacing not in ("linspace", "leading"):
                 raise ValueError(f"timestep_spacing {schedule.timestep_spacing!r:.80}")
@@ -398,10 +390,12 @@ class LatentDiffusion:
         shape = (self.unet.config.out_channels, side, side)
         x = normal(generators, shape) if noise is None else noise
         timesteps, sigmas = self.schedule.noise_levels(steps)
-        leading = self.schedule.timestep_spacing == "leading"
-        # With leading spacing the first step is not the noisiest of the training.
-        x = x.to(self.weight.device).float() * (sigmas[0]**2 + leading)**0.5
-        # 2. Euler's steps; an ancestral one goes down to `target`, and what is added brings it up
+        scale = sigmas[0]
+        if self.schedule.timestep_spacing == "leading":
+            # The first step is not the noisiest of the training, so a picture is in it, too.
+            scale = (sigmas[0]**2 + 1)**0.5
+        x = x.to(self.weight.device).float() * scale
+        # 2. Euler's steps; an ancestral one goes below the next σ, and what it adds makes up for it
         for i in progress(range(steps)):
             sigma = sigmas[i]
             following = sigmas[i + 1]
@@ -411,8 +405,8 @@ class LatentDiffusion:
                 x = x + (following - sigma) * predicted
                 continue
             added = following * (1 - (following / sigma)**2)**0.5
-            target = (following**2 - added**2)**0.5
-            x = x + (target - sigma) * predicted + added * normal(generators, shape).to(x)
+            below = (following**2 - added**2)**0.5
+            x = x + (below - sigma) * predicted + added * normal(generators, shape).to(x)
         # 3. pixels
         return self.vae.pictures(x)
 
@@ -564,8 +558,8 @@ class InstructPix2Pix:
             noise = self.model.unet(latents, timestep, context).float()
             both, source, neither = noise.chunk(3)
             # Brooks et al. 2023, equation 3
-            return (neither + image_guidance * (source - neither)
-                    + text_guidance * (both - source))
+            towards_source = image_guidance * (source - neither)
+            return neither + towards_source + text_guidance * (both - source)
 
         return self.model.draw(predict, seeds, size, steps or self.steps, noise, progress)
 
