@@ -112,8 +112,8 @@ WHOLE = {
     "model_max_length": (2, 10**31)}  # transformers writes 10³⁰ for a tokenizer without a limit
 REAL = {
     "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),
-    "beta_start": (1e-9, 0.5), "beta_end": (1e-9, 0.5),
     "layer_norm_eps": (0, 1), "layer_norm_epsilon": (0, 1), "rms_norm_eps": (0, 1),
+    "beta_start": (1e-9, 0.5), "beta_end": (1e-9, 0.5),
     "rope_theta": (1, 1e12), "image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}
 LISTS = {"block_out_channels", "dual_attention_layers", "fullatt_block_indexes", "mrope_section",
          "image_mean", "image_std"}
