@@ -288,12 +288,17 @@ class TextTower(nn.Module):
         if project:
             self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
 
-    def forward(self, ids):
-        """ids [B,L] -> (states before the last layer [B,L,D], projected end token [B,P])."""
+    def states(self, ids):
+        """ids [B,L] -> states before and after the last layer, both [B,L,D]."""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # [B,L,D]
         for layer in self.layers:
             penultimate = x
             x = layer(x, causal=True)
+        return penultimate, x
+
+    def forward(self, ids):
+        """ids [B,L] -> (states before the last layer [B,L,D], projected end token [B,P])."""
+        penultimate, x = self.states(ids)
         # The first end token closes the prompt; CLIP-L pads with further ones.
         end = (ids == self.config.eos_token_id).int().argmax(dim=1)  # [B]
         x = x[torch.arange(len(x), device=x.device), end]  # [B,D]

@@ -132,7 +132,10 @@ WHOLE = {
     "intermediate_size": (1, 10**7), "d_ff": (1, 10**7), "projection_dim": (1, 10**6),
     "joint_attention_dim": (1, 10**6), "pooled_projection_dim": (1, 10**6),
     "in_channels": (1, 10**4), "latent_channels": (1, 10**4), "block_out_channels": (1, 10**5),
-    "norm_num_groups": (1, 10**4), "dual_attention_layers": (0, 1000),
+    "norm_num_groups": (1, 10**4), "dual_attention_layers": (0, 1000), "out_channels": (1, 10**4),
+    "cross_attention_dim": (1, 10**6), "transformer_layers_per_block": (1, 1000),
+    "addition_time_embed_dim": (2, 10**6), "projection_class_embeddings_input_dim": (1, 10**6),
+    "num_train_timesteps": (1, 10**5), "steps_offset": (0, 10**5),
     "fullatt_block_indexes": (0, 1000), "mrope_section": (0, 4096), "patch_size": (1, 4096),
     "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16), "merge_size": (1, 16),
     "window_size": (1, 10**5), "image_size": (1, 10**5), "sample_size": (1, 10**4),
@@ -147,6 +150,7 @@ REAL = {
     "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),
     "base_shift": (-10, 10), "max_shift": (-10, 10),
     "layer_norm_eps": (0, 1), "layer_norm_epsilon": (0, 1), "rms_norm_eps": (0, 1),
+    "beta_start": (1e-9, 0.5), "beta_end": (1e-9, 0.5),
     "rope_theta": (1, 1e12), "image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}
 LISTS = {"block_out_channels", "dual_attention_layers", "fullatt_block_indexes", "mrope_section",
          "axes_dims_rope", "image_mean", "image_std"}
@@ -154,11 +158,12 @@ LAYERS = {"num_layers", "num_single_layers", "num_hidden_layers", "depth"}
 OBJECTS = {"text_config", "vision_config", "rope_scaling", "rope_parameters", "image_processor"}
 
 
-def read_config(path, tensors=math.inf):
+def read_config(path, tensors=math.inf, per_level=()):
     """A JSON file of numbers, such as config.json, without its nulls, which leave a value to the
     model. Raises UserError for values that no model has.
 
-    tensors: how many the model's files hold; no model has more layers.
+    tensors: how many the model's files hold; no model has more layers. per_level: keys whose value
+    may be one number or a list of them.
     """
     raw = read_json(path)
     objects = [raw]
@@ -166,7 +171,7 @@ def read_config(path, tensors=math.inf):
         for name, value in list(part.items()):
             if value is None:
                 del part[name]
-            elif expected := expectation(name, value, tensors):
+            elif expected := expectation(name, value, tensors, name in per_level):
                 raise UserError(f"{path}: {name} is {value!r:.80}, expected {expected}; download "
                                 f"it again")
             elif isinstance(value, dict):
@@ -174,7 +179,7 @@ def read_config(path, tensors=math.inf):
     return raw
 
 
-def expectation(name, value, tensors):
+def expectation(name, value, tensors, per_level=False):
     """What the value of a configuration's key should be, or None if a model could have it."""
     if name in OBJECTS:
         return None if isinstance(value, dict) else "an object"
@@ -186,7 +191,7 @@ def expectation(name, value, tensors):
     kinds = (int,) if name in WHOLE else (int, float)
     what = f"{'a whole number' if name in WHOLE else 'a number'} in {low:,}..{high:,}"
     numbers = [value]
-    if name in LISTS:
+    if name in LISTS or (per_level and isinstance(value, list)):
         what = f"a list, each {what}"
         numbers = value if isinstance(value, list) and len(value) <= 1000 else [None]
     fits = all(type(number) in kinds and low <= number <= high for number in numbers)
