@@ -17,11 +17,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 
 import data
 from baselines import bert
+from baselines.unet import InstructPix2Pix
 from parts import clip, weights
 from parts.cli import UserError
 from parts.files import to_rgb
@@ -81,7 +81,7 @@ class QFormer(nn.Module):
 class EmoEdit:
     adapter: QFormer
     encoder: clip.CLIP
-    editor: object  # a baselines.unet.InstructPix2Pix
+    editor: InstructPix2Pix
 
     steps = 100
     guidance = 7.5  # towards the emotion
@@ -94,8 +94,6 @@ class EmoEdit:
 
         dtype: of the editor; the others are small and float32, as published. Raises UserError.
         """
-        from baselines.unet import InstructPix2Pix  # not needed by who brings an editor
-
         adapter = QFormer.from_pretrained(source, device)
         encoder = clip.CLIP.from_pretrained(encoder, device, torch.float32)
         return cls(adapter, encoder, InstructPix2Pix.from_pretrained(editor, device, dtype))
@@ -109,23 +107,26 @@ class EmoEdit:
                             f"CLIP makes {given}; give {CLIP_L}")
 
     def draw(self, cases, seeds, size=None, steps=None, guidance=None, noise=None, progress=iter):
-        """Pictures [B,3,size,size] uint8, on the CPU: the middle of each case's source, changed.
+        """Pictures [B,3,H,W] uint8, on the CPU: each case's source, changed.
 
-        The published script keeps a source's aspect ratio; it was trained on squares. A case
-        without an emotion is drawn with the class nearest to its V and A. noise
-        [B,4,size/8,size/8]: in place of the seeds' first. progress: wraps the steps. Raises
-        UserError.
+        The shorter of H and W is `size`, the other as in the sources, which must be of one form. A
+        case without an emotion is drawn with the class nearest to its V and A. noise
+        [B,4,H/8,W/8]: in place of the seeds' first. progress: wraps the steps. Raises UserError.
         """
         size = size or self.size
         guidance = (self.guidance if guidance is None else guidance, self.image_guidance)
         words = [word_of(case) for case in cases]
         if any(case.source is None for case in cases):
             raise UserError("EmoEdit changes pictures: give every case a source picture")
-        sources = [ImageOps.fit(to_rgb(case.source), (size, size), Image.Resampling.LANCZOS)
-                   for case in cases]
+        sources = [to_rgb(case.source) for case in cases]
         contexts = (self.encode(sources, words), self.editor.encode([""] * len(cases)))
         return self.editor.draw_embedded(
             contexts, sources, seeds, size, steps or self.steps, guidance, noise, progress)
+
+    @property
+    def network(self):
+        """What draws."""
+        return self.editor.network
 
     @torch.no_grad()
     def encode(self, sources, words):

@@ -114,7 +114,6 @@ class Network(nn.Module):
         self.gpt_feature2xl_feature = nn.Linear(c.width, c.context_dim, bias=False)
         self.ln_xl_feature = nn.LayerNorm(c.context_dim)
 
-    @torch.no_grad()
     def forward(self, context, valence, arousal):
         """context [B,L,2048] of neutral prompts, V and A [B] in -3..3 -> context [B,L,2048]."""
         B, L, _ = context.shape
@@ -147,33 +146,10 @@ def load_network(path, device="cpu"):
     """
     path = weights.find(path)
     pickled = path.is_file() and path.suffix != ".safetensors"
-    tensors = read_pickle(path) if pickled else weights.index(path)
+    tensors = weights.read_tensors(path) if pickled else weights.index(path)
     tensors = weights.renamed(tensors, [(r"^module\.", "")])  # which DataParallel writes before all
     make = functools.partial(Network, config_of(tensors, path))
-    if not pickled:
-        return weights.build(make, Network.views, tensors, path, device, torch.float32, UNUSED)
-    network = weights.without_memory(make, path, device, torch.float32)
-    weights.check(network.views(), tensors, path, UNUSED)
-    network = network.to_empty(device=device)
-    for name, (target,) in network.views().items():
-        target.copy_(tensors[name])
-    return network
-
-
-def read_pickle(path):
-    """{name: tensor} of a file of torch.save; no code in it is run. Raises UserError."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a foreign or a damaged file
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(f"{path}: no file of tensors alone ({reason}); give EmotiCrafter's weights "
-                        f"as published") from error
-    if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor)
-            for name, tensor in tensors.items()):
-        raise UserError(f"{path}: not a dictionary of tensors; give EmotiCrafter's weights as "
-                        f"published")
-    return tensors
+    return weights.build(make, Network.views, tensors, path, device, torch.float32, UNUSED)
 
 
 def config_of(tensors, path):
@@ -203,9 +179,15 @@ def convert(pickle, out):
 # The method
 
 
+def rescaled(cases, device="cpu"):
+    """(valence, arousal) [B] each, on -3..3, of cases whose V and A are on 1..9."""
+    targets = torch.tensor([(case.v, case.a) for case in cases], dtype=torch.float32, device=device)
+    return ((targets - 5) * 3 / 4).unbind(1)
+
+
 @dataclass
 class EmotiCrafter:
-    network: Network
+    embedder: Network  # which changes the prompt's embeddings
     sdxl: SDXL
 
     steps = 25
@@ -224,16 +206,19 @@ class EmotiCrafter:
                             f"{sdxl} have {widths[1]}; give SDXL base 1.0")
         return cls(network, pipeline)
 
+    @property
+    def network(self):
+        """What draws."""
+        return self.sdxl.network
+
+    @torch.no_grad()
     def draw(self, cases, seeds, size=None, steps=None, guidance=None, noise=None, progress=iter):
         """Pictures [B,3,size,size] uint8, on the CPU: each case's neutral prompt at its V and A.
 
         noise [B,4,size/8,size/8]: in place of that of the seeds. progress: wraps the steps.
         """
         context, pooled = self.sdxl.encode([case.prompt for case in cases])
-        # The network's V and A are on -3..3, a case's on 1..9.
-        targets = torch.tensor([(case.v, case.a) for case in cases], dtype=torch.float32)
-        valence, arousal = ((targets - 5) * 3 / 4).to(context.device).unbind(1)  # each [B]
-        context = self.network(context.float(), valence, arousal)
+        context = self.embedder(context.float(), *rescaled(cases, context.device))
         return self.sdxl.draw_embedded(
             context, pooled, seeds, size or self.size, steps or self.steps,
             self.guidance if guidance is None else guidance, noise, progress)

@@ -340,6 +340,11 @@ class Flux:
     size = 1024
 
     @property
+    def network(self):
+        """What draws."""
+        return self.transformer
+
+    @property
     def steps(self):
         return 50 if self.transformer.config.guided else 4
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from mmdit import Embedder, sinusoids
@@ -378,16 +378,16 @@ class LatentDiffusion:
         return self.unet.conv_in.weight
 
     @torch.no_grad()
-    def draw(self, predict, seeds, size, steps, noise, progress):
-        """Pictures [B,3,size,size] uint8, on the CPU.
+    def draw(self, predict, seeds, sides, steps, noise, progress):
+        """Pictures [B,3,H,W] uint8, on the CPU, of the sides (H, W).
 
         predict(latents [B,C,h,w] of variance one, timestep [1]) -> the noise in them.
         noise [B,C,h,w]: in place of that of the seeds; an ancestral step's is always the seeds'.
         """
         # 1. the first latents are noise alone
         generators = seeded(seeds)
-        side = size // self.vae.factor
-        shape = (self.unet.config.out_channels, side, side)
+        h, w = (side // self.vae.factor for side in sides)
+        shape = (self.unet.config.out_channels, h, w)
         x = normal(generators, shape) if noise is None else noise
         timesteps, sigmas = self.schedule.noise_levels(steps)
         scale = sigmas[0]
@@ -456,6 +456,11 @@ class SDXL:
         context, pooled = self.encode([case.prompt for case in cases])
         return self.draw_embedded(context, pooled, seeds, size, steps, guidance, noise, progress)
 
+    @property
+    def network(self):
+        """What draws."""
+        return self.model.unet
+
     def encode(self, prompts):
         """B strings -> (context [B,77,2048], pooled [B,1280])."""
         context, pooled = self.encoders.encode(prompts)
@@ -486,7 +491,7 @@ class SDXL:
             text = noise[-B:]  # the same without guidance
             return empty + guidance * (text - empty)
 
-        return self.model.draw(predict, seeds, size, steps or self.steps, noise, progress)
+        return self.model.draw(predict, seeds, (size, size), steps or self.steps, noise, progress)
 
 
 @dataclass
@@ -512,15 +517,21 @@ class InstructPix2Pix:
         return cls(model, encoder, tokenizer)
 
     def draw(self, cases, seeds, size=None, steps=None, guidance=None, noise=None, progress=iter):
-        """Pictures [B,3,size,size] uint8, on the CPU: each case's source, changed by its prompt.
+        """Pictures [B,3,H,W] uint8, on the CPU: each case's source, changed by its prompt.
 
-        noise [B,4,size/8,size/8]: in place of the seeds' first. progress: wraps the steps. Raises
+        The shorter of H and W is `size`, the other as in the sources, which must be of one form.
+        noise [B,4,H/8,W/8]: in place of the seeds' first. progress: wraps the steps. Raises
         UserError for a case without a source.
         """
         contexts = (self.encode([case.prompt for case in cases]), self.encode([""] * len(cases)))
         guidance = (self.guidance if guidance is None else guidance, self.image_guidance)
         sources = [case.source for case in cases]
         return self.draw_embedded(contexts, sources, seeds, size, steps, guidance, noise, progress)
+
+    @property
+    def network(self):
+        """What draws."""
+        return self.model.unet
 
     @torch.no_grad()
     def encode(self, prompts):
@@ -530,11 +541,12 @@ class InstructPix2Pix:
 
     @torch.no_grad()
     def encode_source(self, source, size):
-        """A PIL image -> unscaled latents [1,4,size/8,size/8] of its middle. Raises UserError."""
+        """A PIL image, whose shorter side becomes `size` -> unscaled latents [1,4,h,w]. Raises
+        UserError."""
         if source is None:
             raise UserError("InstructPix2Pix changes pictures: give every case a source picture")
-        square = ImageOps.fit(to_rgb(source), (size, size), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]  # [1,3,size,size]
+        small = resized(to_rgb(source), size, self.model.vae.factor)
+        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]  # [1,3,H,W]
         mean, _ = self.model.vae.moments((pixels / 127.5 - 1).to(self.model.weight))
         return mean
 
@@ -547,7 +559,12 @@ class InstructPix2Pix:
         """
         size = size or self.size
         text_guidance, image_guidance = guidance or (self.guidance, self.image_guidance)
-        sources = torch.cat([self.encode_source(source, size) for source in sources])
+        latents = [self.encode_source(source, size) for source in sources]
+        if len({z.shape for z in latents}) > 1:
+            raise UserError("pictures that are changed together must have one form; draw one at a "
+                            "time (--micro 1)")
+        sources = torch.cat(latents)
+        sides = [self.model.vae.factor * side for side in sources.shape[2:]]
         # Three predictions: with text and source, with the source alone, with neither.
         sources = torch.cat([sources, sources, torch.zeros_like(sources)])  # [3B,4,h,w]
         text, empty = contexts
@@ -561,7 +578,14 @@ class InstructPix2Pix:
             towards_source = image_guidance * (source - neither)
             return neither + towards_source + text_guidance * (both - source)
 
-        return self.model.draw(predict, seeds, size, steps or self.steps, noise, progress)
+        return self.model.draw(predict, seeds, sides, steps or self.steps, noise, progress)
+
+
+def resized(image, size, multiple):
+    """A PIL image whose shorter side is `size`; both are multiples of `multiple`."""
+    scale = size / min(image.size)
+    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in image.size]
+    return image.resize(sides, Image.Resampling.LANCZOS)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -91,12 +91,12 @@ def load_sdxl(args, device):
 
 def load_emoticrafter(args, device):
     from baselines.emoticrafter import EmotiCrafter
-    return EmotiCrafter.from_pretrained(args.model, args.weights, device)
+    return EmotiCrafter.from_pretrained(args.weights, device, sdxl=args.model)
 
 
 def load_emoedit(args, device):
     from baselines.emoedit import EmoEdit
-    return EmoEdit.from_pretrained(args.model, args.weights, device)
+    return EmoEdit.from_pretrained(args.weights, device, editor=args.model, encoder=args.clip)
 
 
 METHODS = {
@@ -255,6 +255,8 @@ def parse_args(argv):
     add("--out", type=Path, required=True, help="folder of the pictures")
     add("--model", help="folder or hub id of the generator (default: the method's)")
     add("--weights", type=Path, help="file of EmotiCrafter's or EmoEdit's own network")
+    add("--clip", default="openai/clip-vit-large-patch14",
+        help="CLIP of EmoEdit (default: %(default)s)")
     add("--adapter", help="of --method ours: folder or hub id")
     add("--sources", type=Path, help="folder of the pictures that EmoEdit changes, <id>.png")
     add("--form", choices=FORMS, help="how the prompt tells the target (default: the method's)")

@@ -159,8 +159,8 @@ def test_foreign_damaged_and_dangerous_files_are_refused_in_one_line(published, 
     tensors = published[0].published()
     short = {name: tensor for name, tensor in tensors.items() if name != "module.h.1.attn_v.c_z.bias"}
     for name, content, message in (
-            ("code", {"module.wpe.weight": Code()}, "no file of tensors alone"),
-            ("list", [torch.ones(1)], "not a dictionary of tensors"),
+            ("code", {"module.wpe.weight": Code()}, "not a file of plain tensors"),
+            ("list", [torch.ones(1)], "not EmotiCrafter's network"),
             ("other", {"weight": torch.ones(1)}, "not EmotiCrafter's network"),
             ("short", short, r"missing h.1.attn_v.c_z.bias \[96\]"),
             ("variant", tensors | {"module.ff.weight": torch.ones(CONTEXT, CONTEXT)}, "unexpected 'ff.weight'"),

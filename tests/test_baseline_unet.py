@@ -203,14 +203,17 @@ def test_instruct_pix2pix_draws_what_diffusers_draws_from_the_same_seeds(pix2pix
 def test_instruct_pix2pix_takes_embeddings_noise_and_a_source_of_any_shape(pix2pix):
     theirs, ours, _ = pix2pix
     context, empty = torch.randn(1, 77, 32), torch.randn(1, 77, 32)
-    noise = torch.randn(1, 4, 8, 8)
+    noise = torch.randn(1, 4, 8, 12)
     wide = Image.new("RGB", (96, 64))
     wide.paste(source_picture(), (16, 0))
-    expected = theirs(image=source_picture(), prompt_embeds=context, negative_prompt_embeds=empty, latents=noise.clone(),
+    expected = theirs(image=wide, prompt_embeds=context, negative_prompt_embeds=empty, latents=noise.clone(),
                       generator=torch.Generator().manual_seed(7), num_inference_steps=3, guidance_scale=3.0,
                       image_guidance_scale=2.0, output_type="np").images
     out = ours.draw_embedded((context, empty), [wide], [7], 64, 3, (3.0, 2.0), noise)
-    assert difference(out, expected) <= 2
+    assert difference(out, expected) <= 2 and out.shape == (1, 3, 64, 96)
+    assert unet.resized(Image.new("RGB", (300, 1001)), 64, 8).size == (64, 216)
+    with pytest.raises(UserError, match="must have one form; draw one at a time"):
+        ours.draw_embedded((context.repeat(2, 1, 1), empty.repeat(2, 1, 1)), [wide, source_picture()], [7, 8], 64, 3)
     with pytest.raises(UserError, match="source picture"):
         ours.draw([Case("a tree", 5, 5)], [0])
 

@@ -3,10 +3,10 @@
     python -m tiny.emotion_network --out runs/emotion_network     # trains and draws, in minutes
 
 It answers what reward feedback must be compared with: what do pictures gain if a network simply
-puts V and A into the text vectors? As EmotiCrafter's (Dang et al. 2025, `baselines/emoticrafter.py`,
-here with 4 blocks of width 96), it reads the vectors of a neutral caption and is trained to change
-them into those of the scene's emotional caption, on the same rows as reward feedback. The generator
-itself is not trained, and no judge is asked.
+puts V and A into the text vectors? EmotiCrafter's (Dang et al. 2025; baselines/emoticrafter.py),
+here with 4 blocks of width 96, reads the vectors of a neutral caption and is trained to change them
+into those of the scene's emotional caption, on the same rows as reward feedback. The generator is
+not trained, and no judge is asked.
 
 It draws the test cases into OUT/pictures, <id>.png each, as `python -m evaluation run --images
 OUT/pictures` reads them. A killed run starts again.
@@ -52,7 +52,8 @@ def train(generator, rows, args):
         emotional, _ = generator.encoders.encode([row.emotional for row in picks])
         changed = network(neutral.float(), *rescaled(picks))
         loss = (changed - emotional.float()).square().mean()
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 50) * (1 - step / args.steps)
+        warm_up = min(1, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = args.lr * warm_up * (1 - step / args.steps)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
