@@ -86,8 +86,8 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "guided_pictures", "skip_last", "window", "window_within", "step_weights",
-        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
-        "ema_every", "eval_rows", "save_minutes")
+        "guidance_gradient", "clip", "advantage_std", "updates", "max_grad_norm", "mismatch",
+        "lora_alpha", "ema", "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))

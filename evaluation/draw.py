@@ -37,7 +37,6 @@ from parts.files import (
     write_json,
 )
 from parts.pipeline import PAPER, TINY, load_generator, to_images
-from parts.run import run_in_processes
 
 NEUTRAL = "neutral"  # does not tell the target
 FORMS = {"numbers": data.with_numbers, "words": data.with_words,
@@ -275,6 +274,9 @@ def parse_args(argv):
 
 
 def main(argv):
+    # torch.distributed's checkpoints, which it imports, need what Windows lacks
+    from parts.run import run_in_processes
+
     args = parse_args(argv)
     command = f"python -m evaluation draw {shlex.join(argv)}"
     return run_in_processes(partial(draw, command=command), args)
