@@ -32,7 +32,7 @@ import feedback
 import flow_grpo
 import grpo
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, weights
+from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, scorers, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
@@ -40,7 +40,7 @@ from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
 TINY_REWARDS = {"emotion": 1.0, "pickscore": 0.5}
 # What a weight may be given to; the miniature's meter as a reward is the ceiling of all judges.
-PARTS = (*REWARDS, "own", "meter")
+PARTS = (*REWARDS, "own", "meter", *scorers.SCORERS)
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
@@ -107,6 +107,7 @@ class Models:
     meter: object | None  # the miniature's function: image -> (v, a)
     examiner: object | None  # the miniature's, of content: does a picture show its subject?
     own: object | None = None  # the function of --reward
+    others: list | tuple = ()  # (name, score) of scorers.load
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def rewards_of(images, rows, models, reward_weights, readings):
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
     if models.own is not None:
         parts["own"] = own_reward.rewards(models.own, images, rows)
+    for name, score in models.others:
+        parts[name] = score(images, [row.neutral for row in rows]).double().cpu()
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         read["meter"] = torch.tensor(measured, dtype=torch.float64)
@@ -356,7 +359,8 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
-              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
+              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore),
+              scorers.files_of(args.scorer))
     settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward),
                              "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
@@ -450,6 +454,7 @@ def load_models(args, device):
     """Models, with a new adapter in the generator."""
     own = own_reward.load(args.reward)
     judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
+    others = scorers.load(args.scorer, device)
     scorer = meter = examiner = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)
@@ -469,7 +474,7 @@ def load_models(args, device):
     lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
     if args.init_adapter != "none":
         lora.fill_lora(adapter, generator.mmdit)
-    return Models(generator, judge, scorer, meter, examiner, own)
+    return Models(generator, judge, scorer, meter, examiner, own, others)
 
 
 def prompts_needed(start, rows, held_out, args, processes):
@@ -501,7 +506,9 @@ def parse_args(argv=None):
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
                         "weight: --reward-weights emotion=1,own=0.5")
+    parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     args = presets.parse_settings(parser, SETTINGS, argv)
+    args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

@@ -27,7 +27,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, hub, lora, pipeline, presets, weights
+from parts import cli, clip, hub, lora, pipeline, presets, scorers, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
@@ -48,6 +48,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str, "the scores' CLIP, or none"),
     "other_clip": ("none", str(TINY / "other_clip"), str, "one that gave no rewards, or none"),
     "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str, "LAION's head for it, or none"),
+    "emotion_head": ("none", "none", str, "Emo-A's, of evaluation.emotion_head, or none"),
     "size": (512, 128, cli.picture_side, "side in pixels"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
@@ -107,6 +108,8 @@ class Instruments:
     other: clip.CLIP | None = None  # of a second CLIP-Score: the first may have given rewards
     examiner: Examiner | None = None  # of the miniature: does a picture show its subject?
     head: list | None = None  # of the aesthetic score, from metrics.aesthetic_head; needs a scorer
+    emotions: list | None = None  # of Emo-A, from metrics.emotion_head; needs a scorer
+    others: list | tuple = ()  # (name, score) of scorers.load
 
 
 def readers_of(judges, meter):
@@ -137,8 +140,14 @@ def scores_of(instruments, images, cases):
     if instruments.examiner is not None:
         scores["content"] = 100 * instruments.examiner.shows(
             images, [case.neutral for case in cases])
+    if instruments.emotions is not None:
+        labels = [case.label for case in cases]
+        hits = metrics.emotion_hits(scorer, instruments.emotions, embedded, labels)
+        scores["emo_a"] = 100 * hits
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
+    for name, score in instruments.others:
+        scores[name] = score(images, [case.neutral for case in cases])
     return scores
 
 
@@ -195,10 +204,17 @@ def open_run(args, command, cases, generator):
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
         "clip": stamp(args.clip), "other_clip": stamp(args.other_clip),
-        "aesthetic": stamp(args.aesthetic),
+        "aesthetic": stamp(args.aesthetic), "scorer": args.scorer,
         "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device,
         "questions": args.questions}
+    if args.emotion_head:
+        facts["emotion_head"] = stamp(args.emotion_head)
+    if args.images and (args.images / "draw.json").exists():  # of `python -m evaluation draw`
+        drawn = read_json(args.images / "draw.json")
+        facts["sources"] = drawn.get("sources")  # of an editor's pictures
+        facts["billions"] = args.parameters or drawn.get("billions")
+        facts["seconds_given"] = args.seconds or drawn.get("seconds")
     if generator is not None:
         facts["name"] = args.name or generator.name
         facts["model"] = stamp(args.model)
@@ -229,6 +245,7 @@ def parse_args(argv):
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
         help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
+    add("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
@@ -251,6 +268,7 @@ def complete(args):
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
     args.judge = judges
+    args.scorer = scorers.chosen(args.scorer)
     if args.images:
         args.forms = ("images",)
         args.name = args.name or args.images.resolve().name
@@ -260,11 +278,13 @@ def complete(args):
     _, own_head, *_ = SETTINGS["aesthetic"]
     if args.aesthetic == own_head and args.clip != own_clip:
         args.aesthetic = "none"  # the miniature's head reads the embeddings of its own CLIP only
-    for flag in ("clip", "other_clip", "aesthetic"):
+    for flag in ("clip", "other_clip", "aesthetic", "emotion_head"):
         if getattr(args, flag) == "none":
             setattr(args, flag, None)
-    if args.aesthetic and not args.clip:
-        raise UserError("--aesthetic: needs the CLIP that its head belongs to, --clip")
+    for name in ("aesthetic", "emotion_head"):
+        if getattr(args, name) and not args.clip:
+            raise UserError(f"--{name.replace('_', '-')}: needs the CLIP that its head belongs to, "
+                            f"--clip")
     if args.clip and not args.aesthetic:
         cli.say("no --aesthetic: the Aes-Score is left out")
 
@@ -284,17 +304,20 @@ def evaluate(args, command):
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
     hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              scorers.files_of(args.scorer),
               [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
         model = load_judge(source, args.device, args.size)
         judges[name] = judge_of(model, args.micro, limit, progress=False)
-    scorers = {name: source and clip.CLIP.from_pretrained(source, args.device)
-               for name, source in (("scorer", args.clip), ("other", args.other_clip))}
+    clips = {name: source and clip.CLIP.from_pretrained(source, args.device)
+             for name, source in (("scorer", args.clip), ("other", args.other_clip))}
     instruments = Instruments(
-        readers_of(judges, meter=args.preset == "tiny"), **scorers,
+        readers_of(judges, meter=args.preset == "tiny"), **clips,
         examiner=Examiner.from_pretrained() if args.preset == "tiny" else None,
-        head=metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None)
+        head=metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None,
+        emotions=metrics.emotion_head(args.emotion_head) if args.emotion_head else None,
+        others=scorers.load(args.scorer, args.device))
     generator = None
     if not args.images:
         generator = load_generator(args.model, args.device, adapter=args.adapter)

@@ -184,6 +184,32 @@ def test_fused_projections_are_split_into_their_published_names():
     assert weights.projections("a.o_proj", 4, FUSED) == {"a.o_proj": 4}
 
 
+class Code:
+    def __reduce__(self):
+        return print, ("it runs",)
+
+
+def test_a_pickle_gives_its_tensors_alone_to_fused_layers_and_runs_no_code(tmp_path, capsys):
+    model = torch.nn.Module()
+    model.qkv = torch.nn.Linear(4, 6)
+    tensors = {f"{name}.{kind}": torch.randn(2, *rest) for name in "qkv" for kind, rest in (("weight", [4]), ("bias", []))}
+    torch.save({"epoch": 3, "state_dict": tensors | {"step": 7}}, tmp_path / "model.pt")
+    path, entries = weights.find_tensors(tmp_path, "model.pt")
+    assert path == tmp_path / "model.pt" and entries.keys() == tensors.keys()
+    weights.load(weights.named_views(model, {"qkv": ("q", "k", "v")}), entries, path)
+    for kind in ("weight", "bias"):
+        assert torch.equal(getattr(model.qkv, kind), torch.cat([tensors[f"{name}.{kind}"] for name in "qkv"]))
+    save_file(tensors, tmp_path / "model.safetensors")  # once converted, that is read
+    assert weights.find_tensors(tmp_path, "model.pt")[0].name == "model.safetensors"
+    for content, message in ((Code(), "not a file of plain tensors"), (None, "no other.pt in it; give the file")):
+        if content is not None:
+            torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=message):
+            weights.find_tensors(tmp_path, "other.pt")
+        (tmp_path / "other.pt").unlink(missing_ok=True)
+    assert "it runs" not in capsys.readouterr().out
+
+
 def test_names_are_rewritten_by_a_table():
     views = weights.renamed({"blocks.3.q.weight": [], "norm.weight": []},
                             [(r"^blocks\.(\d+)\.", r"encoder.\1."), (r"^norm\.", "final."), (r"\.q\.", ".to_q.")])
@@ -301,6 +327,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
 
 
 @pytest.mark.parametrize("config, message", [
+    ({"num_single_layers": 10**9}, "num_single_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_layers": 10**9}, "num_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"vision_config": {"depth": 2.5}}, "depth is 2.5"),
     ({"text_config": {"hidden_size": "wide"}}, "hidden_size is 'wide'"), ({"vocab_size": True}, "vocab_size is True")])
