@@ -80,7 +80,6 @@ def run(args):
     generator = load_generator(TINY)
     generator.encoders = PromptCache(generator.encoders, generator.dtype, limit=3 * len(rows))
     network = train(generator, rows, args)
-    weights.save(args.out / "network.safetensors", network.views())
     cases = held_out_cases(args.cases, seed=0)
     for start in tqdm(range(0, len(cases), 20), "pictures", unit_scale=20):
         part = cases[start:start + 20]
@@ -88,6 +87,7 @@ def run(args):
         images = draw(generator, network, part, range(start, start + len(part)))
         for case, image in zip(part, images, strict=True):
             save_png(image, args.out / "pictures" / f"{case.id}.png")
+    weights.save(args.out / "network.safetensors", network.views())
     print(args.out / "pictures")
 
 

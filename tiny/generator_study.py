@@ -48,9 +48,9 @@ EVERY = 10  # steps between evaluations on the validation rows
 class Row:
     """A row of the table: how its generators were trained, and with which seeds."""
     folder: str
-    flags: tuple | None  # of train_gen.py, or of tiny.imitation; None: not at all
+    flags: tuple | None  # of its program; None: it is not trained
     seeds: tuple = (0,)
-    program: str = "train_gen.py"
+    program: str = "train_gen"  # or the name of a program in tiny/
     form: str = "numbers"
 
 
@@ -67,6 +67,7 @@ ROWS = {
     "judge before GRPO": Row("general", ("--judge", str(SUPERVISED))),
     "judge trained on drawn labels": Row("drawn", ("--judge", str(DRAWN_JUDGE))),
     "guided and rewarded, as it was": Row("guided", ("--rewarded",), program="imitation"),
+    "an emotion network, no RL": Row("emotion_network", (), program="emotion_network"),
     "the meter as reward (a ceiling)": Row("meter", ("--reward-weights", "meter=1,pickscore=0.5")),
 }
 
@@ -75,11 +76,18 @@ def training(row, seed, extra):
     """The command that trains a row's generator."""
     out = STUDY / f"{row.folder}_seed{seed}"
     common = ["--data", DATASET, "--out", out, "--seed", seed, *row.flags]
-    if row.program == "imitation":
-        return [sys.executable, "-m", "tiny.imitation", *common]
+    if row.program != "train_gen":
+        return [sys.executable, "-m", f"tiny.{row.program}", *common]
     judge = [] if "--judge" in row.flags else ["--judge", JUDGE]
     return [sys.executable, HERE.parent / "train_gen.py", "--eval-every", EVERY, *common, *judge,
             *extra]
+
+
+def product_of(row):
+    """What a finished training has in its folder."""
+    if row.program == "emotion_network":
+        return Path("network.safetensors")
+    return Path("adapter/adapter_config.json")
 
 
 def chosen(out):
@@ -96,8 +104,11 @@ def chosen(out):
 def evaluation(row, seed, cases):
     """The command that measures a row's generator."""
     out = STUDY / f"{row.folder}_seed{seed}"
-    command = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--forms", row.form,
-               "--judge", JUDGE, "--out", out / EVALUATED.parent]
+    command = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--judge", JUDGE,
+               "--out", out / EVALUATED.parent]
+    if row.program == "emotion_network":  # which has drawn the cases
+        return [*command, "--images", out / "pictures"]
+    command += ["--forms", row.form]
     return command if row.flags is None else [*command, "--adapter", chosen(out)[0]]
 
 
@@ -119,7 +130,7 @@ def study(args, extra):
     runs = [(name, row, seed) for name, row in rows.items() for seed in row.seeds]
 
     # 2. trainings, then evaluations
-    trainings = [(STUDY / f"{row.folder}_seed{seed}", Path("adapter/adapter_config.json"),
+    trainings = [(STUDY / f"{row.folder}_seed{seed}", product_of(row),
                   [training(row, seed, extra)]) for _, row, seed in runs if row.flags is not None]
     run_missing(trainings, args.jobs, "generators")
     measured = [(STUDY / f"{row.folder}_seed{seed}", EVALUATED,
@@ -133,10 +144,11 @@ def study(args, extra):
         commands = [evaluation(row, seed, args.cases)]
         if row.flags is not None:
             commands.insert(0, training(row, seed, extra))
-            print(f"{out.name}: step {chosen(out)[1]}")
+            if row.program == "train_gen":
+                print(f"{out.name}: step {chosen(out)[1]}")
         lines = [shown(command) for command in commands]
-        results.add_run(
-            TABLE, name, out.name, seed, out / EVALUATED.parent, row.form, lines, digest)
+        form = "images" if row.program == "emotion_network" else row.form
+        results.add_run(TABLE, name, out.name, seed, out / EVALUATED.parent, form, lines, digest)
     if "both" in {row.folder for row in rows.values()}:
         ship(chosen(STUDY / "both_seed0")[0])
     print(results.table_of(TABLE))
