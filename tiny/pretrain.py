@@ -185,11 +185,11 @@ class Schedule:
 
 
 SCHEDULES = {
-    "vae": Schedule(samples=64_000, batch=16, lr=2e-3, weight_decay=0.0, ema=0.998),
+    "vae": Schedule(samples=96_000, batch=16, lr=2e-3, weight_decay=0.0, ema=0.998),
     "decoder": Schedule(samples=64_000, batch=16, lr=1.5e-3, weight_decay=0.0, ema=0.998),
     "clip": Schedule(samples=200_000, batch=128, lr=1.5e-3, weight_decay=0.02, ema=0.99),
-    "mmdit": Schedule(samples=220_000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.999),
-    "judge": Schedule(samples=240_000, batch=32, lr=3e-3, weight_decay=0.01, ema=0.99),
+    "mmdit": Schedule(samples=200_000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.999),
+    "judge": Schedule(samples=200_000, batch=32, lr=3e-3, weight_decay=0.01, ema=0.99),
 }
 
 
