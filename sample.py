@@ -57,7 +57,7 @@ SAMPLING = {  # flag: default with --preset paper, with tiny, type, help
 FEEDBACK = {
     "rounds": (1, 1, cli.integer(1, 100), "the judge rewrites the prompt between two"),
     "tolerance": (0.0, 0.0, cli.number(0, 16), "a loss |ΔV| + |ΔA| that ends the rounds"),
-    "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
+    "readings": (1, 8, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
     "result": ("best", "best", ("best", "last"), "the best picture of all rounds, or of the last"),
 }
 

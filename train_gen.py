@@ -47,7 +47,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
     "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
-    "readings": (1, 1, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
+    "readings": (1, 8, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
     "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
