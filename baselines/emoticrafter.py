@@ -146,6 +146,9 @@ def load_network(path, device="cpu"):
     """
     path = weights.find(path)
     pickled = path.is_file() and path.suffix != ".safetensors"
+    if pickled:
+        cli.say(f"{path}: a pickle, read without running what code it may hold; `python -m "
+                f"baselines.emoticrafter convert {path} OUT.safetensors` makes a plain file of it")
     tensors = weights.read_tensors(path) if pickled else weights.index(path)
     tensors = weights.renamed(tensors, [(r"^module\.", "")])  # which DataParallel writes before all
     make = functools.partial(Network, config_of(tensors, path))

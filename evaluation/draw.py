@@ -78,7 +78,12 @@ class OurGenerator:
 
 
 def load_flux(args, device):
-    from baselines.flux import Flux
+    from baselines.flux import Flux, memory
+    if device.type == "cuda":
+        plan = memory(encoders=args.encoders, offload=args.offload)
+        cli.say(f"FLUX.1's weights in bfloat16: on the GPU {plan['encoding']:.1f} GiB while prompts"
+                f" are encoded and {plan['drawing']:.1f} while pictures are drawn, in the host's "
+                f"memory {plan['host']:.1f}; --encoders leave and --offload need less of the GPU")
     return Flux.from_pretrained(args.model, device, encoders=args.encoders, offload=args.offload)
 
 

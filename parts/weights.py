@@ -298,7 +298,11 @@ def files_of(path):
         if missing:
             raise UserError(f"{indexes[0]}: missing shards {missing}; download them again")
         return files, shard_of
-    files = [file for file in path.glob("*.safetensors") if not file.match("*.fp16.safetensors")]
+    half = sorted(path.glob("*.fp16.safetensors"))
+    files = [file for file in path.glob("*.safetensors") if file not in half]
+    if half and not files:
+        raise UserError(f"{path}: only {half[0].name}, a half-precision copy; download the files "
+                        f"without fp16 in their names")
     if len(files) != 1:
         found = ", ".join(repr(file.name) for file in sorted(files)) or "none"
         raise UserError(f"{path}: expected one .safetensors file or an index of shards, found "

@@ -104,8 +104,10 @@ def test_the_network_equals_one_of_gpt2s_pieces(published):
         assert float((network(context, *swapped) - context - change).norm() / change.norm()) > 0.05
 
 
-def test_the_converted_file_is_the_same_network_without_the_table_of_words(published, converted):
+def test_the_converted_file_is_the_same_network_without_the_table_of_words(published, converted, capsys):
     networks = [emoticrafter.load_network(file) for file in (published[1], converted)]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"emoticrafter convert {published[1]} OUT.safetensors` makes a plain file" in said
     assert networks[0].config == networks[1].config == emoticrafter.NetworkConfig(3, WIDTH, CONTEXT, POSITIONS)
     for name, tensor in networks[0].state_dict().items():
         assert torch.equal(tensor, networks[1].state_dict()[name]), name

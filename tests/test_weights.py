@@ -156,6 +156,9 @@ def test_half_precision_variants_beside_the_weights_are_ignored(tmp_path):
     target = torch.zeros(1)
     weights.load({"a": [target]}, weights.index(tmp_path), tmp_path)
     assert target == 1
+    (tmp_path / "model.safetensors").unlink()
+    with refused("only model.fp16.safetensors, a half-precision copy; download the files without fp16"):
+        weights.index(tmp_path)
 
 
 class Grouped(torch.nn.Module):
