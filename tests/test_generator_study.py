@@ -1,46 +1,77 @@
-"""The study of reward feedback: every run once, and a table of what was measured."""
+"""The study of reward feedback: every run once, its best adapter on validation, records and a shipped adapter."""
 
 import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import train_judge
+from parts.files import read_records, write_rows
 from parts.pipeline import TINY, load_generator
 from tests.launch import run_command
-from tiny import generator_study, judge_study
+from tiny import generator_study, judge_study, results
 from tiny.dataset import write_tiny
+from tiny.generator_study import Row
 
-SMALL = ("--cases 4 --steps 1 --group 2 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 "
-         "--eval-rows 4 --size 64 --window 1 --window-within 1 --jobs 1").split()
+SMALL = ("--cases 3 --group 2 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2 --readings 1 "
+         "--eval-rows 2 --size 64 --window 1 --window-within 1 --jobs 1").split()
+ROWS = {
+    "base": Row("base", None),
+    "emotion and PickScore": Row("both", ("--steps", "1"), (0, 1)),
+    "imitation": Row("imitation", ("--steps", "1", "--group", "2"), program="imitation"),
+    "an emotion network": Row("emotion_network", ("--steps", "1", "--batch", "2", "--cases", "3"),
+                              program="emotion_network"),
+}
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     for name, path in (("SUPERVISED", train_judge.TINY), ("STUDY", tmp_path / "study"), ("DATASET", tmp_path / "dataset"),
-                       ("SHIPPED", tmp_path / "shipped"), ("SEEDS", (0, 1))):
+                       ("SHIPPED", tmp_path / "shipped"), ("ROWS", dict(ROWS)), ("EVERY", 1)):
         monkeypatch.setattr(generator_study, name, path)
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+    (tmp_path / "records").mkdir()
     monkeypatch.setattr(judge_study.subprocess, "run", run_command)
-    rows = generator_study.ROWS
-    monkeypatch.setattr(generator_study, "ROWS", {name: rows[name] for name in list(rows)[:2]})
     write_tiny(tmp_path / "dataset", 4, 4)
     return tmp_path
 
 
-def test_a_study_trains_what_is_missing_and_prints_one_table(folders, capsys):
+def test_a_study_trains_what_is_missing_and_keeps_every_case(folders, capsys):
     assert generator_study.main(SMALL) == 0
     first = capsys.readouterr().out
-    rows = [line.split("|")[1].strip() for line in first.splitlines()]
-    assert rows == ["rewards", "---", "base", "judge and PickScore"] and first.count("±") == 2 * len(generator_study.FIGURES)
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")]
+    assert rows == ["", "---", *ROWS] and "both_seed0: step 1" in first
+    records = read_records(folders / "records" / "reward_feedback.jsonl")
+    heads = [record for record in records if "row" in record]
+    assert [head["run"] for head in heads] == ["base_seed0", "both_seed0", "both_seed1", "imitation_seed0",
+                                               "emotion_network_seed0"]
+    assert len(records) == 5 * (1 + 3) and len({head["data"] for head in heads}) == 1
+    assert heads[1]["commands"][0].startswith("python train_gen.py") and "--adapter" in heads[1]["commands"][1]
+    assert "--images" in heads[4]["commands"][1] and heads[4]["form"] == "images"
+    shipped = load_file(folders / "shipped" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in shipped.values()} == {torch.bfloat16}
     assert load_generator(TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
-    files = [folders / f"study/{name}_seed1" / generator_study.RESULT for name in ("base", "both")]
-    facts = [json.loads(file.read_text())["settings"] for file in files]
-    assert facts[0]["adapter"] is None and facts[1]["adapter"][0].endswith("both_seed1/adapter")
-    assert {f["seed"] for f in facts} == {1}
-    written = (folders / "study/both_seed0" / generator_study.RESULT).stat().st_mtime_ns
+    file = folders / "study/both_seed0" / generator_study.EVALUATED
+    assert json.loads(file.read_text())["settings"]["seed"] == 0
+    written = file.stat().st_mtime_ns
     generator_study.main(SMALL)
-    assert capsys.readouterr().out == first
-    assert (folders / "study/both_seed0" / generator_study.RESULT).stat().st_mtime_ns == written
+    assert capsys.readouterr().out == first and file.stat().st_mtime_ns == written
+
+
+def test_the_best_adapter_on_validation_keeps_the_base_s_content(tmp_path):
+    def log(*steps):
+        write_rows(tmp_path / "log.jsonl", [
+            {"step": step, "eval_content": content, "eval_meter_v_error": error, "eval_meter_a_error": 0.5}
+            for step, content, error in steps])
+        return generator_study.chosen(tmp_path)
+
+    assert log((0, 0.9, 2.0), (10, 0.86, 1.0), (20, 0.84, 0.2)) == (tmp_path / "adapters" / "00000010", 10)
+    assert log((0, 0.9, 2.0), (10, 0.9, 1.0), (20, 0.9, 0.2))[1] == 20
+    assert log((0, 0.9, 2.0), (10, 0.5, 1.0), (20, 0.4, 0.2))[1] == 20  # none keeps it: the last
+    write_rows(tmp_path / "log.jsonl", [])
+    assert generator_study.chosen(tmp_path) == (tmp_path / "adapter", None)
 
 
 def test_a_failed_run_is_named(folders, capsys):
