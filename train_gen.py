@@ -57,8 +57,15 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
     "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
+    "loss": ("reverse", "reverse", ("reverse", "forward"),
+             "reverse: of the sampler's steps (Flow-GRPO); forward: of noised pictures"),
+    "noised": (2, 2, integer(1, 1000), "noise levels at which the forward loss meets a picture"),
+    "distil": (0, 0, integer(0, 10**6), "steps that teach the adapter --distil-guidance first"),
+    "distil_guidance": (4.5, 4.5, number(1, 100), "guidance that it then does without"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
+    "sampler": ("sde", "sde", ("sde", "cps"), "cps: a step keeps the ODE's noise level"),
+    "start": ("own", "own", ("own", "shared"), "shared: a group is one picture up to the window"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
@@ -124,6 +131,7 @@ class Chunk:
     indices: list[int]  # among this process's n samples
     trajectory: flow_grpo.Trajectory
     texts: tuple  # (context, pooled) of the prompts
+    seeds: list[int]  # of the pictures
 
 
 def samples_of(step, rows, args):
@@ -152,7 +160,8 @@ def roll_out(models, samples, args, run, step):
                disable=not run.processes.first)
     for indices in run.until_asked(bar):
         own = [samples[i] for i in indices]
-        chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
+        trajectory, texts = draw(models.generator, own, args.size, settings)
+        chunk = Chunk(indices, trajectory, texts, [sample.seed for sample in own])
         chunks.append(chunk)
         drawn = to_images(models.generator.decode(chunk.trajectory.latents))
         for i, image in zip(indices, drawn, strict=True):
@@ -172,8 +181,18 @@ def sde_settings(args, shift, step):
         last_start = (args.window_within or len(trained)) - args.window
         start = random.Random(f"window {args.seed} {step}").randint(0, last_start)
         stochastic = trained = range(start, start + args.window)
+    elif args.sampler == "cps":
+        stochastic = trained  # a step to 0 has no noise
+    if args.loss == "forward":
+        stochastic = trained = range(0)
     return flow_grpo.SDESettings(args.sde_steps, args.guidance, shift, args.noise_level, stochastic,
-                                 trained, args.guidance_gradient == "conditional")
+                                 trained, args.guidance_gradient == "conditional", args.sampler,
+                                 branch_of(args))
+
+
+def branch_of(args):
+    """So many pictures of a group follow one another in a batch and are one up to the window."""
+    return args.group // args.updates if args.start == "shared" else 1
 
 
 def chunks_of(samples, args):
@@ -247,55 +266,114 @@ def nearness(read, targets):
 
 
 def update(model, chunks, advantages, optimizer, args, processes, check):
-    """args.updates steps of the optimizer, each by the gradients of all trained steps of its share
-    of the chunks.
+    """args.updates steps of the optimizer, each by the gradients of its share of the chunks.
 
     advantages [n]. check: see `training.check_ratio`. Returns ({metric: sum over this process's
     picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "picture_steps"), 0.0)
-    deviation = None
+    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "matching", "picture_steps"), 0.0)
+    deviation = 0.0
     norms = []
+    add_gradients = forward_gradients if args.loss == "forward" else reverse_gradients
     for turn in range(args.updates):
         share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
         pictures = sum(len(chunk.indices) for chunk in share)
-        picture_steps = pictures * len(chunks[0].trajectory.steps)
-        deviations = []
+        steps = args.noised if args.loss == "forward" else len(chunks[0].trajectory.steps)
         optimizer.zero_grad(set_to_none=True)
+        deviations = []
         for chunk in share:
-            for k, kept in enumerate(chunk.trajectory.steps):
-                # 1. the kept step under the model as it is, and under the reference for the KL
-                kept_step = (model, chunk.trajectory, k, *chunk.texts)
-                reference = None
-                if args.beta:
-                    with torch.no_grad(), lora.lora_disabled(model):
-                        reference = flow_grpo.kept_velocity(*kept_step)
-                step = flow_grpo.evaluate_step(*kept_step, reference)
-                # 2. its part of the loss (equation 2); the parts add up to the mean over all
-                loss, metrics = flow_grpo.flow_grpo_loss(
-                    step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
-                    args.beta, normalizer=picture_steps)
-                weight = step_weight(step, chunk.trajectory, kept.index, args.step_weights)
-                (loss * weight).backward()
-                # 3. metrics, still as tensors: reading a number would wait for the GPU
+            parts = add_gradients(model, chunk, advantages[chunk.indices], args, pictures * steps)
+            for loss, metrics in parts:
+                # still as tensors: reading a number would wait for the GPU
                 sums["loss"] += loss.detach().double() / args.updates
                 for name in metrics.keys() & sums.keys():
-                    sums[name] += metrics[name].double() * len(kept.log_prob)
-                deviations.append(metrics["ratio_max_deviation"])
-        sums["picture_steps"] += picture_steps
-        # 4. before the first update the ratio must be 1
-        if turn == 0:
+                    sums[name] += metrics[name].double() * len(chunk.indices)
+                if "ratio" in metrics:
+                    deviations.append(metrics["ratio_max_deviation"])
+        sums["picture_steps"] += pictures * steps
+        # before the first update the ratio must be 1
+        if turn == 0 and deviations:
             deviation = float(torch.stack(deviations).max())
             if check:
                 training.check_ratio(deviation, args.mismatch, processes)
-        # 5. step of the optimizer
+        # step of the optimizer
         processes.average_gradients(trained)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)))
         if math.isfinite(norms[-1]):  # else it is skipped, by all processes alike
             optimizer.step()
     sums = {name: float(value) for name, value in sums.items()}
     return sums, deviation, sum(norms) / len(norms)
+
+
+def reverse_gradients(model, chunk, advantages, args, picture_steps):
+    """Add the gradients of a chunk's trained steps (equation 2); yields (loss, metrics) of each.
+
+    picture_steps: of the whole update, so that the parts add up to the mean over all.
+    """
+    for k, kept in enumerate(chunk.trajectory.steps):
+        # 1. the kept step under the model as it is, and under the reference for the KL
+        kept_step = (model, chunk.trajectory, k, *chunk.texts)
+        reference = None
+        if args.beta:
+            with torch.no_grad(), lora.lora_disabled(model):
+                reference = flow_grpo.kept_velocity(*kept_step)
+        step = flow_grpo.evaluate_step(*kept_step, reference)
+        # 2. its part of the loss
+        loss, metrics = flow_grpo.flow_grpo_loss(
+            step.log_prob, kept.log_prob, advantages, step.kl, args.clip, args.beta,
+            normalizer=picture_steps)
+        weight = step_weight(step, chunk.trajectory, kept.index, args.step_weights)
+        (loss * weight).backward()
+        yield loss, metrics
+
+
+def forward_gradients(model, chunk, advantages, args, picture_steps):
+    """As `reverse_gradients`, of the chunk's pictures at `--noised` noise levels each."""
+    x = chunk.trajectory.latents
+    noises = seeded(training.noise_seed("forward", seed) for seed in chunk.seeds)
+    levels = chunk.trajectory.sigmas[:-1]  # those that the sampler meets
+    picks = np.random.default_rng(chunk.seeds[0]).permutation(len(levels))[:args.noised]
+    for sigma in levels[np.sort(picks)]:
+        noise = flow_grpo.draw_noise(x, noises)
+        given = ((1 - sigma) * x + sigma * noise, sigma, *chunk.texts, args.guidance)
+        reference = None
+        if args.beta:
+            with torch.no_grad(), lora.lora_disabled(model):
+                reference = flow_grpo.guided_velocity(model, *given)
+        velocity = flow_grpo.guided_velocity(model, *given)
+        per_row, metrics = flow_grpo.forward_loss(
+            velocity, noise - x, advantages, reference, args.beta)
+        loss = per_row.sum() / picture_steps
+        loss.backward()
+        yield loss, metrics
+
+
+def distil(generator, samples, args, optimizer):
+    """One step in which the adapter learns what guidance gives: its velocity without guidance is
+    drawn to the base's with it, along the base's own path. Returns the log's figures."""
+    model = generator.mmdit
+    sigmas = flow_grpo.sigma_schedule(args.sde_steps, generator.shift)
+    starts = range(0, len(samples), args.micro)
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for first in starts:
+        own = samples[first:first + args.micro]
+        texts = generator.encode_prompts([each.prompt for each in own], args.distil_guidance)
+        alone = [text.chunk(2)[1] for text in texts]
+        x = generator.starting_noise(seeded(each.seed for each in own), args.size)
+        x = x.to(generator.device)
+        for i in range(args.sde_steps):
+            with torch.no_grad(), lora.lora_disabled(model):
+                target = flow_grpo.guided_velocity(
+                    model, x, sigmas[i], *texts, args.distil_guidance)
+            velocity = flow_grpo.guided_velocity(model, x, sigmas[i], *alone, 1)
+            loss = (velocity - target).square().mean() * len(own) / len(samples) / args.sde_steps
+            loss.backward()
+            total += float(loss.detach())
+            x = x + (sigmas[i + 1] - sigmas[i]) * target
+    optimizer.step()
+    return {"distillation": total}
 
 
 def step_weight(step, trajectory, index, kind):
@@ -393,6 +471,14 @@ def train(args, processes):
             timer = training.Timer()
             # 1. prompts
             samples = processes.share(samples_of(step, rows, args))
+            if step < args.distil:
+                optimizer.param_groups[0]["lr"] = args.lr
+                record = {"step": step + 1, **distil(models.generator, samples, args, optimizer),
+                          "seconds_update": timer.lap()}
+                done = step + 1
+                ema.add(step)
+                run.log(record)
+                continue
             # 2. rollout: pictures and rewards; a group may lie on two processes
             chunks, own = roll_out(models, samples, args, run, step)
             if run.stopped():
@@ -497,7 +583,8 @@ def summary(rewards, sums, deviation, norm, processes):
     n = processes.total(sums)
     return {"loss": n["loss"] / processes.world, **means, "reward_std": float(spread.mean()),
             "zero_spread": float((spread < 1e-6).double().mean()),  # groups without advantages
-            **{name: n[name] / n["picture_steps"] for name in ("ratio", "clip_fraction", "kl")},
+            **{name: n[name] / n["picture_steps"]
+               for name in ("ratio", "clip_fraction", "kl", "matching")},
             "ratio_max_deviation": max(processes.gather([deviation])), "grad_norm": norm}
 
 
@@ -510,6 +597,10 @@ def parse_args(argv=None):
     args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     trained = args.sde_steps - args.skip_last
+    branch = branch_of(args)
+    if branch > 1 and (args.group % args.updates or args.micro % branch):
+        parser.error(f"--start shared: --group must be a multiple of --updates, and --micro of "
+                     f"{branch}, the pictures of a group in an update")
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,
               "updates": args.batch * args.group}
