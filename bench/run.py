@@ -34,7 +34,7 @@ from parts.files import write_json
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = {  # program: flags; a program's own sizes are those of which something is asked
     "mmdit_forward": "", "mmdit_lora_step": "", "sampling": "", "judge_generate": "", "token_log_probs": "--repeats 2",
-    "flow_grpo_step": ""}
+    "flow_grpo_step": "", "first_picture": ""}
 GROWTH = (  # program, what grows, {size: flags}
     ("mmdit_forward", "pixels", {
         256: "--blocks 2 --batch 1 --latent 32 --repeats 2", 512: "--blocks 2 --batch 1 --latent 64 --repeats 2",
@@ -55,7 +55,8 @@ QUICK = {
     "sampling": "--steps 2 --pictures 2 --size 64 --repeats 1",
     "judge_generate": "--width 64 --layers 2 --vocabulary 1000 --image 112 --new-tokens 6 --group 2 --repeats 1",
     "token_log_probs": "--rows 64 --width 32 --vocabulary 1000 --no-compile --repeats 1",
-    "flow_grpo_step": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --steps 2 --rank 2 --repeats 1"}
+    "flow_grpo_step": "--blocks 2 --heads 2 --latent 8 --text 5 --context 32 --steps 2 --rank 2 --repeats 1",
+    "first_picture": "--steps 1 --size 64 --repeats 1"}
 PEERS = ("diffusers", "transformers", "peft", "trl", "liger-kernel")
 
 
