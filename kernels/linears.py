@@ -1,7 +1,8 @@
 """Linear layers on a CPU from weights that lie as oneDNN reads them fastest.
 
 oneDNN multiplies faster by a copy of W that lies in blocks: a tenth with many rows, two to four
-times with few, where all that counts is how fast W can be read.
+times with few, where all that counts is how fast W can be read. The copy of a frozen W is kept
+until W changes or is gone, so that the next answers or pictures need not make it again.
 """
 
 import contextlib
@@ -9,33 +10,48 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from parts import ops
+
+COPIES = WeakTensorKeyDictionary()  # {W: (what it was made from and for, the copy)}
 
 
 def fast_linear(weight, bias=None, copy=True):
     """A function x [...,D] -> x·Wᵀ + bias of a frozen W [V,D].
 
-    The first call makes the copy, as large as W. Without a copy oneDNN is still faster than torch's
+    With copy it multiplies by a copy as large as W. Without one oneDNN is still faster than torch's
     own product of a few hundred rows. gelu=True: GELU (tanh form) while the result is in the cache.
     """
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (on_cpu and torch.backends.mkldnn.is_available()):
         return lambda x, gelu=False: plain_linear(x, weight, bias, gelu)
-    weight = weight.detach()
-    ready = []  # the laid out copy, once it is made
+    ready = []  # W as it is multiplied by
 
     def product(x, gelu=False):
         # The best layout depends on the number of rows, which the first call shows.
         if not ready:
-            rows = x.numel() // x.shape[-1]
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            ready.append(reorder(weight, rows) if copy else weight)
+            ready.append(copy_of(weight, x.numel() // x.shape[-1]) if copy else weight.detach())
         # oneDNN's name for what it applies to a result before it is written.
         after = ("gelu", [], "tanh") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, ready[0], bias, *after)
 
     return product
+
+
+def copy_of(weight, rows):
+    """The copy of W for products of `rows` rows: the kept one if W still is what it was made from.
+
+    torch counts a tensor's changes in place, but for those by AdamW(fused=True) and through p.data,
+    which weights in training may see; a new p.data lies elsewhere.
+    """
+    made_for = weight._version, weight.data_ptr(), rows
+    kept_for, copy = COPIES.get(weight, (None, None))
+    if kept_for != made_for:
+        copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        if not weight.requires_grad:
+            COPIES[weight] = made_for, copy
+    return copy
 
 
 def plain_linear(x, weight, bias, gelu=False):

@@ -114,13 +114,36 @@ def test_layers_are_laid_out_within_the_context_only_also_when_it_breaks_off(mon
 
 @pytest.mark.one_form
 @torch.no_grad()
-def test_changed_weights_are_seen_by_the_next_context():
-    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
-    for _ in range(2):
-        layer.weight.normal_()
-        expected = nn.functional.linear(x, layer.weight, layer.bias)
+def test_a_copy_is_kept_until_its_weights_change_or_are_gone(monkeypatch):
+    layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(2, 8)
+    monkeypatch.setattr(linears, "COPIES", type(linears.COPIES)())
+
+    def copy_after_use():
         with ops.fast_linears(layer):
-            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        return linears.COPIES[layer.weight][1]
+
+    first = copy_after_use()
+    assert copy_after_use() is first
+    layer.weight.normal_()  # in place, as an optimizer does
+    second = copy_after_use()
+    layer.weight.data = torch.randn(8, 8)  # another tensor, as `load_state_dict(assign=True)` and offloading do
+    third = copy_after_use()
+    assert first is not second is not third and copy_after_use() is third
+    del layer.weight
+    assert len(linears.COPIES) == 0
+
+
+@pytest.mark.one_form
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_of_the_optimizer_is_seen_by_the_next_context(fused):
+    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with ops.fast_linears(layer), torch.no_grad():
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        layer(x).square().sum().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("P, n, K, G, L, t", [(1, 8, 2, 4, 30, 5), (3, 2, 1, 2, 7, 1), (2, 1, 2, 1, 1, 3)])
