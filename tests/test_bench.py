@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import (
+    first_picture,
     flow_grpo_step,
     judge_generate,
     memory,
@@ -170,6 +171,21 @@ def test_sampling_draws_the_same_pictures_and_prints_a_table(capsys):
     with pytest.raises(SystemExit):
         sampling.main(["--size", "100"])
     assert "multiple of 16" in capsys.readouterr().err
+
+
+def test_first_picture_splits_the_seconds_of_ours_beside_diffusers(capsys):
+    assert first_picture.main("--steps 1 --size 64 --repeats 1 --threads 1".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert cells(lines[2])[0].startswith("from the command to one picture of 64 px, 1 steps")
+    parts = dict(part.split()[:2] for part in lines[-1].removeprefix("Ours: ").split(", "))
+    assert list(parts) == list(first_picture.PARTS) and all(float(seconds) > 0 for seconds in parts.values())
+
+
+@pytest.mark.parametrize("wrong", ["--steps 0", "--size 100", "--size 256"])
+def test_first_picture_refuses_sizes_it_cannot_draw(wrong, capsys):
+    with pytest.raises(SystemExit):
+        first_picture.main(wrong.split())
+    assert "must be at least 1" in capsys.readouterr().err
 
 
 def test_flop_are_counted_in_every_form_of_a_product_and_of_attention():
