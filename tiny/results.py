@@ -122,7 +122,7 @@ def put(table, run, lines):
 def rounded(value):
     """Numbers with three decimals: a record is for the table, and pixels have 256 levels."""
     if isinstance(value, list):
-        return [round(x, 3) for x in value]
+        return [rounded(each) for each in value]
     return round(value, 3) if isinstance(value, float) else value
 
 
