@@ -108,9 +108,9 @@ class Embedder(nn.Module):
         return self.mlp(x)
 
 
-def sinusoids(timestep):
-    """timestep [B] in 0..1000 -> [B,256] float32: cosines, then sines, of spaced frequencies."""
-    half = FREQUENCIES // 2
+def sinusoids(timestep, width=FREQUENCIES):
+    """timestep [B] in 0..1000 -> [B,width] float32: cosines, then sines, of spaced frequencies."""
+    half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
     frequencies = torch.exp(-math.log(10_000) * steps / half)
     angles = timestep.float()[:, None] * frequencies

@@ -32,13 +32,13 @@ import feedback
 import flow_grpo
 import grpo
 from evaluation.metrics import spearman
-from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, weights
+from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, scorers, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
-PARTS = (*REWARDS, "own")  # what a weight may be given to
+PARTS = (*REWARDS, "own", *scorers.SCORERS)  # what a weight may be given to
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
@@ -86,8 +86,8 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "guided_pictures", "skip_last", "window", "window_within", "step_weights",
-        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
-        "ema_every", "eval_rows", "save_minutes")
+        "guidance_gradient", "clip", "advantage_std", "updates", "max_grad_norm", "mismatch",
+        "lora_alpha", "ema", "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -103,6 +103,7 @@ class Models:
     scorer: clip.CLIP | None  # PickScore
     meter: object | None  # the miniature's function: image -> (v, a)
     own: object | None = None  # the function of --reward
+    others: list | tuple = ()  # (name, score) of scorers.load
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ def rewards_of(images, rows, models, reward_weights):
         parts["pickscore"] = (scores / 26).double().cpu()  # as in Flow-GRPO: about 0..1
     if models.own is not None:
         parts["own"] = own_reward.rewards(models.own, images, rows)
+    for name, score in models.others:
+        parts[name] = score(images, [row.neutral for row in rows]).double().cpu()
     if models.meter is not None:
         measured = [models.meter(image) for image in images]
         readings["meter"] = torch.tensor(measured, dtype=torch.float64)
@@ -376,7 +379,8 @@ def train(args, processes):
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "test")[:args.eval_rows]
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
-              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore))
+              lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore),
+              scorers.files_of(args.scorer))
     settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward),
                              "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
@@ -471,6 +475,7 @@ def load_models(args, device):
     """Models, with a new adapter in the generator."""
     own = own_reward.load(args.reward)
     judge = None if args.judge == "none" else pipeline.load_judge(args.judge, device)
+    others = scorers.load(args.scorer, device)
     scorer = meter = None
     if args.pickscore != "none":
         scorer = clip.load_pickscore(args.pickscore, device)
@@ -488,7 +493,7 @@ def load_models(args, device):
     lora.add_lora(generator.mmdit, targets, args.lora_rank, args.lora_alpha)
     if args.init_adapter != "none":
         lora.fill_lora(adapter, generator.mmdit)
-    return Models(generator, judge, scorer, meter, own)
+    return Models(generator, judge, scorer, meter, own, others)
 
 
 def prompts_needed(start, rows, held_out, args, processes):
@@ -520,7 +525,9 @@ def parse_args(argv=None):
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
                         "weight: --reward-weights emotion=1,own=0.5")
+    parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     args = presets.parse_settings(parser, SETTINGS, argv)
+    args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     trained = args.sde_steps - args.skip_last
     limits = {"guided_pictures": args.group, "skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

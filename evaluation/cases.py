@@ -9,7 +9,8 @@ the methods that the paper compares with, too. Cases with a `group` are one prom
 targets, drawn from one noise; they measure continuity (section 4.3.1).
 """
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,18 @@ class Case:
     v: float
     a: float
     group: str | None = None  # shared by cases that differ in V and A only
+    # what only some methods and metrics need; a run's digest of its cases does without them
+    emotion: str | None = field(default=None, repr=False, compare=False)  # EmoSet's class
+    source: Path | None = field(default=None, repr=False, compare=False)  # what an editor changes
+
+    @property
+    def label(self):
+        """Its class, or the one nearest to V and A."""
+        return self.emotion or data.nearest_emotion(self.v, self.a)
 
 
 def load_cases(path):
-    """The cases of a file of JSON lines with id, neutral, v, a and perhaps group.
+    """The cases of a file of JSON lines with id, neutral, v, a and perhaps group, emoedit, source.
 
     Other keys, such as those of a dataset's test.jsonl, are passed over. Raises UserError.
     """
@@ -41,9 +50,15 @@ def load_cases(path):
     def parse(raw):
         v, a = data.check_va(raw["v"], raw["a"])
         data.check_caption("neutral", raw["neutral"])
-        case = Case(data.check_id(raw["id"]), raw["neutral"], v, a, raw.get("group"))
-        if not isinstance(case.group, str | None):
-            raise ValueError(f"the group {case.group!r:.80} is no text")
+        for key in ("group", "source"):
+            if not isinstance(raw.get(key), str | None):
+                raise ValueError(f"the {key} {raw[key]!r:.80} is no text")
+        if raw.get("emoedit") not in (None, *data.EMOTIONS):
+            raise ValueError(f"emoedit is {raw['emoedit']!r:.80}; expected one of "
+                             f"{', '.join(data.EMOTIONS)}")
+        source = raw.get("source") and Path(path).parent / raw["source"]
+        case = Case(data.check_id(raw["id"]), raw["neutral"], v, a, raw.get("group"),
+                    raw.get("emoedit"), source)
         if case.id in seen:
             raise ValueError(f"the id {case.id!r} a second time")
         seen.add(case.id)
@@ -99,33 +114,32 @@ def pictures_of(folder, cases):
     return paths
 
 
-def for_others(case, label=None):
-    """A case as a line of a file, with the target in the terms of the methods of table 1.
-
-    label: EmoSet's class of the picture; without one `emoedit` is the class nearest to V and A.
-    """
+def for_others(case, folder="."):
+    """A case as a line of a file in `folder`, with the target in the terms of the methods of
+    table 1."""
     row = {"id": case.id, "neutral": case.neutral, "v": case.v, "a": case.a}
     if case.group:
         row["group"] = case.group
+    if case.source:
+        row["source"] = os.path.relpath(case.source, folder)
     row["numbers"] = data.with_numbers(case.neutral, case.v, case.a)
     row["words"] = data.with_words(case.neutral, case.v, case.a)
-    row["emoedit"] = label or data.nearest_emotion(case.v, case.a)
+    row["emoedit"] = case.label
     # EmotiCrafter takes V and A on -3..3.
     row["emoticrafter"] = [round((x - 5) * 3 / 4, 4) for x in (case.v, case.a)]
     return row
 
 
 def write_cases(args):
-    labels = {}  # {case id: EmoSet's class}
     if args.data is None:
         cases = held_out_cases(args.count, args.seed)
     else:
         rows = data.load_rows(args.data, "test")[:args.count]
-        cases = [Case(row.id, row.neutral, row.v, row.a) for row in rows]
-        labels = {row.id: row.label for row in rows}
+        cases = [Case(row.id, row.neutral, row.v, row.a, None, row.label, row.image)
+                 for row in rows]
     if args.grid is not None:
-        cases = grid_of(cases, args.grid)  # under new ids: a label says nothing of a grid's targets
-    write_rows(args.out, [for_others(case, labels.get(case.id)) for case in cases])
+        cases = grid_of(cases, args.grid)  # without labels: they say nothing of a grid's targets
+    write_rows(args.out, [for_others(case, args.out.parent) for case in cases])
     print(f"{args.out}: {len(cases)} cases")
 
 

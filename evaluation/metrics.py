@@ -1,8 +1,9 @@
 """The figures that methods are compared by (EmoFeedback², section 4.2).
 
-Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA and LAION's aesthetic score. Over
-cases: errors of V and A as a reader (a judge, or the miniature's meter) saw them, their rank
-correlation with the target, and the order of neighbours in a grid, for continuity (section 4.3.1).
+Of a picture: CLIP-Score against its neutral prompt, CLIP-IQA, LAION's aesthetic score, and whether
+it shows the wanted class of emotion (Emo-A, which EmoCtrl reports). Over cases: errors of V and A
+as a reader (a judge, or the miniature's meter) saw them, their rank correlation with the target,
+and the order of neighbours in a grid, for continuity (section 4.3.1).
 
 Letters: B pictures, P dimension of CLIP's shared space, n records, one for each case.
 """
@@ -11,14 +12,13 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+import data
+from parts import weights
 from parts.cli import UserError
 from parts.clip import cosines, embed_pictures, embed_prompts
 
@@ -59,36 +59,60 @@ def aesthetic_score(model, head, images):
     return x[:, 0]
 
 
+def emotion_hits(model, head, images, labels):
+    """1 where the head reads the label in a picture, else 0, [B]; their mean is Emo-A.
+
+    model: the CLIP that the head was trained on. Raises ValueError if they do not fit.
+    """
+    (weight, bias), = head
+    x = embed_pictures(model, images)  # [B,P]
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"the emotion head reads {weight.shape[1]} numbers and this CLIP makes "
+                         f"{x.shape[1]}; give the CLIP that it was trained on")
+    read = F.linear(x, weight.to(x.device), bias.to(x.device)).argmax(1)
+    wanted = torch.tensor([data.EMOTIONS.index(label) for label in labels], device=x.device)
+    return (read == wanted).float()
+
+
 def aesthetic_head(path):
     """The layers [(weight, bias)], float32, of an aesthetic predictor as LAION publishes it.
 
     Its linear one has `weight` and `bias`, its MLP `layers.0.weight`, …; a .safetensors file may
     hold the same names. Raises UserError.
     """
+    state = read_state(path, "download LAION's sa_0_4_vit_l_14_linear.pth or "
+                             "sac+logos+ava1-l14-linearMSE.pth and give its path")
+    return layers_of(state, path, 1, "an aesthetic predictor that ends in one number")
+
+
+def emotion_head(path):
+    """The layer [(weight [8,P], bias [8])] that evaluation.emotion_head wrote. Raises UserError."""
+    state = read_state(path, "train it by `python -m evaluation.emotion_head`")
+    return layers_of(state, path, len(data.EMOTIONS), "a head for the eight classes of emotion")
+
+
+def read_state(path, advice):
+    """{name: tensor} of a file of torch or safetensors. UserError, with advice if it is missing."""
     path = Path(path).expanduser()
-    try:
-        # weights_only: a pickle could hold code, which would be run
-        is_pickle = path.suffix != ".safetensors"
-        state = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; download LAION's sa_0_4_vit_l_14_linear.pth or "
-                        f"sac+logos+ava1-l14-linearMSE.pth and give its path") from error
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {advice}")
+    return weights.read_tensors(path)
+
+
+def layers_of(state, path, outputs, what):
+    """The layers [(weight, bias)], float32, of a file's tensors. UserError unless they fit."""
     layers = {}  # {number in the file: {"weight": [out,in], "bias": [out]}}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", str(name)):
+    for name, value in state.items():
+        if match := re.fullmatch(r"(?:layers\.(\d+)\.)?(weight|bias)", name):
             layers.setdefault(int(match[1] or 0), {})[match[2]] = value
     # Anything beside whole layers means that this is another model's file.
     whole = layers and sum(map(len, layers.values())) == len(state) == 2 * len(layers)
     ordered = [layers[number] for number in sorted(layers)] if whole else []
     head = [(layer["weight"], layer["bias"]) for layer in ordered]
     chained = all(len(weight) == after.shape[1] for (weight, _), (after, _) in pairwise(head))
-    if not head or not chained or len(head[-1][0]) != 1:
-        raise UserError(f"{path}: not the layers of an aesthetic predictor that ends in one "
-                        f"number; expected weight and bias, or layers.0.weight, layers.0.bias, …")
+    if not head or not chained or len(head[-1][0]) != outputs:
+        raise UserError(f"{path}: not the layers of {what}; expected weight and bias, or "
+                        f"layers.0.weight, layers.0.bias, …")
     return [(weight.float(), bias.float()) for weight, bias in head]
 
 

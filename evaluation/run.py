@@ -27,7 +27,7 @@ import data
 import feedback
 from evaluation import metrics, tables
 from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
-from parts import cli, clip, hub, lora, pipeline, presets, weights
+from parts import cli, clip, hub, lora, pipeline, presets, scorers, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
@@ -50,6 +50,7 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of a generator"),
     "clip": ("openai/clip-vit-large-patch14", str(TINY / "clip"), str, "the scores' CLIP, or none"),
     "aesthetic": ("none", str(TINY / "aesthetic.safetensors"), str, "LAION's head for it, or none"),
+    "emotion_head": ("none", "none", str, "Emo-A's, of evaluation.emotion_head, or none"),
     "size": (512, 128, cli.picture_side, "side in pixels"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] steps of the sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
@@ -104,6 +105,8 @@ class Instruments:
     readers: dict  # {name: read(images) -> [(V, A)]}, as of readers_of
     scorer: clip.CLIP | None = None  # of CLIP-Score and CLIP-IQA
     head: list | None = None  # of the aesthetic score, from metrics.aesthetic_head; needs a scorer
+    emotions: list | None = None  # of Emo-A, from metrics.emotion_head; needs a scorer
+    others: list | tuple = ()  # (name, score) of scorers.load
 
 
 def readers_of(judges, meter):
@@ -127,8 +130,14 @@ def scores_of(instruments, images, cases):
         cosines = clip.cosines(scorer, embedded, [case.neutral for case in cases])
         scores["clip_score"] = 100 * cosines  # torchmetrics cuts off at 0 their mean, not each
         scores["clip_iqa"] = metrics.clip_iqa(scorer, embedded)
+    if instruments.emotions is not None:
+        labels = [case.label for case in cases]
+        hits = metrics.emotion_hits(scorer, instruments.emotions, embedded, labels)
+        scores["emo_a"] = 100 * hits
     if instruments.head is not None:
         scores["aesthetic"] = metrics.aesthetic_score(scorer, instruments.head, embedded)
+    for name, score in instruments.others:
+        scores[name] = score(images, [case.neutral for case in cases])
     return scores
 
 
@@ -184,9 +193,16 @@ def open_run(args, command, cases, generator):
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
-        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic),
+        "clip": stamp(args.clip), "aesthetic": stamp(args.aesthetic), "scorer": args.scorer,
         "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device}
+    if args.emotion_head:
+        facts["emotion_head"] = stamp(args.emotion_head)
+    if args.images and (args.images / "draw.json").exists():  # of `python -m evaluation draw`
+        drawn = read_json(args.images / "draw.json")
+        facts["sources"] = drawn.get("sources")  # of an editor's pictures
+        facts["billions"] = args.parameters or drawn.get("billions")
+        facts["seconds_given"] = args.seconds or drawn.get("seconds")
     if generator is not None:
         facts["name"] = args.name or generator.name
         facts["model"] = stamp(args.model)
@@ -215,6 +231,7 @@ def parse_args(argv):
     add("--adapter", help="folder or hub id of an adapter of --model (default: none)")
     add("--judge", action="append", default=[], metavar="[NAME=]SOURCE",
         help="folder, hub id or http://…/v1 of a judge, each; the first also gives the feedback")
+    add("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     add("--images", type=Path, help="folder of another method's pictures, <id>.png each")
     add("--seconds", type=number(0, 1e6), help="per picture of --images, for table 7")
     add("--parameters", type=number(0, 1e6), help="of --images' model, in billions, for table 7")
@@ -237,6 +254,7 @@ def complete(args):
     if len(judges) < len(args.judge) or "meter" in judges:
         raise UserError("--judge: every judge needs a name of its own, as in --judge other=FOLDER")
     args.judge = judges
+    args.scorer = scorers.chosen(args.scorer)
     if args.images:
         args.forms = ("images",)
         args.name = args.name or args.images.resolve().name
@@ -248,8 +266,11 @@ def complete(args):
         args.aesthetic = "none"  # the miniature's head reads the embeddings of its own CLIP only
     args.clip = None if args.clip == "none" else args.clip
     args.aesthetic = None if args.aesthetic == "none" else args.aesthetic
-    if args.aesthetic and not args.clip:
-        raise UserError("--aesthetic: needs the CLIP that its head belongs to, --clip")
+    args.emotion_head = None if args.emotion_head == "none" else args.emotion_head
+    for name in ("aesthetic", "emotion_head"):
+        if getattr(args, name) and not args.clip:
+            raise UserError(f"--{name.replace('_', '-')}: needs the CLIP that its head belongs to, "
+                            f"--clip")
     if args.clip and not args.aesthetic:
         cli.say("no --aesthetic: the Aes-Score is left out")
 
@@ -268,6 +289,7 @@ def evaluate(args, command):
     # 2. load: the judges, what scores, and last the generator
     limit = feedback.REWRITE_LIMIT if "feedback" in args.forms else feedback.ANSWER_LIMIT
     hub.fetch([(args.clip, ["*"])], *map(lora.files_with_base, args.judge.values()),
+              scorers.files_of(args.scorer),
               [] if args.images else pipeline.files_of_generator(args.model, adapter=args.adapter))
     judges = {}
     for name, source in args.judge.items():
@@ -276,7 +298,9 @@ def evaluate(args, command):
     instruments = Instruments(
         readers_of(judges, meter=args.preset == "tiny"),
         clip.CLIP.from_pretrained(args.clip, args.device) if args.clip else None,
-        metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None)
+        metrics.aesthetic_head(args.aesthetic) if args.aesthetic else None,
+        metrics.emotion_head(args.emotion_head) if args.emotion_head else None,
+        scorers.load(args.scorer, args.device))
     generator = None
     if not args.images:
         generator = load_generator(args.model, args.device, adapter=args.adapter)

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from evaluation import rate
 from evaluation.metrics import correlation, errors, mean, neighbours_in_order, targets_and_readings
-from parts import cli
+from parts import cli, scorers
 from parts.cli import UserError, markdown
 from parts.files import read_json, read_records, write_json, write_whole
 
 RESAMPLES = 2000  # bootstrap samples behind an interval
-SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score"}
+SCORES = {"clip_score": "CLIP-Score", "clip_iqa": "CLIP-IQA", "aesthetic": "Aes-Score",
+          "emo_a": "Emo-A, %", **scorers.TITLES}
 HEADS = {"1": "method", "2": "method", "4": "model", "5": "task", "10": "reward", "all": "method"}
 
 
@@ -245,14 +246,21 @@ def figure_table(methods, keys, head, seed, transposed=False):
 
 
 def latency_table(methods):
-    """Table 7: seconds for a picture, and billions of parameters of the base generator."""
+    """Table 7: seconds for a case and for a picture, and billions of parameters of the generator.
+
+    Feedback draws many pictures for a case, every other method one.
+    """
     found = {}
     for method in methods:
         given = method.facts.get("seconds_given")  # of pictures that were only read here
         seconds = given if method.facts["images"] else figures(method)["seconds"]
-        found[method.label] = {"seconds": seconds, "billions": method.facts["billions"]}
+        drawn = method.facts["rounds"] * method.facts["n"] if method.form == "feedback" else 1
+        each = None if seconds is None else seconds / drawn
+        found[method.label] = {"seconds": seconds, "picture": each,
+                               "billions": method.facts["billions"]}
     rows = [["metric", *found]]
-    for head, key, form in (("inference latency (s)", "seconds", "{:.2f}"),
+    for head, key, form in (("inference latency (s), a case", "seconds", "{:.2f}"),
+                            ("the same, a picture drawn", "picture", "{:.2f}"),
                             ("model size (B)", "billions", "{:.3g}")):
         values = [of[key] for of in found.values()]
         rows.append([head, *("–" if value is None else form.format(value) for value in values)])
@@ -349,7 +357,8 @@ def table(form, methods, ratings, human, seed):
 
 def about(label, facts):
     """A line on where the figures of a method come from."""
-    sources = {key: facts.get(key) for key in ("model", "adapter", "clip", "aesthetic")}
+    keys = ("model", "adapter", "clip", "aesthetic", "emotion_head", "sources")
+    sources = {key: facts.get(key) for key in keys}
     sources |= {f"judge {name}": source for name, source in facts["judges"].items()}
     # A local checkpoint is a list, of its name and of its files.
     named = [f"{what} {source[0] if isinstance(source, list) else source}"

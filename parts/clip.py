@@ -90,7 +90,11 @@ def preprocess(images, config=ImageConfig()):
     """
     squares = [cut_out(to_rgb(image), config.size, config.square) for image in to_pil(images)]
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))  # [B,S,S,3]
-    pixels = pixels.permute(0, 3, 1, 2).contiguous().float() / 255  # [B,3,S,S]
+    return normalised(pixels.permute(0, 3, 1, 2).contiguous().float() / 255, config)
+
+
+def normalised(pixels, config):
+    """(x − mean) / std of pixels [B,3,H,W] in 0..1."""
     mean = torch.tensor(config.mean).view(3, 1, 1)
     std = torch.tensor(config.std).view(3, 1, 1)
     return (pixels - mean) / std
@@ -272,21 +276,29 @@ class Layer(nn.Module):
 
 
 class TextTower(nn.Module):
-    def __init__(self, config=CLIP_L_TEXT):
+    def __init__(self, config=CLIP_L_TEXT, project=True):
+        """project: False for CLIPTextModel, which has no projection of the end token."""
         super().__init__()
         c = self.config = config
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.text_projection = nn.Identity()
+        if project:
+            self.text_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
 
-    def forward(self, ids):
-        """ids [B,L] -> (states before the last layer [B,L,D], projected end token [B,P])."""
+    def states(self, ids):
+        """ids [B,L] -> states before and after the last layer, both [B,L,D]."""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # [B,L,D]
         for layer in self.layers:
             penultimate = x
             x = layer(x, causal=True)
+        return penultimate, x
+
+    def forward(self, ids):
+        """ids [B,L] -> (states before the last layer [B,L,D], projected end token [B,P])."""
+        penultimate, x = self.states(ids)
         # The first end token closes the prompt; CLIP-L pads with further ones.
         end = (ids == self.config.eos_token_id).int().argmax(dim=1)  # [B]
         x = x[torch.arange(len(x), device=x.device), end]  # [B,D]
@@ -297,16 +309,19 @@ class TextTower(nn.Module):
         return published(self, "text_model")
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=None, component=None):
-        """A folder or hub id with CLIPTextModelWithProjection.
+    def from_pretrained(cls, source, device="cpu", dtype=None, component=None, project=True):
+        """A folder or hub id with CLIPTextModelWithProjection, or CLIPTextModel if not `project`.
 
         component: its folder in a whole pipeline, e.g. `text_encoder`.
         """
         path = weights.find(source, component)
         entries = weights.index(path)
+        if not project and not any(name.startswith("text_model.") for name in entries):
+            # transformers 5 leaves out the first part of all names when it writes a CLIPTextModel.
+            entries = {f"text_model.{name}": entry for name, entry in entries.items()}
         file = path / "config.json"
         config = tower_config(TextConfig, weights.read_config(file, len(entries)), file)
-        make = functools.partial(cls, config)
+        make = functools.partial(cls, config, project)
         unused = ("*position_ids", "logit_scale")  # in some published files
         return weights.build(make, cls.views, entries, path, device, dtype, unused)
 

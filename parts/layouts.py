@@ -141,7 +141,7 @@ def mmdit_json(c):
 
 
 # --------------------------------------------------------------------------------------------------
-# SD3's autoencoder in the layout of diffusers
+# Stable Diffusion's autoencoder in the layout of diffusers
 
 VAE_NAMES = (  # (ours, which is Stability's; theirs), applied in this order
     (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
@@ -154,6 +154,9 @@ VAE_NAMES = (  # (ours, which is Stability's; theirs), applied in this order
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
+VAE_OLDER = (  # (what files written before April 2023 call the attention's projections, theirs)
+    (r"(attentions\.0)\.query\.", r"\1.to_q."), (r"(attentions\.0)\.key\.", r"\1.to_k."),
+    (r"(attentions\.0)\.value\.", r"\1.to_v."), (r"(attentions\.0)\.proj_attn\.", r"\1.to_out.0."))
 
 
 def vae_views(vae):
@@ -175,18 +178,20 @@ def vae_fields(folder):
     """Fields of vae.VAEConfig from a diffusers folder's config.json. Raises UserError."""
     raw = weights.read_config(folder / "config.json")
     try:
-        if raw.get("use_quant_conv", True) or raw.get("use_post_quant_conv", True):
-            raise ValueError("it has a quant_conv")
+        quant_convs = [raw.get(f"use_{name}", True) for name in ("quant_conv", "post_quant_conv")]
+        if quant_convs not in ([True, True], [False, False]):
+            raise ValueError("one quant_conv without the other")
         return {
             "channels": tuple(raw["block_out_channels"]),
             "blocks": raw["layers_per_block"],
             "latent_channels": raw["latent_channels"],
             "groups": raw.get("norm_num_groups", 32),
-            "scale": raw["scaling_factor"],
-            "shift": raw.get("shift_factor", 0.0)}
+            "scale": raw.get("scaling_factor", 0.18215),  # SD 1.5's, which older files leave out
+            "shift": raw.get("shift_factor", 0.0),
+            "quant_convs": quant_convs[0]}
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: not a configuration of SD3's autoencoder "
-                        f"({error}); give the vae/ of an SD3 or SD3.5 checkpoint") from error
+        raise UserError(f"{folder}/config.json: not a configuration of Stable Diffusion's "
+                        f"autoencoder ({error}); give the vae/ of its checkpoint") from error
 
 
 def vae_fields_of_tensors(entries, path):

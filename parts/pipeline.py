@@ -98,13 +98,9 @@ class Generator:
         shape = (1, self.mmdit.config.channels, side, side)
         return torch.cat([torch.randn(shape, generator=own) for own in generators])
 
-    @torch.no_grad()
     def decode(self, latents):
         """Pictures [B,3,H,W] uint8, on the CPU, of scaled latents [B,C,h,w]."""
-        # One picture at a time, because the decoder's maps at full resolution fill the memory.
-        images = [self.vae.decode(z[None].to(self.dtype)) for z in latents]
-        images = torch.cat(images).float()  # [B,3,H,W] in -1..1
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return self.vae.pictures(latents)
 
 
 @contextmanager

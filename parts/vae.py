@@ -1,4 +1,4 @@
-"""The 16-channel autoencoder of Stable Diffusion 3 (Esser et al. 2024).
+"""The autoencoder of Stable Diffusion: 16 channels for SD3 (Esser et al. 2024), 4 before it.
 
 It turns pictures into latents an eighth as high and wide, and back. Modules carry the tensor names
 of Stability's single file (`first_stage_model.encoder.down.0.block.0.norm1.weight`);
@@ -27,6 +27,7 @@ class VAEConfig:
     groups: int = 32  # of every GroupNorm
     scale: float = 1.5305  # latents handed out are (z - shift)·scale, about unit variance
     shift: float = 0.0609
+    quant_convs: bool = False  # 1×1 convolutions before and behind the latents, as before SD3
 
 
 SD3_VAE = VAEConfig()
@@ -182,6 +183,10 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        if config.quant_convs:
+            C = config.latent_channels
+            self.quant_conv = nn.Conv2d(2 * C, 2 * C, 1)
+            self.post_quant_conv = nn.Conv2d(C, C, 1)
 
     @property
     def factor(self):
@@ -190,7 +195,10 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """Mean and log-variance [B,16,h,w] of the unscaled latent posterior."""
-        mean, logvar = self.encoder(ops.channels_last(images)).chunk(2, dim=1)
+        z = self.encoder(ops.channels_last(images))
+        if self.config.quant_convs:
+            z = self.quant_conv(z)
+        mean, logvar = z.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)  # so that exp() of it stays finite
 
     def encode(self, images, generator=None):
@@ -213,7 +221,18 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Scaled latents [B,16,h,w] -> images [B,3,8h,8w], nominally in -1..1."""
         z = latents / self.config.scale + self.config.shift
+        if self.config.quant_convs:
+            z = self.post_quant_conv(z)
         return self.decoder(ops.channels_last(z))
+
+    @torch.no_grad()
+    def pictures(self, latents):
+        """Pictures [B,3,8h,8w] uint8, on the CPU, of scaled latents [B,16,h,w] of any type."""
+        weight = self.decoder.conv_in.weight
+        # One picture at a time, because the decoder's maps at full resolution fill the memory.
+        images = [self.decode(z[None].to(weight)) for z in latents]
+        images = torch.cat(images).float()  # [B,3,8h,8w] in -1..1
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None):
@@ -224,7 +243,7 @@ class VAE(nn.Module):
             views = weights.named_views
             fields = layouts.vae_fields_of_tensors(entries, path)
         else:
-            entries = weights.index(path)
+            entries = weights.renamed(weights.index(path), layouts.VAE_OLDER)
             views = layouts.vae_views
             fields = layouts.vae_fields(path)
         make = functools.partial(cls, VAEConfig(**fields))

@@ -8,8 +8,8 @@ qkv_proj), swapped halves (scale before shift), plain renames, and writing: `sav
 same views.
 
 Bytes are read from the file into the parameter's own memory, tensor by tensor, so the peak is the
-size of the model plus one tensor. Left out: pickled checkpoints (they execute code) and quantised
-tensors.
+size of the model plus one tensor. Of a pickled checkpoint, which could execute code, only plain
+tensors are read (`find_tensors`). Left out: quantised tensors.
 """
 
 import fnmatch
@@ -19,10 +19,11 @@ import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from parts import hub
@@ -69,6 +70,39 @@ def find_file(source, name):
     return path / name
 
 
+def find_tensors(source, name):
+    """(local path, {tensor name: Entry, or the tensor of a pickle}) of one file of tensors.
+
+    source: the file; or a folder or hub id that holds it as `name`, a folder perhaps as
+    .safetensors instead. Raises UserError.
+    """
+    path = root(source, name)
+    if not path.is_file():
+        converted = path / Path(name).with_suffix(".safetensors")
+        path = converted if converted.is_file() else path / name
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {name} in it; give the file, or a folder that has it")
+    return path, index(path) if path.suffix == ".safetensors" else read_tensors(path)
+
+
+def read_tensors(path):
+    """{name: tensor} of a .safetensors file, or of one of torch.save, without what else that holds.
+
+    No code in it is run. Raises UserError.
+    """
+    try:
+        is_pickle = path.suffix != ".safetensors"
+        state = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: not a file of plain tensors ({reason}); download it again") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)  # beside it training programs keep their own
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
+
+
 def root(source, wanted):
     """Local path of a whole checkpoint.
 
@@ -91,13 +125,17 @@ def root(source, wanted):
 # numbers first, as 10⁹ layers would never end, then the others.
 WHOLE = {
     "num_layers": (1, 1000), "num_hidden_layers": (1, 1000), "depth": (1, 1000),
+    "num_single_layers": (1, 1000),
     "layers_per_block": (1, 100), "num_attention_heads": (1, 4096),
     "num_key_value_heads": (1, 4096), "num_heads": (1, 4096), "attention_head_dim": (1, 4096),
     "d_kv": (1, 4096), "hidden_size": (1, 10**6), "d_model": (1, 10**6),
     "intermediate_size": (1, 10**7), "d_ff": (1, 10**7), "projection_dim": (1, 10**6),
     "joint_attention_dim": (1, 10**6), "pooled_projection_dim": (1, 10**6),
     "in_channels": (1, 10**4), "latent_channels": (1, 10**4), "block_out_channels": (1, 10**5),
-    "norm_num_groups": (1, 10**4), "dual_attention_layers": (0, 1000),
+    "norm_num_groups": (1, 10**4), "dual_attention_layers": (0, 1000), "out_channels": (1, 10**4),
+    "cross_attention_dim": (1, 10**6), "transformer_layers_per_block": (1, 1000),
+    "addition_time_embed_dim": (2, 10**6), "projection_class_embeddings_input_dim": (1, 10**6),
+    "num_train_timesteps": (1, 10**5), "steps_offset": (0, 10**5),
     "fullatt_block_indexes": (0, 1000), "mrope_section": (0, 4096), "patch_size": (1, 4096),
     "temporal_patch_size": (1, 16), "spatial_merge_size": (1, 16), "merge_size": (1, 16),
     "window_size": (1, 10**5), "image_size": (1, 10**5), "sample_size": (1, 10**4),
@@ -105,22 +143,27 @@ WHOLE = {
     "longest_edge": (1, 10**9), "pos_embed_max_size": (1, 10**4),
     "max_position_embeddings": (1, 10**7), "relative_attention_num_buckets": (4, 10**4),
     "relative_attention_max_distance": (2, 10**6), "vocab_size": (1, 10**7),
-    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024),
+    "image_token_id": (0, 10**7), "t5_tokens": (0, 1024), "axes_dims_rope": (0, 4096),
+    "base_image_seq_len": (1, 10**6), "max_image_seq_len": (1, 10**6),
     "model_max_length": (2, 10**31)}  # transformers writes 10³⁰ for a tokenizer without a limit
 REAL = {
     "scaling_factor": (1e-6, 1e6), "shift_factor": (-1e6, 1e6), "shift": (1e-3, 1e3),
+    "base_shift": (-10, 10), "max_shift": (-10, 10),
     "layer_norm_eps": (0, 1), "layer_norm_epsilon": (0, 1), "rms_norm_eps": (0, 1),
+    "beta_start": (1e-9, 0.5), "beta_end": (1e-9, 0.5),
     "rope_theta": (1, 1e12), "image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}
 LISTS = {"block_out_channels", "dual_attention_layers", "fullatt_block_indexes", "mrope_section",
-         "image_mean", "image_std"}
+         "axes_dims_rope", "image_mean", "image_std"}
+LAYERS = {"num_layers", "num_single_layers", "num_hidden_layers", "depth"}
 OBJECTS = {"text_config", "vision_config", "rope_scaling", "rope_parameters", "image_processor"}
 
 
-def read_config(path, tensors=math.inf):
+def read_config(path, tensors=math.inf, per_level=()):
     """A JSON file of numbers, such as config.json, without its nulls, which leave a value to the
     model. Raises UserError for values that no model has.
 
-    tensors: how many the model's files hold; no model has more layers.
+    tensors: how many the model's files hold; no model has more layers. per_level: keys whose value
+    may be one number or a list of them.
     """
     raw = read_json(path)
     objects = [raw]
@@ -128,7 +171,7 @@ def read_config(path, tensors=math.inf):
         for name, value in list(part.items()):
             if value is None:
                 del part[name]
-            elif expected := expectation(name, value, tensors):
+            elif expected := expectation(name, value, tensors, name in per_level):
                 raise UserError(f"{path}: {name} is {value!r:.80}, expected {expected}; download "
                                 f"it again")
             elif isinstance(value, dict):
@@ -136,19 +179,19 @@ def read_config(path, tensors=math.inf):
     return raw
 
 
-def expectation(name, value, tensors):
+def expectation(name, value, tensors, per_level=False):
     """What the value of a configuration's key should be, or None if a model could have it."""
     if name in OBJECTS:
         return None if isinstance(value, dict) else "an object"
     if name not in WHOLE and name not in REAL:
         return None
     low, high = WHOLE.get(name) or REAL[name]
-    if name in ("num_layers", "num_hidden_layers", "depth"):
+    if name in LAYERS:
         high = min(high, tensors)
     kinds = (int,) if name in WHOLE else (int, float)
     what = f"{'a whole number' if name in WHOLE else 'a number'} in {low:,}..{high:,}"
     numbers = [value]
-    if name in LISTS:
+    if name in LISTS or (per_level and isinstance(value, list)):
         what = f"a list, each {what}"
         numbers = value if isinstance(value, list) and len(value) <= 1000 else [None]
     fits = all(type(number) in kinds and low <= number <= high for number in numbers)
@@ -255,7 +298,11 @@ def files_of(path):
         if missing:
             raise UserError(f"{indexes[0]}: missing shards {missing}; download them again")
         return files, shard_of
-    files = [file for file in path.glob("*.safetensors") if not file.match("*.fp16.safetensors")]
+    half = sorted(path.glob("*.fp16.safetensors"))
+    files = [file for file in path.glob("*.safetensors") if file not in half]
+    if half and not files:
+        raise UserError(f"{path}: only {half[0].name}, a half-precision copy; download the files "
+                        f"without fp16 in their names")
     if len(files) != 1:
         found = ", ".join(repr(file.name) for file in sorted(files)) or "none"
         raise UserError(f"{path}: expected one .safetensors file or an index of shards, found "
@@ -451,8 +498,14 @@ def load(views, entries, what, optional=()):
 def fill(views, entries):
     """Fill every view from its file; the two fit, as `check` has found."""
     by_file = {}
-    for name in views:
-        by_file.setdefault(entries[name].file, []).append(name)
+    for name, targets in views.items():
+        entry = entries[name]
+        if isinstance(entry, Entry):
+            by_file.setdefault(entry.file, []).append(name)
+            continue
+        rows = [entry] if len(targets) == 1 else entry.split([len(target) for target in targets])
+        for target, own in zip(targets, rows, strict=True):  # of a pickle, read already
+            target.copy_(own)
     for file, names in by_file.items():
         with open(file, "rb", buffering=0) as opened:
             # In the order of their bytes, because disks and networks read forward fastest.

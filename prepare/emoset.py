@@ -27,14 +27,14 @@ from prepare import build
 from prepare.check import check_lexicon, look_at
 
 
-def read_emoset(folder):
-    """The pictures of its three lists in the order of their paths, as dicts.
+def read_emoset(folder, lists=("train.json", "val.json", "test.json")):
+    """The pictures of its lists in the order of their paths, as dicts.
 
     Keys: id, source (the picture's path in the folder), annotation (its file's path), label.
     UserError for lists that are not EmoSet-118K's as published.
     """
     candidates = []
-    for name in ("train.json", "val.json", "test.json"):
+    for name in lists:
         try:
             for entry in json.loads((folder / name).read_text(encoding="utf-8")):
                 # some of the published entries have an id after the label, others have none

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
@@ -70,6 +72,21 @@ def test_the_text_tower_equals_transformers(tmp_path, activation, end):
 
 
 @torch.no_grad()
+def test_a_text_tower_without_projection_is_read_under_old_and_new_names(tmp_path):
+    theirs = shake(CLIPTextModel(CLIPTextConfig(**TEXT, eos_token_id=2)))
+    theirs.save_pretrained(tmp_path)
+    ids = some_ids(98)
+    expected = theirs(ids).pooler_output
+    assert error(clip.TextTower.from_pretrained(tmp_path, project=False)(ids)[1], expected) < 1e-4
+    file = tmp_path / "model.safetensors"
+    older = {f"text_model.{name}": t for name, t in load_file(file).items()}  # as FLUX and SDXL are published
+    save_file({**older, "text_model.embeddings.position_ids": torch.arange(20)[None]}, file)
+    assert error(clip.TextTower.from_pretrained(tmp_path, project=False)(ids)[1], expected) < 1e-4
+    with pytest.raises(UserError, match="missing text_projection.weight"):
+        clip.TextTower.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
 def test_both_towers_and_their_logits_equal_transformers(tmp_path):
     theirs = shake(CLIPModel(CLIPConfig(text_config={**TEXT, "eos_token_id": 98}, vision_config=VISION, projection_dim=24)))
     theirs.save_pretrained(tmp_path)
@@ -107,6 +124,9 @@ def test_full_size_names_shapes_and_counts_equal_the_published_models(config, co
     assert weights.count_parameters(ours) == count
     found = weights.shapes(ours.views())
     assert found == {name: tuple(t.shape) for name, t in reference.state_dict().items()}
+    with torch.device("meta"):
+        unprojected = clip.TextTower(config, project=False)
+    assert found.keys() - weights.shapes(unprojected.views()).keys() == {"text_projection.weight"}
 
 
 def test_an_unknown_activation_and_a_text_only_folder_are_refused(tmp_path):
@@ -170,12 +190,14 @@ def test_uint8_tensors_are_the_same_pictures():
 PROMPTS = ["a lake at night", "", "A LONE tree — café, 42 horses!", "storm horses " * 60, "a lake at night", "dark morning"]
 
 
-def random_clip(folder):
+def random_clip(folder, projection=24):
     """(folder, CLIPModel, CLIPProcessor): a random CLIP with its own tokenizer and image settings, of transformers."""
     vocab, merges = learn_bpe([" ".join(WORDS)] * 3, 700)
-    text = {**TEXT, "vocab_size": len(vocab), "max_position_embeddings": 77, "eos_token_id": len(vocab) - 1}
+    text = {**TEXT, "vocab_size": len(vocab), "max_position_embeddings": 77, "eos_token_id": len(vocab) - 1,
+            "projection_dim": projection}
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)).eval()
+    vision = {**VISION, "projection_dim": projection}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)).eval()
     for name, p in model.named_parameters():  # lively, with weak biases: pictures and prompts must not look alike
         p.data = torch.randn(p.shape) * (1 if "embedding" in name else 0.2) + ("norm.weight" in name or "norm1" in name)
     model.logit_scale.data.fill_(4.6052)

@@ -234,7 +234,7 @@ def test_help_names_the_program_and_its_flags(capsys, flags):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["draw"], "invalid choice: 'draw' (choose from"), (["run", "--micro", "x"], "expected a whole number"),
+    (["paint"], "invalid choice: 'paint' (choose from"), (["run", "--micro", "x"], "expected a whole number"),
     (["run", "--micro", "0"], "--micro: expected a whole number in 1..10,000, got 0"),
     (["run", "--forms", "verse"], "--forms: expected some of numbers, words, feedback, got verse"),
     (["run", "--size", "100"], "--size: expected a multiple of 16"), (["cases"], "required: --out"),

@@ -44,7 +44,7 @@ def test_every_table_of_the_paper_comes_from_the_miniature(tmp_path, capsys, mon
             ("1", [], "| ours | "), ("2", [], "Aes-Score ↑ |"), ("3", ["--human", f"{ratings}"], "Image quality ↑"),
             ("4", [], "| model | other | ours |"), ("5", [], "| V-Error, independent ↓ | "),
             ("6", ["--human", f"{ratings}:other"], "| annotator | Lexicon-based annotation | Human annotation |"),
-            ("7", [], "| inference latency (s) | 2.00 | "), ("10", [], "| reward | V-Error, meter ↓ | "),
+            ("7", [], "| inference latency (s), a case | 2.00 | "), ("10", [], "| reward | V-Error, meter ↓ | "),
             ("all", [], "Difference to ours on the same cases:")):
         assert main(["table", *runs, "--form", form, *extra, "--out", str(tmp_path / "tables" / form)]) == 0
         assert expected in capsys.readouterr().out

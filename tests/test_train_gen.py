@@ -476,7 +476,7 @@ def test_the_weight_of_a_reward_may_be_left_out():
     (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),
-    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1, got joy=1"),
+    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,imagereward=1,hpsv2=1, got joy=1"),
     (["--reward-weights", "emotion"], "--reward-weights: expected a number"), (["--judge", "none"], "--judge none"),
     (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
     (["--model", "./nothing"], "no such file or folder")])

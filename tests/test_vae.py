@@ -52,6 +52,17 @@ def test_encoder_and_decoder_equal_diffusers(pair, height, width):
 
 @pytest.mark.one_form
 @torch.no_grad()
+def test_pictures_of_narrow_latents_are_whole_numbers_of_0_to_255(pair):
+    _, ours, _ = pair
+    latents = 3 * torch.randn(2, 16, 4, 6)
+    pixels = ours.pictures(latents.bfloat16())
+    expected = (ours.decode(latents.bfloat16().float()).clamp(-1, 1) + 1) * 127.5
+    assert pixels.dtype == torch.uint8 and pixels.shape == (2, 3, 32, 48) and pixels.float().std() > 10
+    assert (pixels - expected).abs().max() <= 0.51
+
+
+@pytest.mark.one_form
+@torch.no_grad()
 def test_a_generator_draws_from_the_posterior(pair):
     _, ours, _ = pair
     images = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -64,14 +75,17 @@ def test_a_generator_draws_from_the_posterior(pair):
 
 
 @pytest.mark.one_form
-def test_full_size_names_shapes_and_count_equal_the_published_model():
+@pytest.mark.parametrize("config, count", [
+    (vae.SD3_VAE, 83_819_683), (vae.VAEConfig(latent_channels=4, quant_convs=True), 83_653_863)], ids=["SD3", "SDXL"])
+def test_full_size_names_shapes_and_count_equal_the_published_model(config, count):
     with torch.device("meta"):
-        ours = vae.VAE(vae.SD3_VAE)
+        ours = vae.VAE(config)
         theirs = AutoencoderKL(
-            in_channels=3, out_channels=3, latent_channels=16, down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512], layers_per_block=2,
-            use_quant_conv=False, use_post_quant_conv=False)
-    assert weights.count_parameters(ours) == 83_819_683
+            in_channels=3, out_channels=3, latent_channels=config.latent_channels,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, use_quant_conv=config.quant_convs,
+            use_post_quant_conv=config.quant_convs)
+    assert weights.count_parameters(ours) == count
     expected = {name: tuple(t.shape) for name, t in theirs.state_dict().items()}
     assert weights.shapes(layouts.vae_views(ours)) == expected
 
@@ -112,7 +126,7 @@ def test_bad_images_and_foreign_files_are_refused(pair, tmp_path):
     save_file({"model.weight": torch.zeros(2)}, file)
     with pytest.raises(UserError, match="first_stage_model"):
         vae.VAE.from_pretrained(file)
-    for config in ("{}", "[]", '{"use_quant_conv": true}'):
+    for config in ("{}", "[]", '{"use_quant_conv": true}', '{"use_quant_conv": false}'):
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(UserError, match="config.json"):
             vae.VAE.from_pretrained(tmp_path)

@@ -156,6 +156,9 @@ def test_half_precision_variants_beside_the_weights_are_ignored(tmp_path):
     target = torch.zeros(1)
     weights.load({"a": [target]}, weights.index(tmp_path), tmp_path)
     assert target == 1
+    (tmp_path / "model.safetensors").unlink()
+    with refused("only model.fp16.safetensors, a half-precision copy; download the files without fp16"):
+        weights.index(tmp_path)
 
 
 class Grouped(torch.nn.Module):
@@ -182,6 +185,32 @@ def test_fused_projections_are_split_into_their_published_names():
         "model.layers.0.gate_proj": 3, "model.layers.0.up_proj": 3}
     assert weights.projections("qkv_proj", 8, FUSED) == FUSED["qkv_proj"]
     assert weights.projections("a.o_proj", 4, FUSED) == {"a.o_proj": 4}
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("it runs",)
+
+
+def test_a_pickle_gives_its_tensors_alone_to_fused_layers_and_runs_no_code(tmp_path, capsys):
+    model = torch.nn.Module()
+    model.qkv = torch.nn.Linear(4, 6)
+    tensors = {f"{name}.{kind}": torch.randn(2, *rest) for name in "qkv" for kind, rest in (("weight", [4]), ("bias", []))}
+    torch.save({"epoch": 3, "state_dict": tensors | {"step": 7}}, tmp_path / "model.pt")
+    path, entries = weights.find_tensors(tmp_path, "model.pt")
+    assert path == tmp_path / "model.pt" and entries.keys() == tensors.keys()
+    weights.load(weights.named_views(model, {"qkv": ("q", "k", "v")}), entries, path)
+    for kind in ("weight", "bias"):
+        assert torch.equal(getattr(model.qkv, kind), torch.cat([tensors[f"{name}.{kind}"] for name in "qkv"]))
+    save_file(tensors, tmp_path / "model.safetensors")  # once converted, that is read
+    assert weights.find_tensors(tmp_path, "model.pt")[0].name == "model.safetensors"
+    for content, message in ((Code(), "not a file of plain tensors"), (None, "no other.pt in it; give the file")):
+        if content is not None:
+            torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(UserError, match=message):
+            weights.find_tensors(tmp_path, "other.pt")
+        (tmp_path / "other.pt").unlink(missing_ok=True)
+    assert "it runs" not in capsys.readouterr().out
 
 
 def test_names_are_rewritten_by_a_table():
@@ -301,6 +330,7 @@ def test_loading_needs_little_more_memory_than_the_model(tmp_path, file_dtype):
 
 
 @pytest.mark.parametrize("config, message", [
+    ({"num_single_layers": 10**9}, "num_single_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_layers": 10**9}, "num_layers is 1000000000, expected a whole number in 1..1,000"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"), ({"vision_config": {"depth": 2.5}}, "depth is 2.5"),
     ({"text_config": {"hidden_size": "wide"}}, "hidden_size is 'wide'"), ({"vocab_size": True}, "vocab_size is True")])
