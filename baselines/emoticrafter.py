@@ -146,9 +146,6 @@ def load_network(path, device="cpu"):
     """
     path = weights.find(path)
     pickled = path.is_file() and path.suffix != ".safetensors"
-    if pickled:
-        cli.say(f"{path}: a pickle, read without running what code it may hold; `python -m "
-                f"baselines.emoticrafter convert {path} OUT.safetensors` makes a plain file of it")
     tensors = weights.read_tensors(path) if pickled else weights.index(path)
     tensors = weights.renamed(tensors, [(r"^module\.", "")])  # which DataParallel writes before all
     make = functools.partial(Network, config_of(tensors, path))
@@ -207,6 +204,10 @@ class EmotiCrafter:
         if widths[0] != widths[1]:
             raise UserError(f"{source}: it changes embeddings of {widths[0]} numbers, those of "
                             f"{sdxl} have {widths[1]}; give SDXL base 1.0")
+        if Path(source).suffix != ".safetensors":
+            cli.say(f"{source}: a pickle, read without running what code it may hold; `python -m "
+                    f"baselines.emoticrafter convert {source} OUT.safetensors` makes a plain file "
+                    f"of it")
         return cls(network, pipeline)
 
     @property

@@ -15,7 +15,7 @@ picture took.
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-from baselines.case import Case
 from evaluation.cases import load_cases, pictures_of, seeds_of
 from parts import cli, lora, pipeline, weights
 from parts.cli import UserError, integer, number
@@ -122,6 +121,7 @@ METHODS = {
 
 def cases_of(cases, form, sources):
     """baselines' Cases, whose pictures are still paths. sources {id: path}."""
+    from baselines.case import Case
     return [Case(FORMS[form](case.neutral, case.v, case.a), case.v, case.a, case.label,
                  sources.get(case.id)) for case in cases]
 
@@ -230,7 +230,7 @@ def with_picture(case):
     """A case whose source, if it has one, is a PIL image."""
     if case.source is None or isinstance(case.source, Image.Image):
         return case
-    return Case(case.prompt, case.v, case.a, case.emotion, open_picture(case.source))
+    return replace(case, source=open_picture(case.source))
 
 
 def check(args, method):
