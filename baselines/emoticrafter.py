@@ -69,7 +69,7 @@ class Attention(nn.Module):
         D = x.shape[-1]
         q = F.linear(x, self.c_attn.weight[:D], self.c_attn.bias[:D])
         projected = (q, *self.c_z(z).chunk(2, dim=-1))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        q, k, v = (ops.in_heads(y, self.heads) for y in projected)
         return self.c_proj(ops.attention(q, k, v))
 
 

@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context):  # [B,N,C], [B,S,·] -> [B,N,C]
         projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in projected)
+        q, k, v = (ops.in_heads(z, self.heads) for z in projected)
         return self.to_out(ops.attention(q, k, v))
 
 
