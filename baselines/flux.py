@@ -30,7 +30,7 @@ import mmdit
 from parts import clip, layouts, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import read_json
-from parts.pipeline import brought, home_of_weights, seeded
+from parts.pipeline import brought, home_of_weights, normal, seeded
 
 THETA = 10_000  # the slowest channels turn about so many times more slowly than the fastest
 
@@ -367,8 +367,8 @@ class Flux:
         if guidance is not None and not c.guided:
             raise UserError("FLUX.1-schnell takes no guidance; leave --guidance out")
         if noise is None:
-            shape = (1, c.channels, size // self.vae.factor, size // self.vae.factor)
-            noise = torch.cat([torch.randn(shape, generator=own) for own in seeded(seeds)])
+            side = size // self.vae.factor
+            noise = normal(seeded(seeds), (c.channels, side, side))
         with brought(self.device, *self.coming):
             texts = self.encoders.encode([case.prompt for case in cases])
         context, pooled = (z.to(self.device, self.dtype) for z in texts)

@@ -31,7 +31,7 @@ from mmdit import Embedder, sinusoids
 from parts import clip, hub, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import to_rgb
-from parts.pipeline import seeded
+from parts.pipeline import normal, seeded
 
 SIZES = 6  # numbers of SDXL's size conditioning
 
@@ -409,11 +409,6 @@ class LatentDiffusion:
             x = x + (below - sigma) * predicted + added * normal(generators, shape).to(x)
         # 3. pixels
         return self.vae.pictures(x)
-
-
-def normal(generators, shape):
-    """Standard normal noise [B,*shape], a picture's from its own random generator, on the CPU."""
-    return torch.cat([torch.randn((1, *shape), generator=own) for own in generators])
 
 
 # --------------------------------------------------------------------------------------------------
