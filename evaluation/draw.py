@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from evaluation.cases import load_cases, pictures_of, seeds_of
-from parts import cli, lora, pipeline, weights
+from parts import cli, hub, lora, pipeline, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
@@ -59,6 +59,7 @@ class OurGenerator:
     """A generator of ours in the form of those of baselines/."""
 
     def __init__(self, args, device):
+        hub.fetch(pipeline.files_of_generator(args.model, adapter=args.adapter))
         self.generator = load_generator(args.model, device, adapter=args.adapter,
                                         encoders=args.encoders)
         self.size = 128 if Path(args.model).resolve() == TINY else 512
