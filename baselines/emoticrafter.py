@@ -145,8 +145,7 @@ def load_network(path, device="cpu"):
     Raises UserError.
     """
     path = weights.find(path)
-    pickled = path.is_file() and path.suffix != ".safetensors"
-    tensors = weights.read_tensors(path) if pickled else weights.index(path)
+    tensors = weights.tensors_of(path)
     tensors = weights.renamed(tensors, [(r"^module\.", "")])  # which DataParallel writes before all
     make = functools.partial(Network, config_of(tensors, path))
     return weights.build(make, Network.views, tensors, path, device, torch.float32, UNUSED)
