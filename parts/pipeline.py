@@ -96,8 +96,7 @@ class Generator:
     def starting_noise(self, generators, size):
         """Standard normal noise [B,C,h,w], a picture of size × size from each random generator."""
         side = size // self.vae.factor
-        shape = (1, self.mmdit.config.channels, side, side)
-        return torch.cat([torch.randn(shape, generator=own) for own in generators])
+        return normal(generators, (self.mmdit.config.channels, side, side))
 
     def decode(self, latents):
         """Pictures [B,3,H,W] uint8, on the CPU, of scaled latents [B,C,h,w]."""
@@ -170,6 +169,11 @@ def encode_and_free(generator, prompts):
 def seeded(seeds):
     """A random generator for each seed: on the CPU, where a seed means the same on any machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def normal(generators, shape):
+    """Standard normal noise [B,*shape], a picture's from its own random generator, on the CPU."""
+    return torch.cat([torch.randn((1, *shape), generator=own) for own in generators])
 
 
 def to_images(pixels):
