@@ -5,7 +5,8 @@ velocity v = ε − x₀. Drawing a picture integrates dx/dσ = v from σ = 1 to
 Rewards need a sampler that explores and knows how likely its steps were: `sample_sde` adds noise to
 each and corrects the drift for it, so that x_σ keeps its distribution. `evaluate_step` takes a kept
 step again under the model that trains, and `flow_grpo_loss` compares (EmoFeedback², section 3.2).
-Shapes: B batch, C, h, w latents, L text tokens, T steps.
+`difference_loss` does without log-probabilities. Shapes: B batch, C, h, w latents, L text tokens,
+T steps.
 """
 
 import math
@@ -194,6 +195,7 @@ class SDESettings:
     stochastic: range = range(10)  # which of the T steps are; the others are Euler steps
     trained: range = range(9)  # and which of these are kept; not the last, as in Flow-GRPO's code
     detach: bool = True  # the unconditional half of guidance, as there
+    branch: int = 1  # so many rows in turn are one picture until the first stochastic step
 
 
 @dataclass
@@ -217,11 +219,15 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
     """The Trajectory from noise [B,C,h,w]. generator: as in `sde_step`. context, pooled, progress:
     as in `sample_ode`."""
     sigmas = sigma_schedule(settings.num_steps, settings.shift)
-    x = latents.float()
+    x = latents.float()[::settings.branch]
+    texts = [every(settings.branch, text, len(latents)) for text in (context, pooled)]
     kept = []
     for i in progress(range(settings.num_steps)):
+        if i == settings.stochastic.start:  # from here on every row is a picture of its own
+            x = x.repeat_interleave(settings.branch, dim=0)
+            texts = context, pooled
         velocity = guided_velocity(
-            model, x, sigmas[i], context, pooled, settings.guidance, settings.detach)
+            model, x, sigmas[i], *texts, settings.guidance, settings.detach)
         if i in settings.stochastic:
             step = sde_step(velocity, x, sigmas[i], sigmas[i + 1], settings.noise_level,
                             generator=generator)
@@ -231,6 +237,11 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
         else:
             x = x + (sigmas[i + 1] - sigmas[i]) * velocity
     return Trajectory(x, kept, sigmas, settings)
+
+
+def every(branch, text, rows):
+    """Every branch-th row of text [rows,…], or of each half of [2·rows,…]."""
+    return torch.cat([half[::branch] for half in text.split(rows)])
 
 
 def evaluate_step(model, trajectory, k, context, pooled, ref_velocity=None):
@@ -284,3 +295,37 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     if kl is not None:
         metrics["kl"] = kl.detach().mean()
     return loss, metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# Finite differences instead of log-probabilities
+
+
+def towards_better(latents, advantages, group):
+    """The direction [N,C,h,w] in which the pictures of each group get better.
+
+    latents [N,C,h,w]: the ends of trajectories that differ by their stochastic steps only, groups
+    of `group` in turn; advantages [N]. It is their covariance within the group: the reward's slope
+    along the ways in which pictures do differ, so that noise which changes no picture drops out.
+    """
+    x = latents.unflatten(0, (-1, group))  # [N/group,group,C,h,w]
+    A = advantages.view(-1, group, 1, 1, 1)
+    direction = (A * (x - x.mean(dim=1, keepdim=True))).mean(dim=1)
+    return direction.repeat_interleave(group, dim=0)
+
+
+def difference_loss(velocity, direction, ref_velocity=None, beta=0.1, normalizer=None):
+    """(loss, metrics) that pulls the ends x₀ = x_σ − σ·v of B trajectories along a direction.
+
+    After FDFO (McAllister et al. 2026), which takes pairs where this takes groups: the mean over a
+    latent of v·direction, all [B,C,h,w], and beta times that of (v − ref_velocity)². Only velocity
+    is differentiated. normalizer: as in `flow_grpo_loss`. metrics: the mean of the latter, kl.
+    """
+    check_shapes(velocity, direction=direction, ref_velocity=ref_velocity)
+    per_row = (velocity * direction.detach()).flatten(1).mean(1)
+    metrics = {}
+    if ref_velocity is not None:
+        kl = (velocity - ref_velocity.detach()).square().flatten(1).mean(1)
+        per_row = per_row + beta * kl
+        metrics["kl"] = kl.detach().mean()
+    return per_row.sum() / (len(velocity) if normalizer is None else normalizer), metrics

@@ -58,6 +58,9 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
+    "start": ("own", "own", ("own", "shared"), "shared: a group is one picture up to the window"),
+    "loss": ("flow-grpo", "flow-grpo", ("flow-grpo", "difference"),
+             "difference: towards where a group gets better, without log-probabilities"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
@@ -89,7 +92,7 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "questions", "clip", "skip_last", "window", "window_within", "step_weights",
-        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
+        "start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
         "ema", "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
@@ -173,7 +176,13 @@ def sde_settings(args, shift, step):
         start = random.Random(f"window {args.seed} {step}").randint(0, last_start)
         stochastic = trained = range(start, start + args.window)
     return flow_grpo.SDESettings(args.sde_steps, args.guidance, shift, args.noise_level, stochastic,
-                                 trained, args.guidance_gradient == "conditional")
+                                 trained, args.guidance_gradient == "conditional",
+                                 branch_of(args))
+
+
+def branch_of(args):
+    """So many pictures in turn, of one group and update, share a start; 1: each has its own."""
+    return args.group // args.updates if args.start == "shared" else 1
 
 
 def chunks_of(samples, args):
@@ -254,48 +263,58 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "picture_steps"), 0.0)
-    deviation = None
+    sums = {"loss": 0.0, "picture_steps": 0}
+    deviation = 0.0
     norms = []
     for turn in range(args.updates):
         share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
         pictures = sum(len(chunk.indices) for chunk in share)
         picture_steps = pictures * len(chunks[0].trajectory.steps)
+        sums["picture_steps"] += picture_steps
         deviations = []
         optimizer.zero_grad(set_to_none=True)
         for chunk in share:
-            for k, kept in enumerate(chunk.trajectory.steps):
-                # 1. the kept step under the model as it is, and under the reference for the KL
-                kept_step = (model, chunk.trajectory, k, *chunk.texts)
-                reference = None
-                if args.beta:
-                    with torch.no_grad(), lora.lora_disabled(model):
-                        reference = flow_grpo.kept_velocity(*kept_step)
-                step = flow_grpo.evaluate_step(*kept_step, reference)
-                # 2. its part of the loss (equation 2); the parts add up to the mean over all
-                loss, metrics = flow_grpo.flow_grpo_loss(
-                    step.log_prob, kept.log_prob, advantages[chunk.indices], step.kl, args.clip,
-                    args.beta, normalizer=picture_steps)
-                weight = step_weight(step, chunk.trajectory, kept.index, args.step_weights)
-                (loss * weight).backward()
-                # 3. metrics, still as tensors: reading a number would wait for the GPU
+            for k in range(len(chunk.trajectory.steps)):
+                # 1. a step's part of the loss; the parts add up to the mean over all
+                loss, metrics = loss_of_step(model, chunk, k, advantages, args, picture_steps)
+                loss.backward()
+                # 2. metrics, still as tensors: reading a number would wait for the GPU
                 sums["loss"] += loss.detach().double() / args.updates
-                for name in metrics.keys() & sums.keys():
-                    sums[name] += metrics[name].double() * len(kept.log_prob)
-                deviations.append(metrics["ratio_max_deviation"])
-        sums["picture_steps"] += picture_steps
-        # 4. before the first update the ratio must be 1
+                deviations.append(metrics.pop("ratio_max_deviation", torch.zeros(())))
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value.double() * len(chunk.indices)
+        # 3. before the first update the ratio must be 1
         if turn == 0:
             deviation = float(torch.stack(deviations).max())
             if check:
                 training.check_ratio(deviation, args.mismatch, processes)
-        # 5. step of the optimizer
+        # 4. step of the optimizer
         processes.average_gradients(trained)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)))
         if math.isfinite(norms[-1]):  # else it is skipped, by all processes alike
             optimizer.step()
     sums = {name: float(value) for name, value in sums.items()}
     return sums, deviation, sum(norms) / len(norms)
+
+
+def loss_of_step(model, chunk, k, advantages, args, picture_steps):
+    """(loss, metrics) of the k-th trained step of a chunk; advantages [n] of all pictures."""
+    kept_step = (model, chunk.trajectory, k, *chunk.texts)
+    own = advantages[chunk.indices]
+    reference = None
+    if args.beta:  # the velocity of the model without its adapter, for the KL
+        with torch.no_grad(), lora.lora_disabled(model):
+            reference = flow_grpo.kept_velocity(*kept_step)
+    if args.loss == "difference":
+        direction = flow_grpo.towards_better(chunk.trajectory.latents, own, branch_of(args))
+        velocity = flow_grpo.kept_velocity(*kept_step)
+        return flow_grpo.difference_loss(velocity, direction, reference, args.beta, picture_steps)
+    # the kept step under the model as it is now (equation 2)
+    kept = chunk.trajectory.steps[k]
+    step = flow_grpo.evaluate_step(*kept_step, reference)
+    loss, metrics = flow_grpo.flow_grpo_loss(
+        step.log_prob, kept.log_prob, own, step.kl, args.clip, args.beta, picture_steps)
+    return loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights), metrics
 
 
 def step_weight(step, trajectory, index, kind):
@@ -356,6 +375,9 @@ def evaluate(models, rows, args, run, step):
 def train(args, processes):
     """Train the adapter, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, models with a new adapter
+    if branch_of(args) > 1 and args.batch % processes.world:
+        raise UserError(f"--start shared: a group lies on one process, so --batch {args.batch} must "
+                        f"be a multiple of the {processes.world} processes")
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
@@ -497,7 +519,8 @@ def summary(rewards, sums, deviation, norm, processes):
     n = processes.total(sums)
     return {"loss": n["loss"] / processes.world, **means, "reward_std": float(spread.mean()),
             "zero_spread": float((spread < 1e-6).double().mean()),  # groups without advantages
-            **{name: n[name] / n["picture_steps"] for name in ("ratio", "clip_fraction", "kl")},
+            **{name: total / n["picture_steps"] for name, total in n.items()
+               if name not in ("loss", "picture_steps")},  # ratio, clip_fraction, kl
             "ratio_max_deviation": max(processes.gather([deviation])), "grad_norm": norm}
 
 
@@ -509,6 +532,12 @@ def parse_args(argv=None):
     parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
+    branch = branch_of(args)
+    if args.loss == "difference" and branch == 1:
+        parser.error("--loss difference compares the pictures of one start: give --start shared")
+    if args.start == "shared" and (args.group % args.updates or args.micro % branch):
+        parser.error(f"--start shared: --group {args.group} must be a multiple of --updates, and "
+                     f"--micro {args.micro} one of {branch}, a group's pictures in an update")
     trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

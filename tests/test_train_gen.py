@@ -336,6 +336,31 @@ def test_two_updates_share_the_pictures_of_a_step(ready):
     assert sums["ratio"] / sums["picture_steps"] != 1  # the second sees a model that the first has changed
 
 
+def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
+    shared = {"start": "shared", "loss": "difference", "micro": 4}
+    change, sums, chunks = changes(*ready, **shared)
+    other, _, _ = changes(*ready, micro=4)
+    assert change.norm() > 0 and set(sums) == {"loss", "picture_steps", "kl"}
+    first = chunks[0].trajectory.steps[0].before
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert torch.cosine_similarity(change, other, dim=0) > 0.05  # both go uphill
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ("--loss difference", "give --start shared"), ("--start shared --updates 3 --group 4", "multiple of --updates"),
+    ("--start shared --group 4 --micro 6", "and --micro 6 one of 4")])
+def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
+    with pytest.raises(SystemExit):
+        train_gen.parse_args(["--data", "x", "--out", "y", *wrong.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_a_group_on_two_processes_is_refused_before_anything_is_loaded(tmp_path):
+    args = train_gen.parse_args(["--data", "nowhere", "--out", str(tmp_path), "--start", "shared", "--batch", "3"])
+    with pytest.raises(train_gen.UserError, match="must be a multiple of the 2 processes"):
+        train_gen.train(args, Processes(0, 2, torch.device("cpu")))
+
+
 def test_a_gpu_may_round_but_no_more():
     cpu, gpu = (Processes(0, 1, torch.device(kind)) for kind in ("cpu", "cuda"))
     check_ratio(0.0, 1e-2, cpu)
