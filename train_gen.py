@@ -77,6 +77,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "mismatch": (1e-2, 1e-2, number(0, 1e9), "most that a GPU's first ratio may be off by"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
+    "lora_streams": ("both", "both", ("both", "text"), "text: how the prompt is read, and no more"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
     "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
@@ -92,8 +93,8 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "questions", "clip", "skip_last", "window", "window_within", "step_weights",
-        "start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
-        "ema", "ema_every", "eval_rows", "save_minutes")
+        "start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch",
+        "lora_alpha", "lora_streams", "ema", "ema_every", "eval_rows", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -489,7 +490,7 @@ def load_models(args, device):
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
-    targets = generator.mmdit.lora_targets()
+    targets = generator.mmdit.lora_targets(image=args.lora_streams == "both")
     if args.init_adapter != "none":
         adapter = weights.find(lora.adapter_in(args.init_adapter))
         targets = lora.layers_in(adapter, generator.mmdit.lora_targets(dual=True))
