@@ -38,52 +38,52 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
-TINY_REWARDS = {"emotion": 1.0, "pickscore": 0.5}
 # What a weight may be given to; the miniature's meter as a reward is the ceiling of all judges.
 PARTS = (*REWARDS, "own", "meter", *scorers.SCORERS)
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
-    "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
+    "reward_weights": (REWARDS, REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
-    "readings": (1, 8, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
+    "readings": (1, 8, cli.readings, "mean of so many answers, or logits, or thought"),
     "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
     "batch": (16, 8, integer(1, 4096), "prompts in a step, over all processes, P"),
-    "steps": (1000, 40, integer(1, 10**7), cli.STEPS_HELP),
+    "steps": (1000, 60, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
-    "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
+    "window": (0, 4, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
-    "start": ("own", "own", ("own", "shared"), "shared: a group is one picture up to the window"),
-    "loss": ("flow-grpo", "flow-grpo", ("flow-grpo", "difference"),
-             "difference: towards where a group gets better, without log-probabilities"),
+    "group_start": ("own", "shared", ("own", "shared"),
+                    "shared: a group is one picture up to the window"),
+    "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
+             "difference: towards where a group gets better"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
                           "halves of guidance that are differentiated"),
     "size": (512, 128, cli.picture_side, "side of the pictures in pixels"),
-    "lr": (3e-4, 1.5e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
-    "lr_end": (3e-4, 1.5e-3, number(0, 1), "and at the end, linear in between"),
-    "beta": (0.1, 0.02, number(0, 1000), "weight of the KL to the model without the adapter"),
+    "lr": (3e-4, 2e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
+    "lr_end": (3e-4, 2e-4, number(0, 1), "and at the end, linear in between"),
+    "beta": (0.1, 4e-3, number(0, 1000), "weight of the KL to the base model"),
     "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
-    "advantage_std": ("group", "group", ("group", "global"), "std that advantages are divided by"),
+    "advantage_std": ("group", "global", ("group", "global"), "std that advantages are divided by"),
     "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
     "mismatch": (1e-2, 1e-2, number(0, 1e9), "most that a GPU's first ratio may be off by"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
-    "lora_streams": ("both", "both", ("both", "text"), "text: how the prompt is read, and no more"),
+    "lora_streams": ("both", "text", ("both", "text"), "text: how the prompt is read, and no more"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
-    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written"),
+    "ema": (0.9, 0.9, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
-    "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
+    "micro": (8, 64, integer(1, 4096), "pictures in one pass of a process"),
     "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
-    "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
+    "eval_every": (60, 10, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
@@ -93,8 +93,9 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "questions", "clip", "skip_last", "window", "window_within", "step_weights",
-        "start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch",
-        "lora_alpha", "lora_streams", "ema", "ema_every", "eval_rows", "save_minutes")
+        "group_start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch",
+        "lora_alpha", "lora_streams", "init_adapter", "lr_end", "ema", "ema_every", "eval_rows",
+        "save_every", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -183,7 +184,7 @@ def sde_settings(args, shift, step):
 
 def branch_of(args):
     """So many pictures in turn, of one group and update, share a start; 1: each has its own."""
-    return args.group // args.updates if args.start == "shared" else 1
+    return args.group // args.updates if args.group_start == "shared" else 1
 
 
 def chunks_of(samples, args):
@@ -377,8 +378,8 @@ def train(args, processes):
     """Train the adapter, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, models with a new adapter
     if branch_of(args) > 1 and args.batch % processes.world:
-        raise UserError(f"--start shared: a group lies on one process, so --batch {args.batch} must "
-                        f"be a multiple of the {processes.world} processes")
+        raise UserError(f"--group-start shared: a group lies on one process, so --batch "
+                        f"{args.batch} must be a multiple of the {processes.world} processes")
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
@@ -535,10 +536,10 @@ def parse_args(argv=None):
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     branch = branch_of(args)
     if args.loss == "difference" and branch == 1:
-        parser.error("--loss difference compares the pictures of one start: give --start shared")
-    if args.start == "shared" and (args.group % args.updates or args.micro % branch):
-        parser.error(f"--start shared: --group {args.group} must be a multiple of --updates, and "
-                     f"--micro {args.micro} one of {branch}, a group's pictures in an update")
+        parser.error("--loss difference compares pictures of one start: give --group-start shared")
+    if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):
+        parser.error(f"--group-start shared: --group {args.group} must be a multiple of --updates, "
+                     f"and --micro {args.micro} one of {branch}, a group's pictures in an update")
     trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

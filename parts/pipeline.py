@@ -323,8 +323,10 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
     and judge.expected_va(conversations, thoughts), see parts/reading.py.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
-    from its own seed. batch: answers in one generation. offload: the device that the model comes to
-    for each call, if it waits in the host's memory.
+    from its own seed, the same for all conversations: what is said of a picture does not depend on
+    the pictures beside it, and those of a group are compared by the same luck. batch: answers in
+    one generation. offload: the device that the model comes to for each call, if it waits in the
+    host's memory.
     """
     bar = partial(tqdm, leave=False, disable=not progress)
 
@@ -334,10 +336,10 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
         starts = range(0, len(conversations), share)
         with brought(offload, model):
             for start in bar(starts, desc="asking the judge"):
+                asked = conversations[start:start + share]
                 answers = model.generate(
-                    conversations[start:start + share], n, max_new_tokens,
-                    temperature=0.7 if attempt else 0.0,
-                    generator=torch.Generator().manual_seed(attempt),
+                    asked, n, max_new_tokens, temperature=0.7 if attempt else 0.0,
+                    generator=seeded([attempt] * len(asked)),
                     progress=partial(bar, desc="tokens"))
                 texts += [completion.text for each in answers for completion in each]
         return texts

@@ -24,7 +24,8 @@ from tests.launch import finish, log_of, stop_inside, without_times
 from tiny.dataset import write_tiny
 
 SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
-         "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
+         "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu "
+         "--loss flow-grpo --group-start own --lora-streams both --advantage-std group --beta 0.02").split()
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +102,16 @@ def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys)
     assert "rank 32 and alpha 64, not 8 and 64; give --lora-rank 32" in capsys.readouterr().err
 
 
-def test_a_new_adapter_is_on_eight_projections_and_one_that_is_there_keeps_its_own():
-    new, shipped = (train_gen.load_models(train_gen.parse_args(given), torch.device("cpu")).generator.mmdit
-                    for given in ([], ["--init-adapter", "tiny/weights/adapter"]))
-    names = {name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
-    assert names == {".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
+def test_a_new_adapter_is_on_the_streams_asked_for_and_one_that_is_there_keeps_its_own():
+    both, text, shipped = (
+        train_gen.load_models(train_gen.parse_args(given), torch.device("cpu")).generator.mmdit
+        for given in (["--lora-streams", "both"], ["--lora-streams", "text"], ["--init-adapter", "tiny/weights/adapter"]))
+    names = [{name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
+             for new in (text, both)]
+    assert names[0] == {".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
+    assert names[1] == names[0] | {".to_q", ".to_k", ".to_v", ".to_out.0"}
     files = load_file("tiny/weights/adapter/adapter_model.safetensors")
     assert lora.lora_views(shipped).keys() == files.keys()
-    assert len(lora.lora_views(new)) < len(files) or not any(".attn2." in name for name in files)
 
 
 def test_the_average_takes_up_every_so_many_steps(dataset, tmp_path):
@@ -337,7 +340,7 @@ def test_two_updates_share_the_pictures_of_a_step(ready):
 
 
 def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
-    shared = {"start": "shared", "loss": "difference", "micro": 4}
+    shared = {"group_start": "shared", "loss": "difference", "micro": 4}
     change, sums, chunks = changes(*ready, **shared)
     other, _, _ = changes(*ready, micro=4)
     assert change.norm() > 0 and set(sums) == {"loss", "picture_steps", "kl"}
@@ -347,8 +350,8 @@ def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ("--loss difference", "give --start shared"), ("--start shared --updates 3 --group 4", "multiple of --updates"),
-    ("--start shared --group 4 --micro 6", "and --micro 6 one of 4")])
+    ("--loss difference", "give --group-start shared"), ("--group-start shared --updates 3 --group 4", "multiple of --updates"),
+    ("--group-start shared --group 4 --micro 6", "and --micro 6 one of 4")])
 def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
     with pytest.raises(SystemExit):
         train_gen.parse_args(["--data", "x", "--out", "y", *wrong.split()])
@@ -356,7 +359,7 @@ def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
 
 
 def test_a_group_on_two_processes_is_refused_before_anything_is_loaded(tmp_path):
-    args = train_gen.parse_args(["--data", "nowhere", "--out", str(tmp_path), "--start", "shared", "--batch", "3"])
+    args = train_gen.parse_args(["--data", "nowhere", "--out", str(tmp_path), "--group-start", "shared", "--batch", "3"])
     with pytest.raises(train_gen.UserError, match="must be a multiple of the 2 processes"):
         train_gen.train(args, Processes(0, 2, torch.device("cpu")))
 
