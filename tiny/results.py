@@ -63,7 +63,12 @@ READING = {
     "Spearman in a group ↑": (itemgetter("order"), 2),
     "seconds a picture ↓": (itemgetter("seconds"), 3),
 }
-TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING}  # others have COLUMNS
+GRADIENTS = {
+    "agreement, text's stream ↑": (itemgetter("text"), 3),
+    "agreement, image's stream ↑": (itemgetter("image"), 3),
+}
+TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING,  # others have COLUMNS
+          "gradients": GRADIENTS}
 SEEING = "feedback"  # what the controls of textual feedback are compared with
 UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
 
