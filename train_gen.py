@@ -535,11 +535,11 @@ def parse_args(argv=None):
     args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     branch = branch_of(args)
-    if args.loss == "difference" and branch == 1:
-        parser.error("--loss difference compares pictures of one start: give --group-start shared")
     if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):
         parser.error(f"--group-start shared: --group {args.group} must be a multiple of --updates, "
                      f"and --micro {args.micro} one of {branch}, a group's pictures in an update")
+    if args.loss == "difference" and branch == 1:
+        parser.error("--loss difference compares pictures of one start: give --group-start shared")
     trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,

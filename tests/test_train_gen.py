@@ -168,7 +168,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_picture(dataset, tmp_path,
     monkeypatch.setattr(train_gen.clip, "pick_score", lambda model, images, prompts: torch.full((len(images),), float("nan")))
     assert train_gen.main(flags(dataset, tmp_path, "--steps", 1)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the reward pickscore of a picture is nan, of row test_" in error
+    assert "the reward pickscore of a picture is nan, of row validation_" in error
 
 
 def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_the_judge_reads_all_pictures_of_a_step_in_one_generation(ready, monkeyp
     plain, asked = type(ready[0].judge).generate, []
     monkeypatch.setattr(type(ready[0].judge), "generate", lambda self, prompts, *args, **kwargs: (
         asked.append(len(prompts)), plain(self, prompts, *args, **kwargs))[1])
-    roll_out(*ready, batch=4)
+    roll_out(*ready, batch=4, readings=1)
     assert asked == [8]
 
 
@@ -350,7 +350,7 @@ def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ("--loss difference", "give --group-start shared"), ("--group-start shared --updates 3 --group 4", "multiple of --updates"),
+    ("--loss difference --group-start own", "give --group-start shared"), ("--group-start shared --updates 3 --group 4", "multiple of --updates"),
     ("--group-start shared --group 4 --micro 6", "and --micro 6 one of 4")])
 def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
     with pytest.raises(SystemExit):
@@ -407,7 +407,7 @@ def test_rewards_are_in_the_order_of_the_samples(ready):
     for chunk in chunks:
         own = [samples[i] for i in chunk.indices]
         images = to_images(models.generator.decode(chunk.trajectory.latents))
-        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights, 1)
+        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights, args.readings)
         for name in again:
             torch.testing.assert_close(rewards[name][chunk.indices], again[name], rtol=1e-5, atol=1e-5, equal_nan=True)
         followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)
@@ -495,7 +495,7 @@ def test_the_weight_of_a_reward_may_be_left_out():
     (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),
-    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,imagereward=1,hpsv2=1, got joy=1"),
+    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,meter=1,imagereward=1,hpsv2=1, got joy=1"),
     (["--reward-weights", "emotion"], "--reward-weights: expected a number"), (["--judge", "none"], "--judge none"),
     (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
     (["--model", "./nothing"], "no such file or folder")])
