@@ -203,7 +203,7 @@ class EmotiCrafter:
         if widths[0] != widths[1]:
             raise UserError(f"{source}: it changes embeddings of {widths[0]} numbers, those of "
                             f"{sdxl} have {widths[1]}; give SDXL base 1.0")
-        if Path(source).suffix != ".safetensors":
+        if weights.is_pickle(weights.find(source)):
             cli.say(f"{source}: a pickle, read without running what code it may hold; `python -m "
                     f"baselines.emoticrafter convert {source} OUT.safetensors` makes a plain file "
                     f"of it")

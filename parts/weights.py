@@ -87,8 +87,12 @@ def find_tensors(source, name):
 
 def tensors_of(path):
     """{name: Entry} of a checkpoint as `index` gives it, or {name: tensor} of a pickle's file."""
-    pickled = path.is_file() and path.suffix != ".safetensors"
-    return read_tensors(path) if pickled else index(path)
+    return read_tensors(path) if is_pickle(path) else index(path)
+
+
+def is_pickle(path):
+    """Whether a path is one file of torch.save, not a checkpoint's folder or file."""
+    return path.is_file() and path.suffix != ".safetensors"
 
 
 def read_tensors(path):

@@ -144,6 +144,9 @@ def test_it_draws_what_diffusers_sdxl_draws_of_the_changed_embeddings(published,
     assert difference(out, expected) <= 2
     other = ours.draw([Case(prompts[0], 2, 1)], [0], 64, 4, noise=noise[:1])
     assert (out[:1].int() - other.int()).abs().max() > 4  # V of 9 and of 2 are different pictures
+    (tmp_path / "network").mkdir()
+    (tmp_path / "network" / "model.safetensors").write_bytes(converted.read_bytes())
+    emoticrafter.EmotiCrafter.from_pretrained(tmp_path / "network", sdxl=tmp_path)
     assert "pickle" not in capsys.readouterr().err
     emoticrafter.EmotiCrafter.from_pretrained(published[1], sdxl=tmp_path)
     assert f"emoticrafter convert {published[1]} OUT.safetensors` makes a plain file" in capsys.readouterr().err
