@@ -5,7 +5,8 @@ velocity v = ε − x₀. Drawing a picture integrates dx/dσ = v from σ = 1 to
 Rewards need a sampler that explores and knows how likely its steps were: `sample_sde` adds noise to
 each and corrects the drift for it, so that x_σ keeps its distribution. `evaluate_step` takes a kept
 step again under the model that trains, and `flow_grpo_loss` compares (EmoFeedback², section 3.2).
-Shapes: B batch, C, h, w latents, L text tokens, T steps.
+`difference_loss` does without log-probabilities. Shapes: B batch, C, h, w latents, L text tokens,
+T steps.
 """
 
 import math
@@ -230,13 +231,11 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
     """The Trajectory from noise [B,C,h,w]. generator: as in `sde_step`. context, pooled, progress:
     as in `sample_ode`."""
     sigmas = sigma_schedule(settings.num_steps, settings.shift)
-    x = latents.float()
-    first = settings.stochastic[0] if settings.branch > 1 else 0
-    texts = one_of_each(len(x), settings.branch, context, pooled)
-    x = x[::settings.branch]
+    x = latents.float()[::settings.branch]
+    texts = [every(settings.branch, text, len(latents)) for text in (context, pooled)]
     kept = []
     for i in progress(range(settings.num_steps)):
-        if i == first:  # from here on every row is a picture of its own
+        if i == settings.stochastic.start:  # from here on every row is a picture of its own
             x = x.repeat_interleave(settings.branch, dim=0)
             texts = context, pooled
         velocity = guided_velocity(
@@ -252,9 +251,9 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
     return Trajectory(x, kept, sigmas, settings)
 
 
-def one_of_each(rows, branch, *texts):
-    """Of tensors [k·rows,…], the first of every `branch` rows, [k·rows/branch,…] each."""
-    return [text.unflatten(0, (-1, rows))[:, ::branch].flatten(0, 1) for text in texts]
+def every(branch, text, rows):
+    """Every branch-th row of text [rows,…], or of each half of [2·rows,…]."""
+    return torch.cat([half[::branch] for half in text.split(rows)])
 
 
 def evaluate_step(model, trajectory, k, context, pooled, ref_velocity=None):
@@ -311,20 +310,35 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     return loss, metrics
 
 
-def forward_loss(velocity, target, advantages, ref_velocity=None, beta=0.1, advantage_clip=5.0):
-    """([B], metrics) of the flow-matching loss weighed by advantages: no log-probabilities.
+# --------------------------------------------------------------------------------------------------
+# Finite differences instead of log-probabilities
 
-    velocity [B,C,h,w]: at a noised picture x_σ = (1 − σ)·x₀ + σ·ε; target [B,C,h,w]: ε − x₀.
-    Pictures better than their group draw the velocity to themselves, worse ones push it away: the
-    gradient of DiffusionNFT (Zheng et al. 2025) where the pictures are the model's own, and of
-    advantage-weighted matching (Xue et al. 2025). ref_velocity, with beta: squared distance to it.
+
+def towards_better(latents, advantages, group):
+    """The direction [N,C,h,w] in which the pictures of each group get better.
+
+    latents [N,C,h,w]: the ends of trajectories that differ by their stochastic steps only, groups
+    of `group` in turn; advantages [N]. It is their covariance within the group: the reward's slope
+    along the ways in which pictures do differ, so that noise which changes no picture drops out.
     """
-    A = (advantages.detach() / advantage_clip).clamp(-1, 1)
-    off = (velocity - target).square().flatten(1).mean(1)
-    per_row = A * off
-    metrics = {"matching": off.detach().mean()}
-    if beta != 0:
+    x = latents.unflatten(0, (-1, group))  # [N/group,group,C,h,w]
+    A = advantages.view(-1, group, 1, 1, 1)
+    direction = (A * (x - x.mean(dim=1, keepdim=True))).mean(dim=1)
+    return direction.repeat_interleave(group, dim=0)
+
+
+def difference_loss(velocity, direction, ref_velocity=None, beta=0.1, normalizer=None):
+    """(loss, metrics) that pulls the ends x₀ = x_σ − σ·v of B trajectories along a direction.
+
+    After FDFO (McAllister et al. 2026), which takes pairs where this takes groups: the mean over a
+    latent of v·direction, all [B,C,h,w], and beta times that of (v − ref_velocity)². Only velocity
+    is differentiated. normalizer: as in `flow_grpo_loss`. metrics: the mean of the latter, kl.
+    """
+    check_shapes(velocity, direction=direction, ref_velocity=ref_velocity)
+    per_row = (velocity * direction.detach()).flatten(1).mean(1)
+    metrics = {}
+    if ref_velocity is not None:
         kl = (velocity - ref_velocity.detach()).square().flatten(1).mean(1)
         per_row = per_row + beta * kl
         metrics["kl"] = kl.detach().mean()
-    return per_row, metrics
+    return per_row.sum() / (len(velocity) if normalizer is None else normalizer), metrics

@@ -38,55 +38,55 @@ from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, TINY, Generator, PromptCache, load_generator, seeded, to_images
 
 REWARDS = {"emotion": 1.0, "pickscore": 1.0}  # and their weights
-TINY_REWARDS = {"emotion": 1.0, "pickscore": 0.5}
 # What a weight may be given to; the miniature's meter as a reward is the ceiling of all judges.
 PARTS = (*REWARDS, "own", "meter", *scorers.SCORERS)
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": (PAPER, str(TINY), str, "folder or hub id of the generator"),
     "judge": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY / "judge"), str, "or http://…/v1, or none"),
     "pickscore": ("yuvalkirstain/PickScore_v1", str(TINY / "clip"), str, "of PickScore, or none"),
-    "reward_weights": (REWARDS, TINY_REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
+    "reward_weights": (REWARDS, REWARDS, cli.weights_of(PARTS), "e.g. emotion=1,meter=0.5"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judge"),
-    "readings": (1, 8, cli.readings, "mean of so many answers of the judge, or logits, or thought"),
+    "readings": (1, 8, cli.readings, "mean of so many answers, or logits, or thought"),
     "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
     "group": (8, 8, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
     "batch": (16, 8, integer(1, 4096), "prompts in a step, over all processes, P"),
-    "steps": (1000, 40, integer(1, 10**7), cli.STEPS_HELP),
+    "steps": (1000, 60, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
-    "window": (0, 2, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
+    "window": (0, 4, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
-    "loss": ("reverse", "reverse", ("reverse", "forward"),
-             "reverse: of the sampler's steps (Flow-GRPO); forward: of noised pictures"),
-    "noised": (2, 2, integer(1, 1000), "noise levels at which the forward loss meets a picture"),
-    "distil": (0, 0, integer(0, 10**6), "steps that teach the adapter --distil-guidance first"),
-    "distil_guidance": (4.5, 4.5, number(1, 100), "guidance that it then does without"),
     "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
+    "group_start": ("own", "shared", ("own", "shared"),
+                    "shared: a group is one picture up to the window"),
+    "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
+             "difference: towards where a group gets better"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
     "sampler": ("sde", "sde", ("sde", "cps"), "cps: a step keeps the ODE's noise level"),
-    "start": ("own", "own", ("own", "shared"), "shared: a group is one picture up to the window"),
+    "distil": (0, 0, integer(0, 10**6), "steps that teach the adapter --distil-guidance first"),
+    "distil_guidance": (4.5, 4.5, number(1, 100), "guidance that it then does without"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
                           "halves of guidance that are differentiated"),
     "size": (512, 128, cli.picture_side, "side of the pictures in pixels"),
-    "lr": (3e-4, 1.5e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
-    "lr_end": (3e-4, 1.5e-3, number(0, 1), "and at the end, linear in between"),
-    "beta": (0.1, 0.02, number(0, 1000), "weight of the KL to the model without the adapter"),
+    "lr": (3e-4, 2e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
+    "lr_end": (3e-4, 2e-4, number(0, 1), "and at the end, linear in between"),
+    "beta": (0.1, 4e-3, number(0, 1000), "weight of the KL to the base model"),
     "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
-    "advantage_std": ("group", "group", ("group", "global"), "std that advantages are divided by"),
+    "advantage_std": ("group", "global", ("group", "global"), "std that advantages are divided by"),
     "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
     "mismatch": (1e-2, 1e-2, number(0, 1e9), "most that a GPU's first ratio may be off by"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
+    "lora_streams": ("both", "text", ("both", "text"), "text: how the prompt is read, and no more"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
-    "ema": (0.9, 0.97, number(0, 1), "decay of the averaged adapter, which is written"),
+    "ema": (0.9, 0.9, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
-    "micro": (8, 64, integer(1, 4096), "pictures in one forward and backward pass of a process"),
+    "micro": (8, 64, integer(1, 4096), "pictures in one pass of a process"),
     "encoders": ("gpu", "gpu", pipeline.ENCODERS, pipeline.ENCODERS_HELP),
-    "eval_every": (60, 4, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
+    "eval_every": (60, 10, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
     "eval_rows": (200, 64, integer(2, 10**9), "held-out prompts in an evaluation"),
     "save_every": (50, 4, integer(1, 10**9), "steps between checkpoints"),
     "save_minutes": (20.0, 0.0, number(0, 1e6), "and minutes, whichever ends first; 0: no limit"),
@@ -96,8 +96,9 @@ GROUPS = {  # of --help: first setting, title
     "model": "models and rewards", "form": "rollout", "lr": "update",
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "questions", "clip", "skip_last", "window", "window_within", "step_weights",
-        "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch", "lora_alpha",
-        "ema", "ema_every", "eval_rows", "save_minutes")
+        "group_start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch",
+        "lora_alpha", "lora_streams", "init_adapter", "lr_end", "ema", "ema_every", "eval_rows",
+        "save_every", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
           "zero_spread", "kl", "clip_fraction", "grad_norm", *(f"eval_{name}" for name in ERRORS))
@@ -131,7 +132,6 @@ class Chunk:
     indices: list[int]  # among this process's n samples
     trajectory: flow_grpo.Trajectory
     texts: tuple  # (context, pooled) of the prompts
-    seeds: list[int]  # of the pictures
 
 
 def samples_of(step, rows, args):
@@ -160,8 +160,7 @@ def roll_out(models, samples, args, run, step):
                disable=not run.processes.first)
     for indices in run.until_asked(bar):
         own = [samples[i] for i in indices]
-        trajectory, texts = draw(models.generator, own, args.size, settings)
-        chunk = Chunk(indices, trajectory, texts, [sample.seed for sample in own])
+        chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
         chunks.append(chunk)
         drawn = to_images(models.generator.decode(chunk.trajectory.latents))
         for i, image in zip(indices, drawn, strict=True):
@@ -183,16 +182,14 @@ def sde_settings(args, shift, step):
         stochastic = trained = range(start, start + args.window)
     elif args.sampler == "cps":
         stochastic = trained  # a step to 0 has no noise
-    if args.loss == "forward":
-        stochastic = trained = range(0)
     return flow_grpo.SDESettings(args.sde_steps, args.guidance, shift, args.noise_level, stochastic,
                                  trained, args.guidance_gradient == "conditional", args.sampler,
                                  branch_of(args))
 
 
 def branch_of(args):
-    """So many pictures of a group follow one another in a batch and are one up to the window."""
-    return args.group // args.updates if args.start == "shared" else 1
+    """So many pictures in turn, of one group and update, share a start; 1: each has its own."""
+    return args.group // args.updates if args.group_start == "shared" else 1
 
 
 def chunks_of(samples, args):
@@ -266,38 +263,39 @@ def nearness(read, targets):
 
 
 def update(model, chunks, advantages, optimizer, args, processes, check):
-    """args.updates steps of the optimizer, each by the gradients of its share of the chunks.
+    """args.updates steps of the optimizer, each by the gradients of all trained steps of its share
+    of the chunks.
 
     advantages [n]. check: see `training.check_ratio`. Returns ({metric: sum over this process's
     picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "kl", "matching", "picture_steps"), 0.0)
+    sums = {"loss": 0.0, "picture_steps": 0}
     deviation = 0.0
     norms = []
-    add_gradients = forward_gradients if args.loss == "forward" else reverse_gradients
     for turn in range(args.updates):
         share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
         pictures = sum(len(chunk.indices) for chunk in share)
-        steps = args.noised if args.loss == "forward" else len(chunks[0].trajectory.steps)
-        optimizer.zero_grad(set_to_none=True)
+        picture_steps = pictures * len(chunks[0].trajectory.steps)
+        sums["picture_steps"] += picture_steps
         deviations = []
+        optimizer.zero_grad(set_to_none=True)
         for chunk in share:
-            parts = add_gradients(model, chunk, advantages[chunk.indices], args, pictures * steps)
-            for loss, metrics in parts:
-                # still as tensors: reading a number would wait for the GPU
+            for k in range(len(chunk.trajectory.steps)):
+                # 1. a step's part of the loss; the parts add up to the mean over all
+                loss, metrics = loss_of_step(model, chunk, k, advantages, args, picture_steps)
+                loss.backward()
+                # 2. metrics, still as tensors: reading a number would wait for the GPU
                 sums["loss"] += loss.detach().double() / args.updates
-                for name in metrics.keys() & sums.keys():
-                    sums[name] += metrics[name].double() * len(chunk.indices)
-                if "ratio" in metrics:
-                    deviations.append(metrics["ratio_max_deviation"])
-        sums["picture_steps"] += pictures * steps
-        # before the first update the ratio must be 1
-        if turn == 0 and deviations:
+                deviations.append(metrics.pop("ratio_max_deviation", torch.zeros(())))
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value.double() * len(chunk.indices)
+        # 3. before the first update the ratio must be 1
+        if turn == 0:
             deviation = float(torch.stack(deviations).max())
             if check:
                 training.check_ratio(deviation, args.mismatch, processes)
-        # step of the optimizer
+        # 4. step of the optimizer
         processes.average_gradients(trained)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)))
         if math.isfinite(norms[-1]):  # else it is skipped, by all processes alike
@@ -306,47 +304,24 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     return sums, deviation, sum(norms) / len(norms)
 
 
-def reverse_gradients(model, chunk, advantages, args, picture_steps):
-    """Add the gradients of a chunk's trained steps (equation 2); yields (loss, metrics) of each.
-
-    picture_steps: of the whole update, so that the parts add up to the mean over all.
-    """
-    for k, kept in enumerate(chunk.trajectory.steps):
-        # 1. the kept step under the model as it is, and under the reference for the KL
-        kept_step = (model, chunk.trajectory, k, *chunk.texts)
-        reference = None
-        if args.beta:
-            with torch.no_grad(), lora.lora_disabled(model):
-                reference = flow_grpo.kept_velocity(*kept_step)
-        step = flow_grpo.evaluate_step(*kept_step, reference)
-        # 2. its part of the loss
-        loss, metrics = flow_grpo.flow_grpo_loss(
-            step.log_prob, kept.log_prob, advantages, step.kl, args.clip, args.beta,
-            normalizer=picture_steps)
-        weight = step_weight(step, chunk.trajectory, kept.index, args.step_weights)
-        (loss * weight).backward()
-        yield loss, metrics
-
-
-def forward_gradients(model, chunk, advantages, args, picture_steps):
-    """As `reverse_gradients`, of the chunk's pictures at `--noised` noise levels each."""
-    x = chunk.trajectory.latents
-    noises = seeded(training.noise_seed("forward", seed) for seed in chunk.seeds)
-    levels = chunk.trajectory.sigmas[:-1]  # those that the sampler meets
-    picks = np.random.default_rng(chunk.seeds[0]).permutation(len(levels))[:args.noised]
-    for sigma in levels[np.sort(picks)]:
-        noise = flow_grpo.draw_noise(x, noises)
-        given = ((1 - sigma) * x + sigma * noise, sigma, *chunk.texts, args.guidance)
-        reference = None
-        if args.beta:
-            with torch.no_grad(), lora.lora_disabled(model):
-                reference = flow_grpo.guided_velocity(model, *given)
-        velocity = flow_grpo.guided_velocity(model, *given)
-        per_row, metrics = flow_grpo.forward_loss(
-            velocity, noise - x, advantages, reference, args.beta)
-        loss = per_row.sum() / picture_steps
-        loss.backward()
-        yield loss, metrics
+def loss_of_step(model, chunk, k, advantages, args, picture_steps):
+    """(loss, metrics) of the k-th trained step of a chunk; advantages [n] of all pictures."""
+    kept_step = (model, chunk.trajectory, k, *chunk.texts)
+    own = advantages[chunk.indices]
+    reference = None
+    if args.beta:  # the velocity of the model without its adapter, for the KL
+        with torch.no_grad(), lora.lora_disabled(model):
+            reference = flow_grpo.kept_velocity(*kept_step)
+    if args.loss == "difference":
+        direction = flow_grpo.towards_better(chunk.trajectory.latents, own, branch_of(args))
+        velocity = flow_grpo.kept_velocity(*kept_step)
+        return flow_grpo.difference_loss(velocity, direction, reference, args.beta, picture_steps)
+    # the kept step under the model as it is now (equation 2)
+    kept = chunk.trajectory.steps[k]
+    step = flow_grpo.evaluate_step(*kept_step, reference)
+    loss, metrics = flow_grpo.flow_grpo_loss(
+        step.log_prob, kept.log_prob, own, step.kl, args.clip, args.beta, picture_steps)
+    return loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights), metrics
 
 
 def distil(generator, samples, args, optimizer):
@@ -434,6 +409,9 @@ def evaluate(models, rows, args, run, step):
 def train(args, processes):
     """Train the adapter, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, models with a new adapter
+    if branch_of(args) > 1 and args.batch % processes.world:
+        raise UserError(f"--group-start shared: a group lies on one process, so --batch "
+                        f"{args.batch} must be a multiple of the {processes.world} processes")
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
@@ -506,7 +484,8 @@ def train(args, processes):
             record["skipped"] = run.count_skipped(record["grad_norm"], [
                 {"row": s.row.id, "prompt": s.prompt, "seed": s.seed} for s in samples])
             run.warn("cannot be read", record.get("unreadable"))
-            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")})
+            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")
+                             if name in record})
             # 7. evaluate the averaged adapter, which is the one that is written in the end
             if training.evaluation_due(done, args):
                 with ema:
@@ -553,7 +532,7 @@ def load_models(args, device):
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
-    targets = generator.mmdit.lora_targets()
+    targets = generator.mmdit.lora_targets(image=args.lora_streams == "both")
     if args.init_adapter != "none":
         adapter = weights.find(lora.adapter_in(args.init_adapter))
         targets = lora.layers_in(adapter, generator.mmdit.lora_targets(dual=True))
@@ -583,8 +562,8 @@ def summary(rewards, sums, deviation, norm, processes):
     n = processes.total(sums)
     return {"loss": n["loss"] / processes.world, **means, "reward_std": float(spread.mean()),
             "zero_spread": float((spread < 1e-6).double().mean()),  # groups without advantages
-            **{name: n[name] / n["picture_steps"]
-               for name in ("ratio", "clip_fraction", "kl", "matching")},
+            **{name: total / n["picture_steps"] for name, total in n.items()
+               if name not in ("loss", "picture_steps")},  # ratio, clip_fraction, kl
             "ratio_max_deviation": max(processes.gather([deviation])), "grad_norm": norm}
 
 
@@ -596,11 +575,13 @@ def parse_args(argv=None):
     parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
     args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
-    trained = args.sde_steps - args.skip_last
     branch = branch_of(args)
-    if branch > 1 and (args.group % args.updates or args.micro % branch):
-        parser.error(f"--start shared: --group must be a multiple of --updates, and --micro of "
-                     f"{branch}, the pictures of a group in an update")
+    if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):
+        parser.error(f"--group-start shared: --group {args.group} must be a multiple of --updates, "
+                     f"and --micro {args.micro} one of {branch}, a group's pictures in an update")
+    if args.loss == "difference" and branch == 1:
+        parser.error("--loss difference compares pictures of one start: give --group-start shared")
+    trained = args.sde_steps - args.skip_last
     limits = {"skip_last": args.sde_steps - 1,
               "window_within": trained, "window": args.window_within or trained,
               "updates": args.batch * args.group}

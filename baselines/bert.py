@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def forward(self, x, source, mask=None):
         """x [B,L,D] attends to source [B,S,·] -> [B,L,D]. mask [B,1,1,S]: True may be seen."""
         projected = (self.query(x), self.key(source), self.value(source))  # [B,L or S,D]
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        q, k, v = (ops.in_heads(y, self.heads) for y in projected)
         return self.LayerNorm(x + self.dense(ops.attention(q, k, v, mask)))
 
 

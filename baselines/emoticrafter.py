@@ -69,7 +69,7 @@ class Attention(nn.Module):
         D = x.shape[-1]
         q = F.linear(x, self.c_attn.weight[:D], self.c_attn.bias[:D])
         projected = (q, *self.c_z(z).chunk(2, dim=-1))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
+        q, k, v = (ops.in_heads(y, self.heads) for y in projected)
         return self.c_proj(ops.attention(q, k, v))
 
 
@@ -145,11 +145,7 @@ def load_network(path, device="cpu"):
     Raises UserError.
     """
     path = weights.find(path)
-    pickled = path.is_file() and path.suffix != ".safetensors"
-    if pickled:
-        cli.say(f"{path}: a pickle, read without running what code it may hold; `python -m "
-                f"baselines.emoticrafter convert {path} OUT.safetensors` makes a plain file of it")
-    tensors = weights.read_tensors(path) if pickled else weights.index(path)
+    tensors = weights.tensors_of(path)
     tensors = weights.renamed(tensors, [(r"^module\.", "")])  # which DataParallel writes before all
     make = functools.partial(Network, config_of(tensors, path))
     return weights.build(make, Network.views, tensors, path, device, torch.float32, UNUSED)
@@ -207,6 +203,10 @@ class EmotiCrafter:
         if widths[0] != widths[1]:
             raise UserError(f"{source}: it changes embeddings of {widths[0]} numbers, those of "
                             f"{sdxl} have {widths[1]}; give SDXL base 1.0")
+        if weights.is_pickle(weights.find(source)):
+            cli.say(f"{source}: a pickle, read without running what code it may hold; `python -m "
+                    f"baselines.emoticrafter convert {source} OUT.safetensors` makes a plain file "
+                    f"of it")
         return cls(network, pipeline)
 
     @property

@@ -27,10 +27,10 @@ from torch import nn
 
 import flow_grpo
 import mmdit
-from parts import clip, layouts, ops, text_encoders, vae, weights
+from parts import clip, hub, layouts, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import read_json
-from parts.pipeline import brought, home_of_weights, seeded
+from parts.pipeline import brought, home_of_weights, normal, seeded
 
 THETA = 10_000  # the slowest channels turn about so many times more slowly than the fastest
 
@@ -367,8 +367,8 @@ class Flux:
         if guidance is not None and not c.guided:
             raise UserError("FLUX.1-schnell takes no guidance; leave --guidance out")
         if noise is None:
-            shape = (1, c.channels, size // self.vae.factor, size // self.vae.factor)
-            noise = torch.cat([torch.randn(shape, generator=own) for own in seeded(seeds)])
+            side = size // self.vae.factor
+            noise = normal(seeded(seeds), (c.channels, side, side))
         with brought(self.device, *self.coming):
             texts = self.encoders.encode([case.prompt for case in cases])
         context, pooled = (z.to(self.device, self.dtype) for z in texts)
@@ -395,15 +395,16 @@ class Flux:
         host's memory and come when they are needed. `memory` says what each choice takes.
         """
         # 1. refuse other models and damaged files before gigabytes are read
+        hub.fetch(files_of_flux(source))
         listed = read_json(weights.find_file(source, "model_index.json"))
         if listed.get("_class_name") != "FluxPipeline":
             raise UserError(f"{source}: its model_index.json is of {listed.get('_class_name')!r}, "
                             f"expected FluxPipeline; give FLUX.1-dev or FLUX.1-schnell")
         schedule = read_schedule(source)
-        for component in ("text_encoder", "text_encoder_2", "vae", "transformer"):
-            path = weights.find(source, component)
-            entries = weights.index(path)
-        config = read_config(path, len(entries))
+        for component in ("text_encoder", "text_encoder_2", "vae"):
+            weights.index(weights.find(source, component))
+        folder = weights.find(source, "transformer")
+        config = read_config(folder, len(weights.index(folder)))
         # 2. read them
         home = home_of_weights(device, offload, dtype)
         encoders_home = {"gpu": home, "cpu": ("cpu", dtype), "leave": (device, dtype)}[encoders]

@@ -31,7 +31,7 @@ from mmdit import Embedder, sinusoids
 from parts import clip, hub, ops, text_encoders, vae, weights
 from parts.cli import UserError
 from parts.files import to_rgb
-from parts.pipeline import seeded
+from parts.pipeline import normal, seeded
 
 SIZES = 6  # numbers of SDXL's size conditioning
 
@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context):  # [B,N,C], [B,S,·] -> [B,N,C]
         projected = (self.to_q(x), self.to_k(context), self.to_v(context))
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in projected)
+        q, k, v = (ops.in_heads(z, self.heads) for z in projected)
         return self.to_out(ops.attention(q, k, v))
 
 
@@ -409,11 +409,6 @@ class LatentDiffusion:
             x = x + (below - sigma) * predicted + added * normal(generators, shape).to(x)
         # 3. pixels
         return self.vae.pictures(x)
-
-
-def normal(generators, shape):
-    """Standard normal noise [B,*shape], a picture's from its own random generator, on the CPU."""
-    return torch.cat([torch.randn((1, *shape), generator=own) for own in generators])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,21 +15,19 @@ picture took.
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 import data
-from baselines.case import Case
 from evaluation.cases import load_cases, pictures_of, seeds_of
-from parts import cli, lora, pipeline, weights
+from parts import cli, hub, lora, pipeline, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
-    lock,
+    claim,
     open_picture,
     read_json,
     read_records,
@@ -60,6 +58,7 @@ class OurGenerator:
     """A generator of ours in the form of those of baselines/."""
 
     def __init__(self, args, device):
+        hub.fetch(pipeline.files_of_generator(args.model, adapter=args.adapter))
         self.generator = load_generator(args.model, device, adapter=args.adapter,
                                         encoders=args.encoders)
         self.size = 128 if Path(args.model).resolve() == TINY else 512
@@ -122,6 +121,7 @@ METHODS = {
 
 def cases_of(cases, form, sources):
     """baselines' Cases, whose pictures are still paths. sources {id: path}."""
+    from baselines.case import Case
     return [Case(FORMS[form](case.neutral, case.v, case.a), case.v, case.a, case.label,
                  sources.get(case.id)) for case in cases]
 
@@ -151,15 +151,8 @@ def open_folder(args, command, cases):
              "sources": sources_told(args), "form": args.form, "size": args.size,
              "steps": args.sample_steps, "guidance": args.guidance, "seed": args.seed,
              "cases": str(args.cases), "count": len(cases)}
-    if not lock(args.out / ".lock"):
-        raise UserError(f"{args.out}: another program is drawing there; wait for its end, or give "
-                        f"another --out")
     path = args.out / "draw.json"
-    before = read_json(path) if path.exists() else facts
-    changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
-    if changed:
-        raise UserError(f"{args.out} holds pictures of another run ({', '.join(changed)} changed); "
-                        f"remove it or give another --out")
+    before = claim(path, facts, "run of evaluation draw")
     write_json(path, before | facts)
     return facts
 
@@ -228,21 +221,20 @@ def draw(args, processes, command):
 
 def with_picture(case):
     """A case whose source, if it has one, is a PIL image."""
-    if case.source is None or isinstance(case.source, Image.Image):
-        return case
-    return Case(case.prompt, case.v, case.a, case.emotion, open_picture(case.source))
+    return case if case.source is None else replace(case, source=open_picture(case.source))
 
 
 def check(args, method):
     """Refuse flags that a method has no use for, and ask for those that it needs."""
-    needs = {"weights": method.weights, "sources": method.edits, "adapter": args.method == "ours"}
-    for name, useful in needs.items():
-        if getattr(args, name) is not None and not useful:
+    flags = {  # flag: (whether it was given, whether the method has a use for it)
+        "weights": (args.weights is not None, method.weights),
+        "sources": (args.sources is not None, method.edits),
+        "adapter": (args.adapter is not None, args.method == "ours"),
+        "encoders": (args.encoders != "gpu", method.load in (OurGenerator, load_flux)),
+        "offload": (args.offload, method.load is load_flux)}
+    for name, (given, useful) in flags.items():
+        if given and not useful:
             raise UserError(f"--{name}: --method {args.method} has no use for it")
-    if args.encoders != "gpu" and method.load not in (OurGenerator, load_flux):
-        raise UserError(f"--encoders: --method {args.method} has no use for it")
-    if args.offload and method.load is not load_flux:
-        raise UserError(f"--offload: --method {args.method} has no use for it")
     if method.weights and args.weights is None:
         raise UserError(f"--method {args.method}: needs --weights FILE, the file that its authors "
                         f"publish; docs/paper.md says where")

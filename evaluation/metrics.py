@@ -48,15 +48,8 @@ def aesthetic_score(model, head, images):
 
     model: CLIP-L/14 for the published heads. Raises ValueError if head and model do not fit.
     """
-    x = embed_pictures(model, images)  # [B,P], of unit length as the heads were trained on
-    width = head[0][0].shape[1]
-    if width != x.shape[1]:
-        raise ValueError(f"the aesthetic head reads {width} numbers and this CLIP makes {len(x[0])}"
-                         f"; the published heads belong to openai/clip-vit-large-patch14")
-    # The published MLP has no activations: in training dropout alone stood between its layers.
-    for weight, bias in head:
-        x = F.linear(x, weight.to(x.device), bias.to(x.device))
-    return x[:, 0]
+    return through(head, model, images, "aesthetic",
+                   "the published heads belong to openai/clip-vit-large-patch14")[:, 0]
 
 
 def emotion_hits(model, head, images, labels):
@@ -64,14 +57,25 @@ def emotion_hits(model, head, images, labels):
 
     model: the CLIP that the head was trained on. Raises ValueError if they do not fit.
     """
-    (weight, bias), = head
-    x = embed_pictures(model, images)  # [B,P]
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(f"the emotion head reads {weight.shape[1]} numbers and this CLIP makes "
-                         f"{x.shape[1]}; give the CLIP that it was trained on")
-    read = F.linear(x, weight.to(x.device), bias.to(x.device)).argmax(1)
+    x = through(head, model, images, "emotion", "give the CLIP that it was trained on")
     wanted = torch.tensor([data.EMOTIONS.index(label) for label in labels], device=x.device)
-    return (read == wanted).float()
+    return (x.argmax(1) == wanted).float()
+
+
+def through(head, model, images, kind, advice):
+    """What the layers of a head make of pictures [B,outputs]. ValueError unless it fits the CLIP.
+
+    kind, advice: for the error's text.
+    """
+    x = embed_pictures(model, images)  # [B,P], of unit length as the heads were trained on
+    width = head[0][0].shape[1]
+    if width != x.shape[1]:
+        raise ValueError(f"the {kind} head reads {width} numbers and this CLIP makes {x.shape[1]}; "
+                         f"{advice}")
+    # LAION's MLP has no activations: in training dropout alone stood between its layers.
+    for weight, bias in head:
+        x = F.linear(x, weight.to(x.device), bias.to(x.device))
+    return x
 
 
 def aesthetic_head(path):

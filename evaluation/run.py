@@ -31,7 +31,7 @@ from parts import cli, clip, hub, lora, pipeline, presets, scorers, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
     append_rows,
-    lock,
+    claim,
     open_picture,
     read_json,
     save_png,
@@ -222,14 +222,7 @@ def open_run(args, command, cases, generator):
         for key in ("size", "sample_steps", "guidance", "rounds", "n", "result", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
-    if not lock(out / ".lock"):
-        raise UserError(f"{out}: another evaluation is writing there; wait for its end, or give "
-                        f"another --out")
-    before = read_json(out / "settings.json") if (out / "settings.json").exists() else facts
-    changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
-    if changed:
-        raise UserError(f"{out} holds another evaluation ({', '.join(changed)} changed); remove it "
-                        f"or give another --out")
+    claim(out / "settings.json", facts, "evaluation")
     write_json(out / "settings.json", facts)
     return out, facts
 

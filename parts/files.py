@@ -119,6 +119,24 @@ def lock(path):
     return True
 
 
+def claim(file, facts, what):
+    """Make a folder this program's: lock it, and compare a run's facts with those in its JSON file.
+
+    Gives what the file holds, or the facts if it is missing; the command may differ. what: of which
+    no two may be mixed, such as "evaluation". Raises UserError if another one has the folder.
+    """
+    folder = file.parent
+    if not lock(folder / ".lock"):
+        raise UserError(f"{folder}: another {what} is writing there; wait for its end, or give "
+                        f"another --out")
+    before = read_json(file) if file.exists() else facts
+    changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
+    if changed:
+        raise UserError(f"{folder} holds another {what} ({', '.join(changed)} changed); remove it "
+                        f"or give another --out")
+    return before
+
+
 LARGEST = 10**8  # bytes of what is read whole; the longest that we write has about half of that
 
 

@@ -63,20 +63,22 @@ class JudgeServer:
                  progress=iter):
         """n answers to each of P conversations -> list of P lists of n Answer, see QwenVL.generate.
 
-        temperature 0 takes the likeliest tokens. generator: its seed is sent; whether the answers
-        then are the same again is for the server to say. Raises UserError.
+        temperature 0 takes the likeliest tokens. generator: one, or one for each conversation; the
+        seed is sent, and whether the answers then are the same again is for the server to say.
+        Raises UserError.
         """
         self.lost = None
-        seed = 0 if generator is None else generator.initial_seed()
+        generators = generator if isinstance(generator, list) else [generator] * len(messages)
         requests = []
-        for conversation in messages:
+        for conversation, own in zip(messages, generators, strict=True):
+            seed = 0 if own is None else own.initial_seed()
             sent = {
                 "model": self.model, "messages": [as_sent(message) for message in conversation],
                 "max_tokens": max_new_tokens, "temperature": temperature,
                 "top_p": 1.0}  # else a server may have a default of its own
             # n requests, as not every server gives several answers to one
             seeds = [{"seed": seed * 10_000 + i} if temperature else {} for i in range(n)]
-            requests += [sent | own for own in seeds]
+            requests += [sent | chosen for chosen in seeds]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             futures = [pool.submit(self.insist, "chat/completions", text_of, sent)
                        for sent in requests]

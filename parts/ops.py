@@ -178,6 +178,11 @@ def split_qkv(qkv, num_heads, q_weight=None, k_weight=None, eps=1e-6):
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def in_heads(x, num_heads):
+    """Queries, keys or values of all heads [B,L,D] -> [B,H,L,E]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 def attention(q, k, v, mask=None, causal=False, scale=None):
     """softmax(q·kᵀ·scale)·v over q [B,H,L,E], k, v [B,H,S,E]; heads joined: [B,L,D].
 

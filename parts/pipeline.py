@@ -96,8 +96,7 @@ class Generator:
     def starting_noise(self, generators, size):
         """Standard normal noise [B,C,h,w], a picture of size × size from each random generator."""
         side = size // self.vae.factor
-        shape = (1, self.mmdit.config.channels, side, side)
-        return torch.cat([torch.randn(shape, generator=own) for own in generators])
+        return normal(generators, (self.mmdit.config.channels, side, side))
 
     def decode(self, latents):
         """Pictures [B,3,H,W] uint8, on the CPU, of scaled latents [B,C,h,w]."""
@@ -170,6 +169,11 @@ def encode_and_free(generator, prompts):
 def seeded(seeds):
     """A random generator for each seed: on the CPU, where a seed means the same on any machine."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def normal(generators, shape):
+    """Standard normal noise [B,*shape], a picture's from its own random generator, on the CPU."""
+    return torch.cat([torch.randn((1, *shape), generator=own) for own in generators])
 
 
 def to_images(pixels):
@@ -319,8 +323,10 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
     and judge.expected_va(conversations, thoughts), see parts/reading.py.
 
     The first attempt is answered by the likeliest tokens, further ones at temperature 0.7, each
-    from its own seed. batch: answers in one generation. offload: the device that the model comes to
-    for each call, if it waits in the host's memory.
+    from its own seed, the same for all conversations: what is said of a picture does not depend on
+    the pictures beside it, and those of a group are compared by the same luck. batch: answers in
+    one generation. offload: the device that the model comes to for each call, if it waits in the
+    host's memory.
     """
     bar = partial(tqdm, leave=False, disable=not progress)
 
@@ -330,10 +336,10 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
         starts = range(0, len(conversations), share)
         with brought(offload, model):
             for start in bar(starts, desc="asking the judge"):
+                asked = conversations[start:start + share]
                 answers = model.generate(
-                    conversations[start:start + share], n, max_new_tokens,
-                    temperature=0.7 if attempt else 0.0,
-                    generator=torch.Generator().manual_seed(attempt),
+                    asked, n, max_new_tokens, temperature=0.7 if attempt else 0.0,
+                    generator=seeded([attempt] * len(asked)),
                     progress=partial(bar, desc="tokens"))
                 texts += [completion.text for each in answers for completion in each]
         return texts

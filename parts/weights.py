@@ -82,7 +82,17 @@ def find_tensors(source, name):
         path = converted if converted.is_file() else path / name
     if not path.is_file():
         raise UserError(f"{path.parent}: no {name} in it; give the file, or a folder that has it")
-    return path, index(path) if path.suffix == ".safetensors" else read_tensors(path)
+    return path, tensors_of(path)
+
+
+def tensors_of(path):
+    """{name: Entry} of a checkpoint as `index` gives it, or {name: tensor} of a pickle's file."""
+    return read_tensors(path) if is_pickle(path) else index(path)
+
+
+def is_pickle(path):
+    """Whether a path is one file of torch.save, not a checkpoint's folder or file."""
+    return path.is_file() and path.suffix != ".safetensors"
 
 
 def read_tensors(path):

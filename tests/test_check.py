@@ -20,8 +20,8 @@ def spoilt(dataset, tmp_path):
     """spoilt(split, number, change) puts a changed row, or any text, in place of a line; without, a copy of the dataset."""
     for split in ("train", "test"):
         (tmp_path / "images" / split).mkdir(parents=True)
-    for path in dataset.glob("images/*/*.png"):
-        (tmp_path / path.relative_to(dataset)).hardlink_to(path)
+        for path in dataset.glob(f"images/{split}/*.png"):
+            (tmp_path / path.relative_to(dataset)).hardlink_to(path)
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_bytes((dataset / f"{split}.jsonl").read_bytes())
 

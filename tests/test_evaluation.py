@@ -110,7 +110,7 @@ def test_scores_of_clip_are_those_of_its_functions(tmp_path):
     scorer, cases = clip.CLIP.from_pretrained(TINY / "clip"), held_out_cases(9)
     width = scorer.vision.visual_projection.out_features
     head = [(torch.randn(1, width, generator=torch.Generator().manual_seed(0)), torch.zeros(1))]
-    figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, run.Instruments({}, scorer, head))
+    figures_of(cases, lambda part, seeds: [render(case) for case in part], tmp_path, run.Instruments({}, scorer, head=head))
     pictures, found = [render(case) for case in cases], lines(tmp_path / "form.jsonl")
     for key, expected in (("clip_score", 100 * clip.cosines(scorer, pictures, [case.neutral for case in cases])),
                           ("clip_iqa", metrics.clip_iqa(scorer, pictures)),

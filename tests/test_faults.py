@@ -159,7 +159,7 @@ def pretraining_vae(shared):
 
 
 GENERATOR = training(
-    "train_gen.py", "--group 2 --guided-pictures 1 --batch 2 --micro 2 --size 32 --sde-steps 4 --window 2 --window-within 3 "
+    "train_gen.py", "--group 2 --batch 2 --micro 2 --size 32 --sde-steps 4 --window 2 --window-within 3 "
     "--sample-steps 2 --eval-rows 3 --eval-every 10 --save-every 4 --lora-rank 16 --steps 24".split(),
     ("adapter/*", "adapters/*/*", "strip*", "strips/*"))
 JUDGE = training("train_judge.py", "--group 2 --batch 2 --micro 1 --eval-rows 2 --eval-every 10 --save-every 4 --max-new-tokens 40 "
@@ -325,7 +325,7 @@ def test_a_program_that_is_killed_again_and_again_ends_as_an_undisturbed_one(nam
 
 @pytest.mark.parametrize("name", ["train_gen.py", "train_judge.py"])
 def test_a_dead_rank_ends_the_run_and_the_same_command_goes_on(name, shared, tmp_path):
-    flags = {"train_gen.py": "--group 2 --guided-pictures 0 --batch 2 --micro 2 --size 32 --sde-steps 2 --window 1 --window-within 1 "
+    flags = {"train_gen.py": "--group 2 --batch 2 --micro 2 --size 32 --sde-steps 2 --window 1 --window-within 1 "
                              "--sample-steps 2 --eval-rows 2 --eval-every 0 --save-every 4 --lora-rank 4 --steps 12",
              "train_judge.py": "--group 2 --batch 2 --micro 1 --eval-rows 2 --save-every 4 --max-new-tokens 40 --steps 12"}[name].split()
     program = training(name, flags, ("adapter/*", "judge/*"), processes=2)(shared)

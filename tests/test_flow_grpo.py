@@ -592,3 +592,54 @@ def test_training_by_the_loss_raises_the_reward():
         optimizer.step()
         rewards.append(reward.mean().item())
     assert shift > 0.5 and sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finite differences
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_a_branched_group_is_one_picture_until_its_window(guidance):
+    model, (latents, context, pooled) = small_model(), small_inputs(guidance, rows=2)
+    rows = [0, 0, 0, 1, 1, 1]
+    halves = 1 if guidance == 1 else 2
+    texts = [torch.cat([half[rows] for half in text.chunk(halves)]) for text in (context, pooled)]
+    made = {}
+    for branch in (1, 3):
+        settings = flow_grpo.SDESettings(5, guidance, 3.0, 0.7, range(2, 4), range(2, 4), branch=branch)
+        made[branch] = flow_grpo.sample_sde(model, latents[rows], *texts, settings, generators(*range(6)))
+    assert torch.allclose(made[1].latents, made[3].latents, atol=1e-5)
+    before = made[3].steps[0].before
+    assert torch.equal(before[0], before[2]) and torch.equal(before[3], before[5])
+    assert not torch.equal(made[3].latents[0], made[3].latents[1])
+
+
+def test_a_group_gets_better_along_the_slope_of_a_linear_reward():
+    slope = drawn(0, 2, 3, 3)
+    latents = drawn(1, 20_000, 2, 3, 3)
+    advantages = (latents * slope).flatten(1).sum(1)
+    direction = flow_grpo.towards_better(latents, advantages, len(latents))
+    assert torch.cosine_similarity(direction[0].flatten(), slope.flatten(), dim=0) > 0.99
+    assert torch.equal(direction[0], direction[-1])
+
+
+def test_groups_do_not_see_each_other_and_equal_rewards_give_no_direction():
+    latents, advantages = drawn(0, 6, 2, 3, 3), drawn(1, 6)
+    whole = flow_grpo.towards_better(latents, advantages, 3)
+    assert torch.equal(whole[3:], flow_grpo.towards_better(latents[3:], advantages[3:], 3))
+    assert flow_grpo.towards_better(latents, torch.ones(6), 3).abs().max() < 1e-6
+
+
+def test_the_difference_loss_pulls_the_end_along_the_direction_and_to_the_reference():
+    velocity, direction, reference = (drawn(seed, 4, 2, 3, 3) for seed in range(3))
+    velocity.requires_grad_()
+    loss, metrics = flow_grpo.difference_loss(velocity, direction, reference, 0.5, normalizer=8)
+    gap = velocity - reference
+    expected = ((velocity * direction).mean((1, 2, 3)) + 0.5 * gap.square().mean((1, 2, 3))).sum() / 8
+    torch.testing.assert_close(loss, expected)
+    assert metrics["kl"].item() == pytest.approx(gap.square().mean().item())
+    loss, _ = flow_grpo.difference_loss(velocity, direction)
+    loss.backward()
+    end = -0.3 * velocity  # of x₀ = x − σ·v
+    moved = -0.3 * (velocity - velocity.grad)
+    assert ((moved - end) * direction).sum() > 0

@@ -185,7 +185,7 @@ def test_ratings(tmp_path):
 
 def test_questions(tmp_path):
     def read(folder, name):
-        load_prompts(folder / "x.json", dict.fromkeys(("system", "regression"), ""), {})
+        load_prompts(folder / "x.json", dict.fromkeys(("system", "regression"), ""), {}, {})
 
     judge(hostile.questions(), tmp_path, read, written("x.json"))
 

@@ -44,7 +44,7 @@ def test_guided_steps_become_likelier_and_the_policys_own_keep_the_ratio_of_one(
     prompts, guides = ["a swan on the lake, valence 2.0, arousal 8.0"] * 2, ["a swan on the lake, tragic, storm"] * 2
     trajectory, texts = imitation.draw(generator, prompts, guides, [1, 2], settings)
     before = torch.stack([kept.log_prob for kept in trajectory.steps])
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     imitation.update(model, trajectory, texts, torch.ones(2), 6)
     optimizer.step()
     after = torch.stack([flow_grpo.evaluate_step(model, trajectory, k, *texts).log_prob.detach() for k in range(3)])

@@ -251,7 +251,7 @@ def test_a_training_whose_server_dies_goes_on_where_it_was(tmp_path, capsys):
     write_tiny(tmp_path / "dataset", train=4, test=2, seed=8)
     flags = ["--data", tmp_path / "dataset", "--out", tmp_path / "run", "--batch", 2, "--group", 2, "--size", 64, "--sde-steps", 2,
              "--sample-steps", 2, "--window", 1, "--window-within", 1, "--eval-rows", 2, "--save-every", 1, "--steps", 2,
-             "--pickscore", "none", "--reward-weights", "emotion=1", "--lora-rank", 4, "--device", "cpu"]
+             "--pickscore", "none", "--reward-weights", "emotion=1", "--readings", 1, "--lora-rank", 4, "--device", "cpu"]
     alive = True
 
     def answer(body):

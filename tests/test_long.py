@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 STEPS = int(os.environ.get("LONG_STEPS", 2000))
 RECORD = os.environ.get("LONG_RECORD")
 PROGRAMS = {
-    "train_gen.py": "--group 2 --guided-pictures 0 --batch 1 --micro 2 --size 16 --sde-steps 2 --window 1 --window-within 1 "
+    "train_gen.py": "--group 2 --batch 1 --micro 2 --size 16 --sde-steps 2 --window 1 --window-within 1 "
                     "--sample-steps 2 --guidance 1 --eval-rows 2 --lora-rank 1",
     "train_judge.py": "--group 2 --batch 1 --micro 1 --eval-rows 2 --lora --lora-rank 1 --max-new-tokens 40 --max-pixels 1000",
 }

@@ -102,10 +102,10 @@ def liven(parameters):
         p.copy_(0.15 * torch.randn(p.shape, generator=generator))
 
 
-@pytest.mark.parametrize("dual", [False, True])
-def test_diffusers_draws_the_same_picture_with_an_adapter_of_ours(folder, plain_picture, tmp_path, dual):
+@pytest.mark.parametrize("targets", [{}, {"dual": True}, {"image": False}])
+def test_diffusers_draws_the_same_picture_with_an_adapter_of_ours(folder, plain_picture, tmp_path, targets):
     model = load_generator(folder).mmdit
-    lora.add_lora(model, model.lora_targets(dual), 4, 12.0)
+    lora.add_lora(model, model.lora_targets(**targets), 4, 12.0)
     liven(p for p in model.parameters() if p.requires_grad)
     lora.save_lora(tmp_path / "both", model, folder, diffusers=True)
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)

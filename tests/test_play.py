@@ -25,7 +25,7 @@ QUICK = ["--sample-steps", "2", "--size", "64", "--prompt", PROMPT]
 
 
 def prompt_at(v, a):
-    return data.with_words(PROMPT, v, a)  # the form of a target that RefineOptions has by itself
+    return data.with_numbers(PROMPT, v, a)  # the form of a target that RefineOptions has by itself
 
 
 def a_wish(**changes):

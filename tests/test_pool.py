@@ -22,7 +22,7 @@ WAITING = """
 import os, time
 from tiny.pool import on_all_cores
 def wait(_):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())  # at once: two prints might mix
     time.sleep(60)
 list(on_all_cores(wait, range(64), ""))
 """

@@ -194,7 +194,7 @@ def test_nothing_a_browser_receives_tells_the_method_or_early_the_target(folder)
             page, source = read(first(address, "Anna"))
             assert "castle" not in source and "lake" not in source and "quiet" not in source and "7.0" not in source
             best, more = read(f"{address}/case", hidden(page) | ratings(3))
-            assert "cheerful, very calm" in best.text("header") and "valence 7.0, arousal 2.5" in best.text("header")
+            assert "cheerful leaning sadder, very calm" in best.text("header") and "valence 7.0, arousal 2.5" in best.text("header")
             read(f"{address}/case", hidden(best) | {"best": 2})
             got += [source.encode(), more.encode()]
             assert [img["alt"] for img in page.all("img")] == ["picture A", "picture B", "picture C"]

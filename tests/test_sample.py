@@ -108,7 +108,7 @@ def scripted(moods, advice):
     return lambda *_, **__: judge
 
 
-QUICK = ("--v", 7, "--a", 3, "--sample-steps", 2, "--size", 64)
+QUICK = ("--v", 7, "--a", 3, "--sample-steps", 2, "--size", 64, "--readings", 1)
 
 
 def test_several_pictures_are_listed_by_how_near_the_judge_finds_them(tmp_path, capsys, monkeypatch):
@@ -206,7 +206,7 @@ def test_several_pictures_and_the_grid(tmp_path, capsys):
 def test_a_grid_with_feedback_shows_the_best_of_each_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "judge_of", scripted([(5, 5)] * 16, lambda _: json.dumps(
         {"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})))
-    assert run("--grid", 2, "--rounds", 2, "--n", 2, "--sample-steps", 1, "--size", 64, "--out", tmp_path) == 0
+    assert run(*QUICK, "--grid", 2, "--rounds", 2, "--n", 2, "--out", tmp_path) == 0
     record = read(tmp_path)
     assert [len(c["rounds"]) for c in record["cells"]] == [2] * 4 and record["grid"] == "grid2.png"
     assert all(c["best"] == {"round": 1, "image": 0} for c in record["cells"])  # the later among equals
@@ -220,7 +220,7 @@ def test_among_equals_prints_page_record_and_contact_sheet_have_the_same_best(tm
     assert run(*QUICK, "--rounds", 2, "--n", 2, "--out", tmp_path) == 0
     out, err = capsys.readouterr()
     record = read(tmp_path)
-    assert record["cells"][0]["best"] == {"round": 1, "image": 0} and "best so far 2.00 (round 1)" in err
+    assert record["cells"][0]["best"] == {"round": 1, "image": 0} and "result so far 2.00 (round 1)" in err
     listed = [Path(line.split("  ")[0]).name for line in out.splitlines() if line[0] != " "]
     assert listed == ["round1_seed2.png", "round1_seed3.png", "round0_seed0.png", "round0_seed1.png", "index.html"]
     assert [best["seed"] for _, _, best in sheets.sheet_rows(record)] == [0, 2]  # of each round

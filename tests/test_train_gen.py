@@ -24,7 +24,8 @@ from tests.launch import finish, log_of, stop_inside, without_times
 from tiny.dataset import write_tiny
 
 SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
-         "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu").split()
+         "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu "
+         "--loss flow-grpo --group-start own --lora-streams both --advantage-std group --beta 0.02").split()
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +102,16 @@ def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys)
     assert "rank 32 and alpha 64, not 8 and 64; give --lora-rank 32" in capsys.readouterr().err
 
 
-def test_a_new_adapter_is_on_eight_projections_and_one_that_is_there_keeps_its_own():
-    new, shipped = (train_gen.load_models(train_gen.parse_args(given), torch.device("cpu")).generator.mmdit
-                    for given in ([], ["--init-adapter", "tiny/weights/adapter"]))
-    names = {name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
-    assert names == {".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
+def test_a_new_adapter_is_on_the_streams_asked_for_and_one_that_is_there_keeps_its_own():
+    both, text, shipped = (
+        train_gen.load_models(train_gen.parse_args(given), torch.device("cpu")).generator.mmdit
+        for given in (["--lora-streams", "both"], ["--lora-streams", "text"], ["--init-adapter", "tiny/weights/adapter"]))
+    names = [{name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
+             for new in (text, both)]
+    assert names[0] == {".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
+    assert names[1] == names[0] | {".to_q", ".to_k", ".to_v", ".to_out.0"}
     files = load_file("tiny/weights/adapter/adapter_model.safetensors")
     assert lora.lora_views(shipped).keys() == files.keys()
-    assert len(lora.lora_views(new)) < len(files) or not any(".attn2." in name for name in files)
 
 
 def test_the_average_takes_up_every_so_many_steps(dataset, tmp_path):
@@ -165,7 +168,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_picture(dataset, tmp_path,
     monkeypatch.setattr(train_gen.clip, "pick_score", lambda model, images, prompts: torch.full((len(images),), float("nan")))
     assert train_gen.main(flags(dataset, tmp_path, "--steps", 1)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the reward pickscore of a picture is nan, of row test_" in error
+    assert "the reward pickscore of a picture is nan, of row validation_" in error
 
 
 def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
@@ -294,7 +297,7 @@ def test_the_judge_reads_all_pictures_of_a_step_in_one_generation(ready, monkeyp
     plain, asked = type(ready[0].judge).generate, []
     monkeypatch.setattr(type(ready[0].judge), "generate", lambda self, prompts, *args, **kwargs: (
         asked.append(len(prompts)), plain(self, prompts, *args, **kwargs))[1])
-    roll_out(*ready, batch=4)
+    roll_out(*ready, batch=4, readings=1)
     assert asked == [8]
 
 
@@ -334,6 +337,31 @@ def test_two_updates_share_the_pictures_of_a_step(ready):
     _, sums, chunks = changes(*ready, updates=2, micro=64)
     assert [chunk.indices for chunk in chunks] == [[0, 2], [1, 3]] and sums["picture_steps"] == 4 * 3
     assert sums["ratio"] / sums["picture_steps"] != 1  # the second sees a model that the first has changed
+
+
+def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
+    shared = {"group_start": "shared", "loss": "difference", "micro": 4}
+    change, sums, chunks = changes(*ready, **shared)
+    other, _, _ = changes(*ready, micro=4)
+    assert change.norm() > 0 and set(sums) == {"loss", "picture_steps", "kl"}
+    first = chunks[0].trajectory.steps[0].before
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
+    assert torch.cosine_similarity(change, other, dim=0) > 0.05  # both go uphill
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ("--loss difference --group-start own", "give --group-start shared"), ("--group-start shared --updates 3 --group 4", "multiple of --updates"),
+    ("--group-start shared --group 4 --micro 6", "and --micro 6 one of 4")])
+def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
+    with pytest.raises(SystemExit):
+        train_gen.parse_args(["--data", "x", "--out", "y", *wrong.split()])
+    assert said in capsys.readouterr().err
+
+
+def test_a_group_on_two_processes_is_refused_before_anything_is_loaded(tmp_path):
+    args = train_gen.parse_args(["--data", "nowhere", "--out", str(tmp_path), "--group-start", "shared", "--batch", "3"])
+    with pytest.raises(train_gen.UserError, match="must be a multiple of the 2 processes"):
+        train_gen.train(args, Processes(0, 2, torch.device("cpu")))
 
 
 def test_a_gpu_may_round_but_no_more():
@@ -379,7 +407,7 @@ def test_rewards_are_in_the_order_of_the_samples(ready):
     for chunk in chunks:
         own = [samples[i] for i in chunk.indices]
         images = to_images(models.generator.decode(chunk.trajectory.latents))
-        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights, 1)
+        again = train_gen.rewards_of(images, [s.row for s in own], models, args.reward_weights, args.readings)
         for name in again:
             torch.testing.assert_close(rewards[name][chunk.indices], again[name], rtol=1e-5, atol=1e-5, equal_nan=True)
         followed = models.generator.encode_prompts([s.prompt for s in own], args.guidance)
@@ -467,7 +495,7 @@ def test_the_weight_of_a_reward_may_be_left_out():
     (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),
-    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,imagereward=1,hpsv2=1, got joy=1"),
+    (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,meter=1,imagereward=1,hpsv2=1, got joy=1"),
     (["--reward-weights", "emotion"], "--reward-weights: expected a number"), (["--judge", "none"], "--judge none"),
     (["--data", "nowhere"], "nowhere/train.jsonl: missing"), (["--judge", "./nobody"], "no such file or folder"),
     (["--model", "./nothing"], "no such file or folder")])

@@ -178,7 +178,7 @@ def test_an_adapter_is_trained_by_two_processes_as_by_one_and_read_as_a_judge(da
 
 def test_answers_that_are_rewarded_become_likelier(dataset, tmp_path, monkeypatch):
     def calm(text, question, args):  # any property of the answers will do
-        return {"format": float(any(word in text for word in ("still", "calm", "quiet")))}  # a third of the moods
+        return {"format": float("5}" not in text)}  # arousal's last digit, which is nearly always a 5 or a 6
 
     monkeypatch.setattr(train_judge, "rewards_of", calm)
     args = train_judge.parse_args(flags(dataset, tmp_path, "--group", 8, "--steps", 8, "--lr", 1e-3, "--tasks", "regression"))
@@ -303,22 +303,22 @@ def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, wrong, 
     assert message in error and error.count("\n") <= 2 and "Traceback" not in error
 
 
-def test_evaluate_prints_a_table_and_the_figures_of_a_training_s_start_on_one_process_and_on_two(
-        dataset, unbroken, tmp_path, capsys):
-    outputs = []
+def test_evaluate_prints_a_table_and_the_same_figures_on_one_process_and_on_two(dataset, tmp_path, capsys):
+    outputs, first = [], None
     for more in ((), ("--lora",)):
         assert train_judge.main(flags(dataset, tmp_path, "--evaluate", *more)) == 0
         outputs.append(capsys.readouterr().out)
     outputs.append(launch.together(2, "train_judge", *flags(dataset, tmp_path, "--evaluate")))
     for output in outputs:
-        *_, head, _, row, line = output.splitlines()
-        assert head == "| format | v_error | a_error | class_accuracy |"
+        *_, head, _, row, floor, line = output.splitlines()
+        assert head == "| format | v_error | a_error | v_floor | a_floor | class_accuracy |"
+        assert "; the labels allow at best V " in floor
         figures = json.loads(line)
         assert figures["model"] == str(train_judge.TINY) and figures["pictures"] == 4 and 0 < figures["v_error"] < 3
         assert row == "| " + " | ".join(f"{figures[name.strip()]:.3f}" for name in head.strip("|").split("|")) + " |"
-        for name, x in log_of(unbroken[0])[0].items():
-            if name.startswith("eval_"):
-                assert figures[name.removeprefix("eval_")] == pytest.approx(x, rel=1e-5), name
+        first = first or figures  # a training itself is watched on the validation pictures
+        for name in first.keys() - {"model"}:
+            assert figures[name] == pytest.approx(first[name], rel=1e-5), name
     assert not any(tmp_path.iterdir())
 
 

@@ -56,19 +56,24 @@ class Row:
 
 # Long enough to see a generator hack its judge, see tiny.hacking_study
 LONG = ("--steps", "100")
+# As the paper trains, but for the window and the readings; it needs many more pictures
+FLOW_GRPO = ("--loss", "flow-grpo", "--group-start", "own", "--lora-streams", "both",
+             "--window", "2", "--advantage-std", "group", "--lr", "1.5e-3", "--lr-end", "1.5e-3",
+             "--beta", "0.02", "--ema", "0.97", "--reward-weights", "emotion=1,pickscore=0.5")
 ROWS = {
     "base": Row("base", None),
     "base, given words": Row("base_words", None, form="words"),
     "emotion and PickScore": Row("both", LONG, (0, 1, 2)),
     "emotion only": Row(
         "emotion", (*LONG, "--reward-weights", "emotion=1", "--beta", "0"), (0, 1, 2)),
+    "emotion and PickScore, Flow-GRPO's loss": Row("flow_grpo", (*LONG, *FLOW_GRPO)),
     "guided imitation, no judge": Row("imitation", (), (0, 1, 2), "imitation"),
     "PickScore only": Row("pickscore", ("--reward-weights", "pickscore=1")),
     "judge before GRPO": Row("general", ("--judge", str(SUPERVISED))),
     "judge trained on drawn labels": Row("drawn", ("--judge", str(DRAWN_JUDGE))),
     "guided and rewarded, as it was": Row("guided", ("--rewarded",), program="imitation"),
     "an emotion network, no RL": Row("emotion_network", (), program="emotion_network"),
-    "the meter as reward (a ceiling)": Row("meter", ("--reward-weights", "meter=1,pickscore=0.5")),
+    "the meter as reward (a ceiling)": Row("meter", ("--reward-weights", "meter=1,pickscore=1")),
 }
 
 

@@ -37,13 +37,13 @@ PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
 ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
-    "emotion + 0.5 PickScore, β 0.02": (ROWS["emotion and PickScore"], (30, 90, 200)),
-    "emotion, β 0.02": (Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1")),
-                        (230, 140, 40)),
-    "emotion + 1 PickScore, β 0.02": (
-        Row("more_pickscore", (*LONG, "--reward-weights", "emotion=1,pickscore=1")),
+    "emotion + PickScore, β 0.004": (ROWS["emotion and PickScore"], (30, 90, 200)),
+    "emotion, β 0.004": (Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1")),
+                         (230, 140, 40)),
+    "emotion + 3 PickScore, β 0.004": (
+        Row("more_pickscore", (*LONG, "--reward-weights", "emotion=1,pickscore=3")),
         (40, 150, 160)),
-    "emotion + 0.5 PickScore, β 0.1": (Row("more_kl", (*LONG, "--beta", "0.1")), (90, 60, 160)),
+    "emotion + PickScore, β 0.02": (Row("more_kl", (*LONG, "--beta", "0.02")), (90, 60, 160)),
 }
 PANELS = {  # title: figure of a case's record
     "judge: |ΔV| + |ΔA|": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),

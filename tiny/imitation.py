@@ -10,7 +10,7 @@ feedback once drew half of each group like this (--rewarded): the judge's scores
 of them counted, and negative advantages became 0, as a guided picture was not drawn by the policy.
 Its gradient was nearly that of imitation, so that it was no evidence for the judge.
 
-The loss, the adapter and the schedule are those of train_gen.py. A run is short and is not resumed.
+The loss is Flow-GRPO's, as in train_gen.py. A run is short and is not resumed.
 """
 
 import math

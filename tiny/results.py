@@ -63,7 +63,12 @@ READING = {
     "Spearman in a group ↑": (itemgetter("order"), 2),
     "seconds a picture ↓": (itemgetter("seconds"), 3),
 }
-TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING}  # others have COLUMNS
+GRADIENTS = {
+    "agreement, text's stream ↑": (itemgetter("text"), 3),
+    "agreement, image's stream ↑": (itemgetter("image"), 3),
+}
+TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING,  # others have COLUMNS
+          "gradients": GRADIENTS}
 SEEING = "feedback"  # what the controls of textual feedback are compared with
 UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
 
@@ -122,7 +127,7 @@ def put(table, run, lines):
 def rounded(value):
     """Numbers with three decimals: a record is for the table, and pixels have 256 levels."""
     if isinstance(value, list):
-        return [round(x, 3) for x in value]
+        return [rounded(each) for each in value]
     return round(value, 3) if isinstance(value, float) else value
 
 

@@ -29,7 +29,15 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from data import AROUSAL_WORDS, SCENERY_WORDS, VALENCE_WORDS, check_va, emotion_words
+from data import (
+    AROUSAL_LEANINGS,
+    AROUSAL_WORDS,
+    SCENERY_WORDS,
+    VALENCE_LEANINGS,
+    VALENCE_WORDS,
+    check_va,
+    emotion_words,
+)
 from parts import cli
 from parts.prompts import content_words as words_of
 from parts.prompts import stem
@@ -204,7 +212,8 @@ def remark_on(prompt: str) -> str:
     It was trained on captions of these scenes with the words of data.py, and on nothing else.
     """
     phrases = [NAMES, PLACES, TIMES, WEATHER, LIGHT, COLOUR, WATER_MOTION, LAND_MOTION,
-               VALENCE_WORDS, AROUSAL_WORDS, SCENERY_WORDS, "thunderstorm, falling snowstorm",
+               VALENCE_WORDS, AROUSAL_WORDS, VALENCE_LEANINGS, AROUSAL_LEANINGS, SCENERY_WORDS,
+               "thunderstorm, falling snowstorm",
                "valence and arousal"]
     known = {stem(word) for word in words_of(str(phrases))}
     strange = [word for word in dict.fromkeys(words_of(prompt)) if stem(word) not in known]

@@ -1,0 +1,26 @@
+"""What the gradients of several steps have in common, and where the study keeps it."""
+
+import pytest
+import torch
+
+from tiny import gradient_study, results
+
+
+def test_agreement_is_the_mean_cosine_with_the_others():
+    same, opposite = torch.tensor([1.0, 2.0]), torch.tensor([-1.0, -2.0])
+    assert gradient_study.agreement(torch.stack([same, 3 * same])).tolist() == pytest.approx([1, 1], abs=1e-6)
+    found = gradient_study.agreement(torch.stack([same, same, opposite])).tolist()
+    assert found == pytest.approx([0, 0, -1], abs=1e-6)
+
+
+def test_the_study_measures_both_streams_by_every_loss(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "RECORDS", tmp_path)
+    monkeypatch.setattr(gradient_study, "COMMON", (
+        *gradient_study.COMMON, "--group", "2", "--batch", "2", "--size", "64", "--micro", "4", "--readings", "1"))
+    assert gradient_study.main(["--steps", "2"]) == 0
+    rows = results.rows_of("gradients")
+    assert list(rows) == list(gradient_study.ROWS)
+    for runs in rows.values():
+        (records,) = runs.values()
+        assert len(records) == 2 and all(-1 <= record[stream] <= 1 for record in records for stream in ("text", "image"))
+    assert "finite differences" in capsys.readouterr().out
