@@ -444,7 +444,8 @@ def train(args, processes):
             record["skipped"] = run.count_skipped(record["grad_norm"], [
                 {"row": s.row.id, "prompt": s.prompt, "seed": s.seed} for s in samples])
             run.warn("cannot be read", record.get("unreadable"))
-            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")})
+            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl")
+                             if name in record})
             # 7. evaluate the averaged adapter, which is the one that is written in the end
             if training.evaluation_due(done, args):
                 with ema:

@@ -92,6 +92,13 @@ def test_a_run_may_go_on_for_more_steps_and_the_learning_rate_follows(dataset, u
     assert "00000006 is further already" in capsys.readouterr().err
 
 
+def test_without_a_kl_a_run_does_not_say_it(dataset, tmp_path):
+    for loss in ((), ("--loss", "difference", "--group-start", "shared")):
+        out = tmp_path / f"run{len(loss)}"
+        assert train_gen.main(flags(dataset, out, "--beta", 0, "--steps", 1, *loss)) == 0
+        assert "kl" not in log_of(out)[1] and "grad_norm" in log_of(out)[1]
+
+
 def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys):
     args = flags(dataset, tmp_path, "--init-adapter", unbroken[0])
     model = train_gen.load_models(train_gen.parse_args(args), torch.device("cpu")).generator.mmdit
