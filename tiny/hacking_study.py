@@ -37,10 +37,11 @@ PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
 ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
-    "emotion + PickScore, β 0.004": (ROWS["emotion and PickScore"], (30, 90, 200)),
-    "emotion, β 0.004": (Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1")),
-                         (230, 140, 40)),
-    "emotion + 3 PickScore, β 0.004": (
+    "emotion + PickScore, β 0.002": (ROWS["emotion and PickScore"], (30, 90, 200)),
+    "emotion, β 0.02": (
+        Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1", "--beta", "0.02")),
+        (230, 140, 40)),
+    "emotion + 3 PickScore, β 0.002": (
         Row("more_pickscore", (*LONG, "--reward-weights", "emotion=1,pickscore=3")),
         (40, 150, 160)),
     "emotion + PickScore, β 0.02": (Row("more_kl", (*LONG, "--beta", "0.02")), (90, 60, 160)),
@@ -58,14 +59,17 @@ def folder_of(arm, seed):
     return STUDY / f"{ARMS[arm][0].folder}_seed{seed}"
 
 
+def adapter_of(arm, seed, step):
+    return folder_of(arm, seed) / "adapters" / f"{step:08d}"
+
+
 def evaluation(arm, seed, step, args):
     """(folder, product, commands) of what is measured of a run after `step`."""
-    run = folder_of(arm, seed)
-    out = run / f"step{step}"
+    out = folder_of(arm, seed) / f"step{step}"
     command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
                args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
     if step:
-        command += ["--adapter", run / "adapters" / f"{step:08d}"]
+        command += ["--adapter", adapter_of(arm, seed, step)]
     return out, EVALUATED, [command]
 
 
@@ -76,7 +80,8 @@ def study(args, extra):
     run_missing([(folder_of(*run), Path("adapter/adapter_config.json"), [command])
                  for run, command in trainings.items()], args.jobs, "generators")
     steps = range(args.every, int(LONG[1]) + 1, args.every)
-    points = [(*runs[0], 0)] + [(*run, step) for run in runs for step in steps]
+    kept = [(*run, step) for run in runs for step in steps if adapter_of(*run, step).exists()]
+    points = [(*runs[0], 0), *kept]
     run_missing([evaluation(*point, args) for point in points], args.jobs, "evaluations")
 
     # 2. records
