@@ -3,7 +3,7 @@
     python -m tiny.hacking_study        # trains what is missing, measures, draws docs/hacking.png
 
 Each arm is a training that is much longer than it need be, by the judge's score alone or with a
-share of PickScore, with and without a KL to the base. Every 20 steps its averaged adapter draws 64
+share of PickScore, with and without a KL to the base. Every 20 steps its averaged adapter draws 32
 validation cases. The judge, who gave the rewards, is asked how near they are, and those who gave
 none are asked too: the meter, the examiner of content and a CLIP of another seed. Hacking is when
 the first goes on rising and the others fall.
@@ -181,7 +181,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--every", type=cli.integer(1, 10**6), default=20,
         help="steps between evaluations (default: %(default)s)")
-    add("--cases", type=cli.integer(2, 10**6), default=64,
+    add("--cases", type=cli.integer(2, 10**6), default=32,
         help="validation cases (default: %(default)s)")
     add("--jobs", type=cli.integer(1, 1000), default=2, help="at a time (default: %(default)s)")
     args, extra = parser.parse_known_args(argv)
