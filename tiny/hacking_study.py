@@ -47,8 +47,8 @@ ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion + PickScore, β 0.02": (Row("more_kl", (*LONG, "--beta", "0.02")), (90, 60, 160)),
 }
 PANELS = {  # title: figure of a case's record
-    "judge: |ΔV| + |ΔA|": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
-    "meter: |ΔV| + |ΔA|": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
+    "V-Error + A-Error by the judge": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
+    "V-Error + A-Error by the meter": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
     "content, %": lambda r: r["content"],
     "CLIP-Score of another seed": lambda r: r["other_clip_score"],
 }
@@ -142,7 +142,7 @@ def draw_curves(arms):
     for number, arm in enumerate(arms):
         at = (60 + 290 * (number % 3), 475 + 22 * (number // 3))
         draw.line((*at, at[0] + 20, at[1]), ARMS[arm][1], 3)
-        draw.text((at[0] + 26, at[1]), arm, "black", font, anchor="lm")
+        draw.text((at[0] + 26, at[1]), readable(arm), "black", font, anchor="lm")
     return sheet
 
 
@@ -152,18 +152,23 @@ def draw_strips(runs):
     parts = []
     for arm, seed in runs:
         files = sorted((folder_of(arm, seed) / "strips").glob("*.png"))
-        files = files[::max(1, (len(files) - 1) // 6)]
+        files = files[::max(1, (len(files) - 1) // 5)]
         strips = [np.asarray(open_picture(file)) for file in files]  # each [128, 6·128, 3]
         columns = [np.vstack([strip[:, 128 * i:128 * (i + 1)] for i in range(SHOWN)])
                    for strip in strips]
         sheet = Image.new("RGB", (128 * len(columns), 128 * SHOWN + 40), "white")
         sheet.paste(Image.fromarray(np.hstack(columns)), (0, 40))
         draw = ImageDraw.Draw(sheet)
-        draw.text((4, 4), arm, "black", font)
+        draw.text((4, 4), readable(arm), "black", font)
         for i, file in enumerate(files):
             draw.text((128 * i + 4, 22), f"step {int(file.stem)}", (90, 90, 90), font)
         parts.append(sheet)
     return stacked(*parts)
+
+
+def readable(arm):
+    """An arm's name without the letter that Pillow's own font lacks."""
+    return arm.replace("β", "beta")
 
 
 def stacked(*images):
