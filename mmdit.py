@@ -271,9 +271,9 @@ class MMDiT(nn.Module):
         table = self.pos_embed.view(1, side, side, -1)[:, top:top + rows, left:left + cols]
         return table.reshape(1, rows * cols, -1)
 
-    def lora_targets(self, dual=False, image=True):
+    def lora_targets(self, dual=False):
         """{module path: {peft's name: rows}} of attention projections; see parts/layouts.py."""
-        return layouts.mmdit_lora_targets(self, dual, image)
+        return layouts.mmdit_lora_targets(self, dual)
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=None):

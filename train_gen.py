@@ -49,9 +49,9 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "readings": (1, 8, cli.readings, "mean of so many answers, or logits, or thought"),
     "form": (("numbers",), ("numbers",), cli.some_of(data.FORMS),
              f"the target in a prompt: {', '.join(data.FORMS)}; of several one is drawn"),
-    "group": (8, 8, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
-    "batch": (16, 8, integer(1, 4096), "prompts in a step, over all processes, P"),
-    "steps": (1000, 60, integer(1, 10**7), cli.STEPS_HELP),
+    "group": (8, 4, integer(2, 1024), "[--num-generations] pictures of each prompt, G"),
+    "batch": (16, 16, integer(1, 4096), "prompts in a step, over all processes, P"),
+    "steps": (1000, 100, integer(1, 10**7), cli.STEPS_HELP),
     "sde_steps": (10, 6, integer(1, 1000), "steps of the stochastic sampler, T"),
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
     "window": (0, 4, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
@@ -72,7 +72,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "size": (512, 128, cli.picture_side, "side of the pictures in pixels"),
     "lr": (3e-4, 2e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
     "lr_end": (3e-4, 2e-4, number(0, 1), "and at the end, linear in between"),
-    "beta": (0.1, 4e-3, number(0, 1000), "weight of the KL to the base model"),
+    "beta": (0.1, 2e-3, number(0, 1000), "weight of the KL to the base model"),
     "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
     "advantage_std": ("group", "global", ("group", "global"), "std that advantages are divided by"),
     "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
@@ -80,7 +80,6 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "mismatch": (1e-2, 1e-2, number(0, 1e9), "most that a GPU's first ratio may be off by"),
     "lora_rank": (32, 32, integer(1, 4096), "of the adapter"),
     "lora_alpha": (64.0, 64.0, number(0, 1e6), "scale of the adapter"),
-    "lora_streams": ("both", "text", ("both", "text"), "text: how the prompt is read, and no more"),
     "init_adapter": ("none", "none", str, "adapter to start from, or a run that has one, or none"),
     "ema": (0.9, 0.9, number(0, 1), "decay of the averaged adapter, which is written"),
     "ema_every": (1, 1, integer(1, 10**6), "steps between additions to the average"),
@@ -97,7 +96,7 @@ GROUPS = {  # of --help: first setting, title
     "micro": "memory, evaluation, checkpoints"}
 RARE = ("tensorboard", "questions", "clip", "skip_last", "window", "window_within", "step_weights",
         "group_start", "guidance_gradient", "advantage_std", "updates", "max_grad_norm", "mismatch",
-        "lora_alpha", "lora_streams", "init_adapter", "lr_end", "ema", "ema_every", "eval_rows",
+        "lora_alpha", "init_adapter", "lr_end", "ema", "ema_every", "eval_rows",
         "save_every", "save_minutes")
 ERRORS = ("judge_v_error", "judge_a_error", "meter_v_error", "meter_a_error")
 CURVES = ("reward", *(f"reward_{name}" for name in PARTS), *ERRORS, "unreadable", "reward_std",
@@ -532,7 +531,7 @@ def load_models(args, device):
     generator.encoders = PromptCache(generator.encoders, generator.dtype)
     generator.mmdit.checkpointing = args.checkpointing
     torch.manual_seed(args.seed)
-    targets = generator.mmdit.lora_targets(image=args.lora_streams == "both")
+    targets = generator.mmdit.lora_targets()
     if args.init_adapter != "none":
         adapter = weights.find(lora.adapter_in(args.init_adapter))
         targets = lora.layers_in(adapter, generator.mmdit.lora_targets(dual=True))

@@ -57,16 +57,16 @@ def mmdit_views(model):
     return views
 
 
-def mmdit_lora_targets(model, dual=False, image=True):
+def mmdit_lora_targets(model, dual=False):
     """{module path: {peft's name: rows}} of the attention projections of an MMDiT.
 
-    Both streams' q, k, v and output, as in Flow-GRPO's code, or the text's alone, and with `dual`
-    those of the image stream's second attention.
+    Both streams' q, k, v and output, as in Flow-GRPO's code, and with `dual` those of the image
+    stream's second attention.
     """
     targets = {}
     # The order decides which random numbers a new adapter's layers get, so it must not change.
     for i, block in enumerate(model.joint_blocks):
-        for at in (*["x_block.attn"] * image, "context_block.attn", *["x_block.attn2"] * dual):
+        for at in ("x_block.attn", "context_block.attn", *["x_block.attn2"] * dual):
             parent, name = at.split(".")
             attention = getattr(getattr(block, parent), name, None)
             for layer in ("qkv", "proj"):

@@ -13,14 +13,15 @@ def test_agreement_is_the_mean_cosine_with_the_others():
     assert found == pytest.approx([0, 0, -1], abs=1e-6)
 
 
-def test_the_study_measures_both_streams_by_every_loss(tmp_path, monkeypatch, capsys):
+def test_the_study_reads_gradients_of_each_loss_from_its_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "RECORDS", tmp_path)
-    monkeypatch.setattr(gradient_study, "COMMON", (
-        *gradient_study.COMMON, "--group", "2", "--batch", "2", "--size", "64", "--micro", "4", "--readings", "1"))
-    assert gradient_study.main(["--steps", "2"]) == 0
+    monkeypatch.setattr(gradient_study, "STUDY", tmp_path / "study")
+    small = "--group 2 --batch 2 --size 64 --micro 4 --readings 1 --sample-steps 2 --device cpu".split()
+    assert gradient_study.main(["--runs", "2", *small]) == 0
     rows = results.rows_of("gradients")
     assert list(rows) == list(gradient_study.ROWS)
     for runs in rows.values():
         (records,) = runs.values()
-        assert len(records) == 2 and all(-1 <= record[stream] <= 1 for record in records for stream in ("text", "image"))
+        assert len(records) == 2 and all(-1 <= record["agreement"] <= 1 for record in records)
+        assert records[0]["agreement"] == records[1]["agreement"]  # of two, each has the other's
     assert "finite differences" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from tiny.dataset import write_tiny
 
 SMALL = ("--group 2 --batch 2 --micro 2 --size 64 --sde-steps 4 --window 2 --window-within 3 --sample-steps 3 "
          "--eval-rows 3 --eval-every 0 --save-every 2 --lr 1e-3 --lr-end 1e-4 --device cpu "
-         "--loss flow-grpo --group-start own --lora-streams both --advantage-std group --beta 0.02").split()
+         "--loss flow-grpo --group-start own --advantage-std group --beta 0.02").split()
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,13 @@ def test_a_run_may_go_on_for_more_steps_and_the_learning_rate_follows(dataset, u
     assert "00000006 is further already" in capsys.readouterr().err
 
 
+def test_without_a_kl_a_run_does_not_say_it(dataset, tmp_path):
+    for loss in ((), ("--loss", "difference", "--group-start", "shared")):
+        out = tmp_path / f"run{len(loss)}"
+        assert train_gen.main(flags(dataset, out, "--beta", 0, "--steps", 1, *loss)) == 0
+        assert "kl" not in log_of(out)[1] and "grad_norm" in log_of(out)[1]
+
+
 def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys):
     args = flags(dataset, tmp_path, "--init-adapter", unbroken[0])
     model = train_gen.load_models(train_gen.parse_args(args), torch.device("cpu")).generator.mmdit
@@ -100,18 +107,6 @@ def test_training_may_start_from_an_adapter(dataset, unbroken, tmp_path, capsys)
     assert all(p.requires_grad for layer in lora.lora_layers(model).values() for p in (layer.A, *layer.B))
     assert train_gen.main([*args, "--lora-rank", "8"]) == 2
     assert "rank 32 and alpha 64, not 8 and 64; give --lora-rank 32" in capsys.readouterr().err
-
-
-def test_a_new_adapter_is_on_the_streams_asked_for_and_one_that_is_there_keeps_its_own():
-    both, text, shipped = (
-        train_gen.load_models(train_gen.parse_args(given), torch.device("cpu")).generator.mmdit
-        for given in (["--lora-streams", "both"], ["--lora-streams", "text"], ["--init-adapter", "tiny/weights/adapter"]))
-    names = [{name.rpartition(".attn")[2] for layer in lora.lora_layers(new).values() for name in layer.names}
-             for new in (text, both)]
-    assert names[0] == {".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out"}
-    assert names[1] == names[0] | {".to_q", ".to_k", ".to_v", ".to_out.0"}
-    files = load_file("tiny/weights/adapter/adapter_model.safetensors")
-    assert lora.lora_views(shipped).keys() == files.keys()
 
 
 def test_the_average_takes_up_every_so_many_steps(dataset, tmp_path):

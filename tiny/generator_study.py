@@ -54,26 +54,29 @@ class Row:
     form: str = "numbers"
 
 
-# Long enough to see a generator hack its judge, see tiny.hacking_study
-LONG = ("--steps", "100")
-# As the paper trains, but for the window and the readings; it needs many more pictures
-FLOW_GRPO = ("--loss", "flow-grpo", "--group-start", "own", "--lora-streams", "both",
-             "--window", "2", "--advantage-std", "group", "--lr", "1.5e-3", "--lr-end", "1.5e-3",
-             "--beta", "0.02", "--ema", "0.97", "--reward-weights", "emotion=1,pickscore=0.5")
+LONG = ("--steps", "100")  # for the rows of tiny.hacking_study, too
+SHORT = ("--steps", "60")
+# As the paper trains: all steps of the sampler but the last, and its loss. The learning rate and β
+# are the miniature's own, found for this loss.
+PAPER = ("--loss", "flow-grpo", "--group-start", "own", "--group", "8", "--batch", "8",
+         "--sde-steps", "10", "--window", "0", "--window-within", "0", "--step-weights", "equal",
+         "--advantage-std", "group", "--lr", "1.5e-3", "--lr-end", "1.5e-3", "--beta", "0.02",
+         "--ema", "0.97")
 ROWS = {
     "base": Row("base", None),
     "base, given words": Row("base_words", None, form="words"),
     "emotion and PickScore": Row("both", LONG, (0, 1, 2)),
     "emotion only": Row(
         "emotion", (*LONG, "--reward-weights", "emotion=1", "--beta", "0"), (0, 1, 2)),
-    "emotion and PickScore, Flow-GRPO's loss": Row("flow_grpo", (*LONG, *FLOW_GRPO)),
+    "emotion and PickScore, as the paper trains": Row("paper", (*SHORT, *PAPER), (0, 1, 2)),
     "guided imitation, no judge": Row("imitation", (), (0, 1, 2), "imitation"),
-    "PickScore only": Row("pickscore", ("--reward-weights", "pickscore=1")),
-    "judge before GRPO": Row("general", ("--judge", str(SUPERVISED))),
-    "judge trained on drawn labels": Row("drawn", ("--judge", str(DRAWN_JUDGE))),
+    "PickScore only": Row("pickscore", (*SHORT, "--reward-weights", "pickscore=1")),
+    "judge before GRPO": Row("general", (*SHORT, "--judge", str(SUPERVISED))),
+    "judge trained on drawn labels": Row("drawn", (*SHORT, "--judge", str(DRAWN_JUDGE))),
     "guided and rewarded, as it was": Row("guided", ("--rewarded",), program="imitation"),
     "an emotion network, no RL": Row("emotion_network", (), program="emotion_network"),
-    "the meter as reward (a ceiling)": Row("meter", ("--reward-weights", "meter=1,pickscore=1")),
+    "the meter as reward (a ceiling)": Row(
+        "meter", (*SHORT, "--reward-weights", "meter=1,pickscore=1")),
 }
 
 

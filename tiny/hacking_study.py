@@ -3,7 +3,7 @@
     python -m tiny.hacking_study        # trains what is missing, measures, draws docs/hacking.png
 
 Each arm is a training that is much longer than it need be, by the judge's score alone or with a
-share of PickScore, with and without a KL to the base. Every 20 steps its averaged adapter draws 64
+share of PickScore, with and without a KL to the base. Every 20 steps its averaged adapter draws 32
 validation cases. The judge, who gave the rewards, is asked how near they are, and those who gave
 none are asked too: the meter, the examiner of content and a CLIP of another seed. Hacking is when
 the first goes on rising and the others fall.
@@ -37,17 +37,18 @@ PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
 ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
-    "emotion + PickScore, β 0.004": (ROWS["emotion and PickScore"], (30, 90, 200)),
-    "emotion, β 0.004": (Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1")),
-                         (230, 140, 40)),
-    "emotion + 3 PickScore, β 0.004": (
+    "emotion + PickScore, β 0.002": (ROWS["emotion and PickScore"], (30, 90, 200)),
+    "emotion, β 0.02": (
+        Row("emotion_kl", (*LONG, "--reward-weights", "emotion=1", "--beta", "0.02")),
+        (230, 140, 40)),
+    "emotion + 3 PickScore, β 0.002": (
         Row("more_pickscore", (*LONG, "--reward-weights", "emotion=1,pickscore=3")),
         (40, 150, 160)),
     "emotion + PickScore, β 0.02": (Row("more_kl", (*LONG, "--beta", "0.02")), (90, 60, 160)),
 }
 PANELS = {  # title: figure of a case's record
-    "judge: |ΔV| + |ΔA|": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
-    "meter: |ΔV| + |ΔA|": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
+    "V-Error + A-Error by the judge": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
+    "V-Error + A-Error by the meter": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
     "content, %": lambda r: r["content"],
     "CLIP-Score of another seed": lambda r: r["other_clip_score"],
 }
@@ -58,14 +59,17 @@ def folder_of(arm, seed):
     return STUDY / f"{ARMS[arm][0].folder}_seed{seed}"
 
 
+def adapter_of(arm, seed, step):
+    return folder_of(arm, seed) / "adapters" / f"{step:08d}"
+
+
 def evaluation(arm, seed, step, args):
     """(folder, product, commands) of what is measured of a run after `step`."""
-    run = folder_of(arm, seed)
-    out = run / f"step{step}"
+    out = folder_of(arm, seed) / f"step{step}"
     command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
                args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
     if step:
-        command += ["--adapter", run / "adapters" / f"{step:08d}"]
+        command += ["--adapter", adapter_of(arm, seed, step)]
     return out, EVALUATED, [command]
 
 
@@ -76,7 +80,8 @@ def study(args, extra):
     run_missing([(folder_of(*run), Path("adapter/adapter_config.json"), [command])
                  for run, command in trainings.items()], args.jobs, "generators")
     steps = range(args.every, int(LONG[1]) + 1, args.every)
-    points = [(*runs[0], 0)] + [(*run, step) for run in runs for step in steps]
+    kept = [(*run, step) for run in runs for step in steps if adapter_of(*run, step).exists()]
+    points = [(*runs[0], 0), *kept]
     run_missing([evaluation(*point, args) for point in points], args.jobs, "evaluations")
 
     # 2. records
@@ -137,7 +142,7 @@ def draw_curves(arms):
     for number, arm in enumerate(arms):
         at = (60 + 290 * (number % 3), 475 + 22 * (number // 3))
         draw.line((*at, at[0] + 20, at[1]), ARMS[arm][1], 3)
-        draw.text((at[0] + 26, at[1]), arm, "black", font, anchor="lm")
+        draw.text((at[0] + 26, at[1]), readable(arm), "black", font, anchor="lm")
     return sheet
 
 
@@ -147,18 +152,23 @@ def draw_strips(runs):
     parts = []
     for arm, seed in runs:
         files = sorted((folder_of(arm, seed) / "strips").glob("*.png"))
-        files = files[::max(1, (len(files) - 1) // 6)]
+        files = files[::max(1, (len(files) - 1) // 5)]
         strips = [np.asarray(open_picture(file)) for file in files]  # each [128, 6·128, 3]
         columns = [np.vstack([strip[:, 128 * i:128 * (i + 1)] for i in range(SHOWN)])
                    for strip in strips]
         sheet = Image.new("RGB", (128 * len(columns), 128 * SHOWN + 40), "white")
         sheet.paste(Image.fromarray(np.hstack(columns)), (0, 40))
         draw = ImageDraw.Draw(sheet)
-        draw.text((4, 4), arm, "black", font)
+        draw.text((4, 4), readable(arm), "black", font)
         for i, file in enumerate(files):
             draw.text((128 * i + 4, 22), f"step {int(file.stem)}", (90, 90, 90), font)
         parts.append(sheet)
     return stacked(*parts)
+
+
+def readable(arm):
+    """An arm's name without the letter that Pillow's own font lacks."""
+    return arm.replace("β", "beta")
 
 
 def stacked(*images):
@@ -176,7 +186,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--every", type=cli.integer(1, 10**6), default=20,
         help="steps between evaluations (default: %(default)s)")
-    add("--cases", type=cli.integer(2, 10**6), default=64,
+    add("--cases", type=cli.integer(2, 10**6), default=32,
         help="validation cases (default: %(default)s)")
     add("--jobs", type=cli.integer(1, 1000), default=2, help="at a time (default: %(default)s)")
     args, extra = parser.parse_known_args(argv)

@@ -63,10 +63,7 @@ READING = {
     "Spearman in a group ↑": (itemgetter("order"), 2),
     "seconds a picture ↓": (itemgetter("seconds"), 3),
 }
-GRADIENTS = {
-    "agreement, text's stream ↑": (itemgetter("text"), 3),
-    "agreement, image's stream ↑": (itemgetter("image"), 3),
-}
+GRADIENTS = {"agreement with other steps ↑": (itemgetter("agreement"), 3)}
 TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING,  # others have COLUMNS
           "gradients": GRADIENTS}
 SEEING = "feedback"  # what the controls of textual feedback are compared with
