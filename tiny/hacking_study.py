@@ -47,8 +47,10 @@ ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion + PickScore, β 0.02": (Row("more_kl", (*LONG, "--beta", "0.02")), (90, 60, 160)),
 }
 PANELS = {  # title: figure of a case's record
-    "V-Error + A-Error by the judge": lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
-    "V-Error + A-Error by the meter": lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
+    "V-Error + A-Error by the judge":
+        lambda r: sum(results.error_by_judge(r, axis) for axis in (0, 1)),
+    "V-Error + A-Error by the meter":
+        lambda r: sum(abs(r["meter"][axis] - r["va"[axis]]) for axis in (0, 1)),
     "content, %": lambda r: r["content"],
     "CLIP-Score of another seed": lambda r: r["other_clip_score"],
 }
