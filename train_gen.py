@@ -567,12 +567,13 @@ def summary(rewards, sums, deviation, norm, processes):
 
 
 def parse_args(argv=None):
-    parser = cli.training_parser(__doc__, SETTINGS, "runs/gen", GROUPS, RARE)
+    parser = cli.training_parser(
+        __doc__, SETTINGS, "runs/gen", GROUPS, RARE, presets=(*cli.PRESETS, "fast"))
     parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
     parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
                         "weight: --reward-weights emotion=1,own=0.5")
     parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
-    args = presets.parse_settings(parser, SETTINGS, argv)
+    args = presets.parse_settings(parser, SETTINGS, argv, presets.FAST)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     branch = branch_of(args)
     if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):

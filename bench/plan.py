@@ -35,6 +35,7 @@ from bench.step_parts import ANSWER, GENERATORS, JUDGES, SCORERS, Part
 from parts import cli
 from parts.cli import UserError, integer, number
 from parts.pipeline import PAPER, READ_AT_ONCE
+from parts.presets import FAST
 from parts.run import KEEP
 
 
@@ -79,11 +80,13 @@ SETTINGS = {  # flag of train_gen.py: (paper's value, type or words to choose fr
     "pickscore": ("yuvalkirstain/PickScore_v1", (*SCORERS, "none"), "PickScore"),
     "form": (("numbers",), cli.some_of(data.FORMS), "how the target enters the prompt"),
     "group": (8, integer(2, 1024), "pictures of each prompt, G"),
+    "group_start": ("own", ("own", "shared"), "shared: a group is one picture up to the window"),
     "batch": (16, integer(1, 4096), "prompts in a step, over all processes, P"),
     "steps": (1000, integer(1, 10**7), "training steps"),
     "sde_steps": (10, integer(1, 1000), "steps of the stochastic sampler, T"),
     "skip_last": (1, integer(0, 999), "of the T steps so many at the end are not trained"),
     "window": (0, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
+    "window_within": (0, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
     "guidance": (4.5, number(0, 100), "classifier-free guidance; above 1 a step has two halves"),
     "guidance_gradient": ("conditional", ("conditional", "both"), "halves that are differentiated"),
     "size": (512, cli.picture_side, "side of the pictures in pixels"),
@@ -114,7 +117,8 @@ def parse_args(argv=None):
                       help="whose training to plan (default: generator)")
     of_judge = what.parse_known_args(argv)[0].what == "judge"
     parser = cli.parser(__doc__, parents=[what])
-    parser.add_argument("--preset", choices=("paper",), default="paper",
+    parser.add_argument("--preset", choices=("paper",) if of_judge else ("paper", "fast"),
+                        default="paper",
                         help="whose values the defaults are; the miniature needs no plan")
     parser.add_argument("--gpus", type=gpu_counts, default=(1, 8, 64),
                         help="numbers of GPUs to plan for (default: 1,8,64)")
@@ -132,6 +136,9 @@ def parse_args(argv=None):
                             help="train an adapter of the language model only")
     else:
         parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
+    if not of_judge and parser.parse_args(argv).preset == "fast":
+        changed = {name: value for name, value in FAST.items() if name in SETTINGS}
+        parser.set_defaults(**changed)
     return parser.parse_args(argv)
 
 

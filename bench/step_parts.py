@@ -167,7 +167,17 @@ def drawing_parts(models, args, n):
     velocity = measure(lambda _: flow_grpo.guided_velocity(
         models.mmdit, latents, 0.5, *texts, settings.guidance, settings.detach))
     decoder = measure(lambda _: models.vae.decode(latents[:1].bfloat16()).float())
-    return {"sampling": Part(args.sde_steps, velocity), "VAE decoder": Part(n, decoder)}
+    steps = args.sde_steps
+    if args.group_start == "shared":  # until the window begins, one picture stands for its group
+        steps -= steps_before_window(args) * (1 - 1 / args.group)
+    return {"sampling": Part(steps, velocity), "VAE decoder": Part(n, decoder)}
+
+
+def steps_before_window(args):
+    """The mean number of a trajectory's steps before the window, which may begin anywhere."""
+    if not args.window:
+        return 0.0
+    return ((args.window_within or args.sde_steps - args.skip_last) - args.window) / 2
 
 
 def judging_parts(models, args, n):

@@ -224,13 +224,13 @@ STEPS_HELP = ("training steps; may be more when a run goes on: the learning rate
               "last value over the new number")
 
 
-def training_parser(doc, settings, out, groups, rare):
+def training_parser(doc, settings, out, groups, rare, presets=PRESETS):
     """A parser with the flags of both training programs and those of `settings`.
 
-    groups: as for `add_settings`. rare: settings that --help only lists.
+    groups: as for `add_settings`. rare: settings that --help only lists. presets: for --preset.
     """
     made = parser("\n\n".join(doc.split("\n\n")[:2]))  # the title and the commands
-    made.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
+    made.add_argument("--preset", choices=presets, help=PRESET_HELP)
     made.add_argument("--data", type=Path, default=Path("tiny/cache/dataset"),
                       help="dataset folder (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path(out),
@@ -277,11 +277,15 @@ def shown(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def fill_settings(args, settings):
-    """Give the arguments that are None their preset's values."""
+def fill_settings(args, settings, fast=None):
+    """Give the arguments that are None their preset's values.
+
+    fast: {name: value} of what --preset fast has in place of the paper's values.
+    """
     for name, (paper, tiny, *_) in settings.items():
         if getattr(args, name) is None:
-            setattr(args, name, paper if args.preset == "paper" else tiny)
+            values = {"tiny": tiny, "paper": paper, "fast": (fast or {}).get(name, paper)}
+            setattr(args, name, values[args.preset])
     return args
 
 

@@ -518,3 +518,16 @@ def test_what_cannot_be_planned_is_one_line(capsys, flags, message):
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_fast_preset_trains_fewer_steps_of_the_sampler_and_draws_a_groups_beginning_once(small):
+    fast = parse("--preset", "fast")
+    assert (fast.steps, fast.group, fast.batch, fast.window) == (300, 4, 32, 4) and parse("--preset", "fast", "--steps", 9).steps == 9
+    plans = {name: small("--gpus", 1, *flags) for name, flags in {
+        "own": ("--window", 2, "--window-within", 6), "shared": ("--window", 2, "--window-within", 6, "--group-start", "shared"),
+        "all": ("--group-start", "shared")}.items()}
+    costs = {name: plan.costs(1) for name, plan in plans.items()}
+    # of 10 steps the window begins after 2 on average, and those are drawn for one picture of 8
+    assert costs["shared"]["sampling"][0] == pytest.approx(costs["own"]["sampling"][0] * (10 - 2 * 7 / 8) / 10)
+    assert costs["shared"][MATRICES].tolist() == costs["own"][MATRICES].tolist()
+    assert costs["all"]["sampling"].tolist() == costs["own"]["sampling"].tolist()

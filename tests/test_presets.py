@@ -65,3 +65,12 @@ def test_photographs_are_neither_drawn_at_the_miniatures_size_nor_read_by_its_ju
     assert train_judge.parse_args(["--model", "Qwen/Qwen2.5-VL-3B-Instruct", "--lora"]).lr == 1e-5
     args = run.parse_args(["--model", PAPER])
     assert args.size == 512 and args.clip == "openai/clip-vit-large-patch14"
+
+
+def test_the_fast_preset_is_the_papers_but_for_what_it_changes(capsys):
+    paper, fast = (vars(train_gen.parse_args(["--preset", name])) for name in ("paper", "fast"))
+    assert {name: fast[name] for name in fast if fast[name] != paper[name]} == presets.FAST | {"preset": "fast"}
+    assert train_gen.parse_args(["--preset", "fast", "--steps", "7", "--model", "owner/name"]).steps == 7
+    with pytest.raises(SystemExit):
+        train_judge.parse_args(["--preset", "fast"])
+    assert "invalid choice: 'fast'" in capsys.readouterr().err

@@ -12,7 +12,8 @@ each case. On the page a table stands between two comments that name its records
 
 A figure is the mean over cases, with its 95 % interval over cases: what another set of prompts
 might have given. A row of several seeds first takes the mean of a case over its seeds. NAME_pairs
-compares rows of the table NAME case by case, and feedback_rounds follows feedback over its rounds.
+compares rows of the table NAME case by case, feedback_rounds follows feedback over its rounds, and
+recipes follows trainings over their steps.
 """
 
 import re
@@ -66,6 +67,7 @@ READING = {
 GRADIENTS = {"agreement with other steps ↑": (itemgetter("agreement"), 3)}
 TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING,  # others have COLUMNS
           "gradients": GRADIENTS}
+WATCHED = (10, 20, 30, 60, 100)  # steps at which recipes are compared
 SEEING = "feedback"  # what the controls of textual feedback are compared with
 UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
 
@@ -240,6 +242,32 @@ def rounds_table(name):
     return cli.markdown(lines)
 
 
+def recipes_table():
+    """Markdown of how far recipes of reward feedback get in how many steps, on watched rows.
+
+    A record is a run: its recipe, the passes of the MMDiT that a picture takes in a step, seconds
+    of rollout and update, and [step, V-Error, A-Error, content] of its evaluations.
+    """
+    recipes = {}
+    for record in read_records(RECORDS / "recipes.jsonl"):
+        if "recipe" in record:
+            recipes.setdefault(record["recipe"], []).append(record)
+    lines = [["V-Error + A-Error by the meter (content, %)", "seeds", "passes a step", "s a step",
+              *(f"step {step}" for step in WATCHED)]]
+    for recipe, runs in recipes.items():
+        seconds = mean([sum(run["seconds"]) for run in runs])
+        cells = [recipe, len(runs), runs[0]["passes"], f"{seconds:.2f}"]
+        for step in WATCHED:
+            found = [each for run in runs for each in run["evaluations"] if each[0] == step]
+            if len(found) < len(runs):
+                cells.append("–")
+                continue
+            _, v, a, content = np.mean(found, axis=0)
+            cells.append(f"{v + a:.2f} ({100 * content:.0f})")
+        lines.append(cells)
+    return cli.markdown(lines)
+
+
 def shown(found, digits):
     return "{value:.{d}f} [{low:.{d}f}, {high:.{d}f}]".format(**found, d=digits)
 
@@ -250,6 +278,8 @@ def table_of(name):
         return pairs_table(name.removesuffix("_pairs"))
     if name.endswith("_rounds"):
         return rounds_table(name.removesuffix("_rounds"))
+    if name == "recipes":
+        return recipes_table()
     columns = TABLES.get(name, COLUMNS)
     head = ["", "seeds", *columns]
     if columns is COLUMNS:
