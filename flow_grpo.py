@@ -79,28 +79,17 @@ def sample_ode(model, latents, context, pooled, num_steps=25, guidance=4.5, shif
 # One stochastic step: its mean, density and KL
 
 
-def step_numbers(sigma, sigma_next, noise_level, sampler="sde"):
-    """(a, b, std, σ_t) of the step, whose distribution is N(a·x + b·v, std²).
+def step_numbers(sigma, sigma_next, noise_level):
+    """(a, b, std, σ_t) of the step, whose distribution is N(a·x + b·v, std²) (Flow-GRPO, eq. 9).
 
-    "sde" (Flow-GRPO, eq. 9): mean = x·(1 + σ_t²/(2σ)·dt) + v·(1 + σ_t²·(1 − σ)/(2σ))·dt and
-    std = σ_t·√(−dt), with dt = sigma_next − σ and σ_t = noise_level·√(σ/(1 − σ)).
-    "cps", coefficients-preserving sampling (Wang & Yu 2025): x and v give data x̂₀ = x − σ·v and
-    noise ε̂ = x + (1 − σ)·v; the next latent is (1 − sigma_next)·x̂₀ + sigma_next·(cos θ·ε̂ + sin θ·ε)
-    with fresh noise ε and θ = noise_level·π/2, so it has exactly as much noise as the ODE's.
+    mean = x·(1 + σ_t²/(2σ)·dt) + v·(1 + σ_t²·(1 − σ)/(2σ))·dt and std = σ_t·√(−dt), with
+    dt = sigma_next − σ and σ_t = noise_level·√(σ/(1 − σ)).
     """
     if not 0 < noise_level < math.inf:
         raise ValueError(f"noise_level must be above 0, got {noise_level}; sample_ode needs none")
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"a step goes down within 0..1, got sigma {sigma} to {sigma_next}")
     dt = sigma_next - sigma
-    if sampler == "cps":
-        if sigma_next == 0 or noise_level >= 1:
-            raise ValueError(f"cps has no noise in a step to 0 and a noise_level below 1, got "
-                             f"{sigma_next} and {noise_level}")
-        kept = sigma_next * math.cos(noise_level * math.pi / 2)  # weight of ε̂
-        std = sigma_next * math.sin(noise_level * math.pi / 2)
-        b = kept * (1 - sigma) - (1 - sigma_next) * sigma
-        return 1 - sigma_next + kept, b, std, std / math.sqrt(-dt)
     # At σ = 1 the noise σ_t has no bound; there 1 − sigma_next stands for 1 − σ.
     below = sigma if sigma < 1 else sigma_next
     sigma_t = noise_level * math.sqrt(sigma / (1 - below))
@@ -158,7 +147,7 @@ class SDEStep:
 
 
 def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=None, generator=None,
-             ref_velocity=None, sampler="sde"):
+             ref_velocity=None):
     """The SDEStep from noise level `sigma` to `sigma_next`, 0 ≤ sigma_next < sigma ≤ 1.
 
     All tensors [B,C,h,w]. Without next_latents a step is drawn; with them that step is evaluated,
@@ -170,7 +159,7 @@ def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=Non
     check_shapes(latents, velocity=velocity, next_latents=next_latents, ref_velocity=ref_velocity)
     velocity = velocity.float()
     latents = latents.float()
-    a, b, std, sigma_t = step_numbers(float(sigma), float(sigma_next), noise_level, sampler)
+    a, b, std, sigma_t = step_numbers(float(sigma), float(sigma_next), noise_level)
     terms = velocity, latents, a, b
     if next_latents is None:
         noise = draw_noise(latents, generator)
@@ -206,7 +195,6 @@ class SDESettings:
     stochastic: range = range(10)  # which of the T steps are; the others are Euler steps
     trained: range = range(9)  # and which of these are kept; not the last, as in Flow-GRPO's code
     detach: bool = True  # the unconditional half of guidance, as there
-    sampler: str = "sde"  # or "cps", see `step_numbers`
     branch: int = 1  # so many rows in turn are one picture until the first stochastic step
 
 
@@ -242,7 +230,7 @@ def sample_sde(model, latents, context, pooled, settings, generator=None, progre
             model, x, sigmas[i], *texts, settings.guidance, settings.detach)
         if i in settings.stochastic:
             step = sde_step(velocity, x, sigmas[i], sigmas[i + 1], settings.noise_level,
-                            generator=generator, sampler=settings.sampler)
+                            generator=generator)
             if i in settings.trained:
                 kept.append(KeptStep(i, x, step.next_latents, step.log_prob))
             x = step.next_latents
@@ -265,9 +253,8 @@ def evaluate_step(model, trajectory, k, context, pooled, ref_velocity=None):
     kept = trajectory.steps[k]
     sigma, sigma_next = trajectory.sigmas[kept.index:kept.index + 2]
     velocity = kept_velocity(model, trajectory, k, context, pooled)
-    settings = trajectory.settings
-    return sde_step(velocity, kept.before, sigma, sigma_next, settings.noise_level, kept.after,
-                    ref_velocity=ref_velocity, sampler=settings.sampler)
+    return sde_step(velocity, kept.before, sigma, sigma_next, trajectory.settings.noise_level,
+                    kept.after, ref_velocity=ref_velocity)
 
 
 def kept_velocity(model, trajectory, k, context, pooled):

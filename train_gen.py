@@ -62,9 +62,6 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
              "difference: towards where a group gets better"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
-    "sampler": ("sde", "sde", ("sde", "cps"), "cps: a step keeps the ODE's noise level"),
-    "distil": (0, 0, integer(0, 10**6), "steps that teach the adapter --distil-guidance first"),
-    "distil_guidance": (4.5, 4.5, number(1, 100), "guidance that it then does without"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
@@ -179,10 +176,8 @@ def sde_settings(args, shift, step):
         last_start = (args.window_within or len(trained)) - args.window
         start = random.Random(f"window {args.seed} {step}").randint(0, last_start)
         stochastic = trained = range(start, start + args.window)
-    elif args.sampler == "cps":
-        stochastic = trained  # a step to 0 has no noise
     return flow_grpo.SDESettings(args.sde_steps, args.guidance, shift, args.noise_level, stochastic,
-                                 trained, args.guidance_gradient == "conditional", args.sampler,
+                                 trained, args.guidance_gradient == "conditional",
                                  branch_of(args))
 
 
@@ -323,33 +318,6 @@ def loss_of_step(model, chunk, k, advantages, args, picture_steps):
     return loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights), metrics
 
 
-def distil(generator, samples, args, optimizer):
-    """One step in which the adapter learns what guidance gives: its velocity without guidance is
-    drawn to the base's with it, along the base's own path. Returns the log's figures."""
-    model = generator.mmdit
-    sigmas = flow_grpo.sigma_schedule(args.sde_steps, generator.shift)
-    starts = range(0, len(samples), args.micro)
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for first in starts:
-        own = samples[first:first + args.micro]
-        texts = generator.encode_prompts([each.prompt for each in own], args.distil_guidance)
-        alone = [text.chunk(2)[1] for text in texts]
-        x = generator.starting_noise(seeded(each.seed for each in own), args.size)
-        x = x.to(generator.device)
-        for i in range(args.sde_steps):
-            with torch.no_grad(), lora.lora_disabled(model):
-                target = flow_grpo.guided_velocity(
-                    model, x, sigmas[i], *texts, args.distil_guidance)
-            velocity = flow_grpo.guided_velocity(model, x, sigmas[i], *alone, 1)
-            loss = (velocity - target).square().mean() * len(own) / len(samples) / args.sde_steps
-            loss.backward()
-            total += float(loss.detach())
-            x = x + (sigmas[i + 1] - sigmas[i]) * target
-    optimizer.step()
-    return {"distillation": total}
-
-
 def step_weight(step, trajectory, index, kind):
     """Weight of a trained step's loss.
 
@@ -448,14 +416,6 @@ def train(args, processes):
             timer = training.Timer()
             # 1. prompts
             samples = processes.share(samples_of(step, rows, args))
-            if step < args.distil:
-                optimizer.param_groups[0]["lr"] = args.lr
-                record = {"step": step + 1, **distil(models.generator, samples, args, optimizer),
-                          "seconds_update": timer.lap()}
-                done = step + 1
-                ema.add(step)
-                run.log(record)
-                continue
             # 2. rollout: pictures and rewards; a group may lie on two processes
             chunks, own = roll_out(models, samples, args, run, step)
             if run.stopped():

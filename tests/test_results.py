@@ -83,3 +83,11 @@ def test_a_table_without_records_is_named(folder, capsys):
 
 def test_the_page_of_this_repository_has_what_its_records_say():
     assert results.main(["--check"]) == 0
+
+
+def test_recipes_are_means_over_their_seeds_at_the_steps_that_all_have(folder):
+    write_rows(folder / "records" / "recipes.jsonl", [
+        {"run": "a0", "recipe": "a", "passes": 36, "seconds": [1.0, 0.5], "evaluations": [[10, 1.0, 1.5, 0.75], [20, 0.5, 1.0, 0.5]]},
+        {"run": "a1", "recipe": "a", "passes": 36, "seconds": [2.0, 0.5], "evaluations": [[10, 1.0, 0.5, 0.25]]},
+        {"run": "tried", "evaluations": []}])
+    assert results.table_of("recipes").splitlines()[2:] == ["| a | 2 | 36 | 2.00 | 2.00 (50) | – | – | – | – |"]
