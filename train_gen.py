@@ -60,7 +60,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "group_start": ("own", "shared", ("own", "shared"),
                     "shared: a group is one picture up to the window"),
     "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
-             "difference: towards where a group gets better"),
+             "the other: towards where a group gets better"),
     "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),

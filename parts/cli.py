@@ -219,7 +219,7 @@ def picture_side(text):
 
 SMALL_JUDGE = "Qwen/Qwen2.5-VL-3B-Instruct"  # 8 GB, where the paper's has 17
 PRESETS = ("tiny", "paper")
-PRESET_HELP = "whose defaults the others have (default: what fits --model)"
+PRESET_HELP = "whose defaults to take (default: what fits --model)"
 STEPS_HELP = ("training steps; may be more when a run goes on: the learning rate then falls to its "
               "last value over the new number")
 
