@@ -533,7 +533,7 @@ def parse_args(argv=None):
     parser.add_argument("--reward", metavar="FILE:FUNCTION", help="a reward of your own, with a "
                         "weight: --reward-weights emotion=1,own=0.5")
     parser.add_argument("--scorer", type=scorers.named, action="append", help=scorers.HELP)
-    args = presets.parse_settings(parser, SETTINGS, argv, presets.FAST)
+    args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     branch = branch_of(args)
     if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):

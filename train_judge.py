@@ -436,7 +436,7 @@ def parse_args(argv=None):
     presets.choose(args, parser.error)
     if args.lora and args.lr is None and args.preset == "paper":
         args.lr = LORA_LR
-    return cli.fill_settings(args, SETTINGS)
+    return presets.fill_settings(args, SETTINGS)
 
 
 def main(argv=None):

@@ -115,11 +115,14 @@ def parse_args(argv=None):
     what = cli.parser(None, add_help=False)
     what.add_argument("--what", choices=("generator", "judge"), default="generator",
                       help="whose training to plan (default: generator)")
-    of_judge = what.parse_known_args(argv)[0].what == "judge"
+    what.add_argument("--preset", choices=("paper", "fast"), default="paper",
+                      help="whose values the defaults are; the miniature needs no plan")
+    asked, _ = what.parse_known_args(argv)
+    of_judge = asked.what == "judge"
+    changed = FAST if asked.preset == "fast" else {}
     parser = cli.parser(__doc__, parents=[what])
-    parser.add_argument("--preset", choices=("paper",) if of_judge else ("paper", "fast"),
-                        default="paper",
-                        help="whose values the defaults are; the miniature needs no plan")
+    if of_judge and changed:
+        parser.error("--preset fast: only the generator's training has one")
     parser.add_argument("--gpus", type=gpu_counts, default=(1, 8, 64),
                         help="numbers of GPUs to plan for (default: 1,8,64)")
     parser.add_argument("--efficiency", type=number(0.01, PRODUCT), default=0.2,
@@ -129,6 +132,7 @@ def parse_args(argv=None):
                         help="recompute activations (default: only for the judge)")
     for name, (value, kind, text) in (JUDGE_SETTINGS if of_judge else SETTINGS).items():
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        value = changed.get(name, value)
         parser.add_argument("--" + name.replace("_", "-"), default=value, **options,
                             help=f"{text} (default: {cli.shown(value)})")
     if of_judge:
@@ -136,9 +140,6 @@ def parse_args(argv=None):
                             help="train an adapter of the language model only")
     else:
         parser.add_argument("--no-t5", action="store_true", help="leave T5 out")
-    if not of_judge and parser.parse_args(argv).preset == "fast":
-        changed = {name: value for name, value in FAST.items() if name in SETTINGS}
-        parser.set_defaults(**changed)
     return parser.parse_args(argv)
 
 
@@ -216,8 +217,9 @@ class GeneratorPlan:
                 raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
                                 f"{args.batch} × --group {args.group}) cannot be shared by "
                                 f"{gpus}; choose a divisor")
-        limits = {"skip_last": args.sde_steps - 1,
-                  "window": args.sde_steps - args.skip_last}  # as in train_gen.py
+        trained = args.sde_steps - args.skip_last
+        limits = {"skip_last": args.sde_steps - 1, "window_within": trained,
+                  "window": args.window_within or trained}  # as in train_gen.py
         for name, most in limits.items():
             if getattr(args, name) > most:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at "

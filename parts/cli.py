@@ -277,18 +277,6 @@ def shown(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def fill_settings(args, settings, fast=None):
-    """Give the arguments that are None their preset's values.
-
-    fast: {name: value} of what --preset fast has in place of the paper's values.
-    """
-    for name, (paper, tiny, *_) in settings.items():
-        if getattr(args, name) is None:
-            values = {"tiny": tiny, "paper": paper, "fast": (fast or {}).get(name, paper)}
-            setattr(args, name, values[args.preset])
-    return args
-
-
 def device_of(wish):
     """The device that --device names; without one a GPU, if there is one. Raises UserError."""
     if wish is None:  # a person who names no device wants the fastest

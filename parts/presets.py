@@ -9,7 +9,7 @@ a real --model takes the paper's, and `--preset tiny` with one is refused.
 import os
 from pathlib import Path
 
-from parts import cli, hub, lora
+from parts import hub, lora
 from parts.cli import UserError, say
 
 # What --preset fast changes in the paper's training of the generator. With this the miniature gets
@@ -50,9 +50,18 @@ def choose(args, refuse):
     args.preset = args.preset or ("paper" if real else "tiny")
 
 
-def parse_settings(made, settings, argv=None, fast=None):
+def fill_settings(args, settings):
+    """Give the arguments that are None their preset's values."""
+    for name, (paper, tiny, *_) in settings.items():
+        if getattr(args, name) is None:
+            values = {"paper": paper, "tiny": tiny, "fast": FAST.get(name, paper)}
+            setattr(args, name, values[args.preset])
+    return args
+
+
+def parse_settings(made, settings, argv=None):
     """The arguments of a parser that has --preset and --model; what was not given has the value
-    of the preset that was given or chosen. fast: as for `cli.fill_settings`."""
+    of the preset that was given or chosen."""
     args = made.parse_args(argv)
     choose(args, made.error)
-    return cli.fill_settings(args, settings, fast)
+    return fill_settings(args, settings)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from parts import cli
+from parts import cli, presets
 
 SETTINGS = {
     "steps": (1000, 3, cli.integer(1, 10**6), "training steps"),
@@ -23,7 +23,7 @@ def parse(*argv):
     made = cli.parser("A program.\n    kept as it is")
     made.add_argument("--preset", choices=["tiny", "paper"], default="tiny")
     cli.add_settings(made, SETTINGS)
-    return cli.fill_settings(made.parse_args(argv), SETTINGS)
+    return presets.fill_settings(made.parse_args(argv), SETTINGS)
 
 
 def test_what_is_not_given_has_its_presets_value():

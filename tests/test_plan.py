@@ -20,6 +20,7 @@ import qwen_vl
 from bench import counter, plan, step_parts
 from bench.counter import size_of
 from parts import chat, clip, lora, ops
+from parts.cli import UserError
 from parts.pipeline import PAPER
 from tests.test_mmdit import reference
 
@@ -531,3 +532,17 @@ def test_the_fast_preset_trains_fewer_steps_of_the_sampler_and_draws_a_groups_be
     assert costs["shared"]["sampling"][0] == pytest.approx(costs["own"]["sampling"][0] * (10 - 2 * 7 / 8) / 10)
     assert costs["shared"][MATRICES].tolist() == costs["own"][MATRICES].tolist()
     assert costs["all"]["sampling"].tolist() == costs["own"]["sampling"].tolist()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--window-within", 10), "--window-within 10: expected at most 9"),
+    (("--window", 4, "--window-within", 2), "--window 4: expected at most 2")])
+def test_a_window_that_train_gen_would_refuse_is_not_planned(flags, message):
+    with pytest.raises(UserError, match=message):
+        plan.GeneratorPlan.check(parse(*flags))
+
+
+def test_the_judges_training_has_no_fast_preset(capsys):
+    with pytest.raises(SystemExit):
+        parse("--what", "judge", "--preset", "fast")
+    assert "--preset fast: only the generator's training has one" in capsys.readouterr().err

@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 from parts import cli, lora
 from parts.files import read_records, write_whole
 from tiny import results
-from tiny.dataset import write_tiny
-from tiny.judge_study import check_supervised, digest_of, run_missing, shown
+from tiny.judge_study import check_supervised, digest_of, make_dataset, run_missing, shown
 
 HERE = Path(__file__).resolve().parent
 DATASET = HERE / "cache" / "dataset"
@@ -132,8 +131,7 @@ def ship(adapter):
 def study(args, extra):
     # 1. what the runs need
     check_supervised(SUPERVISED)
-    if not (DATASET / "train.jsonl").exists():
-        write_tiny(DATASET, 4000, 500)
+    make_dataset(DATASET)
     rows = {name: row for name, row in ROWS.items() if not args.rows or row.folder in args.rows}
     runs = [(name, row, seed) for name, row in rows.items() for seed in row.seeds]
 

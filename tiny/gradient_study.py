@@ -7,8 +7,8 @@ what two runs' gradients have in common is what there is to learn. Counted is th
 run's gradient with those of the others by the same loss: 0 is noise alone. The gradient is read
 from the checkpoint, where AdamW's first moment is a tenth of it after one step.
 
-The runs lie in tiny/cache/gradient_study. The figures go to docs/records/gradients.jsonl, from
-where `python -m tiny.results` writes the page.
+The runs lie in the folder of tiny.generator_study. The figures go to docs/records/gradients.jsonl,
+from where `python -m tiny.results` writes the page.
 """
 
 import sys
@@ -17,31 +17,20 @@ import torch
 
 from parts import checkpoints, cli
 from tiny import results
-from tiny.dataset import write_tiny
-from tiny.generator_study import DATASET, HERE, JUDGE
-from tiny.judge_study import digest_of, run_missing, shown
+from tiny.generator_study import DATASET, STUDY, Row, product_of, training
+from tiny.judge_study import digest_of, make_dataset, run_missing, shown
 
-STUDY = HERE / "cache" / "gradient_study"
 TABLE = "gradients"
 # One step of 64 pictures without a KL, and no more of an evaluation than must be
 COMMON = ("--steps", "1", "--beta", "0", "--eval-every", "0", "--eval-rows", "2")
-ROWS = {  # name: (folder, flags)
+ROWS = {
     "Flow-GRPO, each picture from its own start":
-        ("own", ("--loss", "flow-grpo", "--group-start", "own")),
+        Row("gradient_own", (*COMMON, "--loss", "flow-grpo", "--group-start", "own")),
     "Flow-GRPO, a group from one start":
-        ("shared", ("--loss", "flow-grpo", "--group-start", "shared")),
+        Row("gradient_shared", (*COMMON, "--loss", "flow-grpo", "--group-start", "shared")),
     "finite differences, a group from one start":
-        ("difference", ("--loss", "difference", "--group-start", "shared")),
+        Row("gradient_difference", (*COMMON, "--loss", "difference", "--group-start", "shared")),
 }
-
-
-def training(row, seed, extra):
-    """(folder, product, commands) of one run."""
-    folder, flags = ROWS[row]
-    out = STUDY / f"{folder}_seed{seed}"
-    command = [sys.executable, HERE.parent / "train_gen.py", "--data", DATASET, "--judge", JUDGE,
-               "--out", out, "--seed", seed, *COMMON, *flags, *extra]
-    return out, "adapter/adapter_config.json", [command]
 
 
 def gradient(folder):
@@ -61,17 +50,17 @@ def agreement(gradients):
 
 
 def study(args, extra):
-    if not (DATASET / "train.jsonl").exists():
-        write_tiny(DATASET, 4000, 500)
+    make_dataset(DATASET)
     seeds = range(args.runs)
-    run_missing([training(row, seed, extra) for row in ROWS for seed in seeds], args.jobs, "steps")
-    for row in ROWS:
-        runs = [training(row, seed, extra) for seed in seeds]
-        found = torch.stack([gradient(out / "checkpoint-00000001") for out, *_ in runs])
+    runs = {name: [(STUDY / f"{row.folder}_seed{seed}", product_of(row),
+                    [training(row, seed, extra)]) for seed in seeds] for name, row in ROWS.items()}
+    run_missing([run for own in runs.values() for run in own], args.jobs, "steps")
+    for name, own in runs.items():
+        found = torch.stack([gradient(out / "checkpoint-00000001") for out, *_ in own])
         records = [{"id": seed, "agreement": each}
                    for seed, each in zip(seeds, agreement(found).tolist(), strict=True)]
-        lines = [shown(command) for *_, (command,) in runs]
-        results.add_figures(TABLE, row, {"data": digest_of(DATASET), "commands": lines}, records)
+        lines = [shown(command) for *_, (command,) in own]
+        results.add_figures(TABLE, name, {"data": digest_of(DATASET), "commands": lines}, records)
     print(results.table_of(TABLE))
 
 

@@ -127,6 +127,12 @@ def check_supervised(folder):
         raise UserError(f"{folder}: missing; run `python -m tiny.pretrain judge` first")
 
 
+def make_dataset(folder, labels="true"):
+    """Write the scenes that the studies train on, if they are missing."""
+    if not (folder / "train.jsonl").exists():
+        write_tiny(folder, 4000, 500, labels)
+
+
 def digest_of(dataset):
     """What tells the training rows of a dataset from others."""
     return hashlib.sha256((dataset / "train.jsonl").read_bytes()).hexdigest()[:16]
@@ -179,8 +185,7 @@ def study(args, extra):
     check_supervised(SUPERVISED)
     rows = {name: row for name, row in ROWS.items() if not args.rows or row.folder in args.rows}
     for labels, folder in {row.labels: dataset_of(row) for row in rows.values()}.items():
-        if not (folder / "train.jsonl").exists():
-            write_tiny(folder, 4000, 500, labels)
+        make_dataset(folder, labels)
 
     # 2. the runs
     runs = [(name, row, seed) for name, row in rows.items() for seed in row.seeds]
