@@ -20,6 +20,7 @@ SMALL = ("--cases 3 --group 2 --batch 2 --micro 4 --sde-steps 2 --sample-steps 2
 ROWS = {
     "base": Row("base", None),
     "emotion and PickScore": Row("both", ("--steps", "1"), (0, 1)),
+    "more steps": Row("more", ("--steps", "2"), (0,), after="both"),
     "imitation": Row("imitation", ("--steps", "1", "--group", "2"), program="imitation"),
     "an emotion network": Row("emotion_network", ("--steps", "1", "--batch", "2", "--cases", "3"),
                               program="emotion_network"),
@@ -29,7 +30,7 @@ ROWS = {
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     for name, path in (("SUPERVISED", train_judge.TINY), ("STUDY", tmp_path / "study"), ("DATASET", tmp_path / "dataset"),
-                       ("SHIPPED", tmp_path / "shipped"), ("ROWS", dict(ROWS)), ("EVERY", 1)):
+                       ("SHIPPED", tmp_path / "shipped"), ("SHIPPED_ROW", "more"), ("ROWS", dict(ROWS)), ("EVERY", 1)):
         monkeypatch.setattr(generator_study, name, path)
     monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
     (tmp_path / "records").mkdir()
@@ -45,11 +46,12 @@ def test_a_study_trains_what_is_missing_and_keeps_every_case(folders, capsys):
     assert rows == ["", "---", *ROWS] and "both_seed0: step 1" in first
     records = read_records(folders / "records" / "reward_feedback.jsonl")
     heads = [record for record in records if "row" in record]
-    assert [head["run"] for head in heads] == ["base_seed0", "both_seed0", "both_seed1", "imitation_seed0",
+    assert [head["run"] for head in heads] == ["base_seed0", "both_seed0", "both_seed1", "more_seed0", "imitation_seed0",
                                                "emotion_network_seed0"]
-    assert len(records) == 5 * (1 + 3) and len({head["data"] for head in heads}) == 1
+    assert len(records) == 6 * (1 + 3) and len({head["data"] for head in heads}) == 1
     assert heads[1]["commands"][0].startswith("python train_gen.py") and "--adapter" in heads[1]["commands"][1]
-    assert "--images" in heads[4]["commands"][1] and heads[4]["form"] == "images"
+    assert re.search(r"--seed 10 --steps 2 --judge \S+ --init-adapter \S+/both_seed0/adapter ", heads[3]["commands"][0])
+    assert "--images" in heads[5]["commands"][1] and heads[5]["form"] == "images"
     shipped = load_file(folders / "shipped" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in shipped.values()} == {torch.bfloat16}
     assert load_generator(TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
@@ -60,18 +62,23 @@ def test_a_study_trains_what_is_missing_and_keeps_every_case(folders, capsys):
     assert capsys.readouterr().out == first and file.stat().st_mtime_ns == written
 
 
-def test_the_best_adapter_on_validation_keeps_the_base_s_content(tmp_path):
-    def log(*steps):
-        write_rows(tmp_path / "log.jsonl", [
+def test_the_best_adapter_on_validation_keeps_the_base_s_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(generator_study, "STUDY", tmp_path)
+
+    def log(*steps, row=ROWS["emotion and PickScore"]):
+        out = generator_study.folder_of(row, 0)
+        out.mkdir(exist_ok=True)
+        write_rows(out / "log.jsonl", [
             {"step": step, "eval_content": content, "eval_meter_v_error": error, "eval_meter_a_error": 0.5}
             for step, content, error in steps])
-        return generator_study.chosen(tmp_path)
+        return generator_study.chosen(row, 0)
 
-    assert log((0, 0.9, 2.0), (10, 0.86, 1.0), (20, 0.84, 0.2)) == (tmp_path / "adapters" / "00000010", 10)
+    assert log((0, 0.9, 2.0), (10, 0.86, 1.0), (20, 0.84, 0.2)) == (tmp_path / "both_seed0" / "adapters" / "00000010", 10)
     assert log((0, 0.9, 2.0), (10, 0.9, 1.0), (20, 0.9, 0.2))[1] == 20
     assert log((0, 0.9, 2.0), (10, 0.5, 1.0), (20, 0.4, 0.2))[1] == 20  # none keeps it: the last
-    write_rows(tmp_path / "log.jsonl", [])
-    assert generator_study.chosen(tmp_path) == (tmp_path / "adapter", None)
+    # a run that goes on from another is held to what the base had before both
+    assert log((0, 0.7, 1.0), (10, 0.86, 0.9), (20, 0.7, 0.2), row=ROWS["more steps"])[1] == 10
+    assert log() == (tmp_path / "both_seed0" / "adapter", None)
 
 
 def test_a_failed_run_is_named(folders, capsys):

@@ -10,7 +10,7 @@ least error by the meter among those whose content is within 5 points of the bas
 
 Further flags go to train_gen.py. A killed study goes on where it was. The runs lie in
 tiny/cache/generator_study; the cases go to docs/records, from where `python -m tiny.results` writes
-the page, and the adapter of the first rewarded run to tiny/weights/adapter.
+the page, and the adapter of SHIPPED_ROW's first run to tiny/weights/adapter.
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
@@ -37,6 +37,7 @@ DRAWN_JUDGE = HERE / "cache" / "study" / "drawn_seed0" / "judge"
 STUDY = HERE / "cache" / "generator_study"
 JUDGE = HERE / "weights" / "judge"
 SHIPPED = HERE / "weights" / "adapter"
+SHIPPED_ROW = "longer"  # whose first run's adapter that is
 TABLE = "reward_feedback"
 CONTENT = 0.05  # so much of the base's content a chosen adapter may lose
 EVALUATED = Path("evaluation", "evaluate.json")
@@ -51,6 +52,7 @@ class Row:
     seeds: tuple = (0,)
     program: str = "train_gen"  # or the name of a program in tiny/
     form: str = "numbers"
+    after: str = ""  # folder of the row whose adapters it goes on from, by other prompts and noise
 
 
 LONG = ("--steps", "100")  # for the rows of tiny.hacking_study, too
@@ -65,6 +67,8 @@ ROWS = {
     "base": Row("base", None),
     "base, given words": Row("base_words", None, form="words"),
     "emotion and PickScore": Row("both", LONG, (0, 1, 2)),
+    "the same, 60 steps more": Row("longer", (*SHORT, "--lr", "1e-3", "--lr-end", "1e-4"),
+                                   (0, 1, 2), after="both"),
     "emotion only": Row(
         "emotion", (*LONG, "--reward-weights", "emotion=1", "--beta", "0"), (0, 1, 2)),
     "emotion and PickScore, as the paper trains": Row("paper", (*SHORT, *PAPER), (0, 1, 2)),
@@ -79,9 +83,17 @@ ROWS = {
 }
 
 
+def folder_of(row, seed):
+    return STUDY / f"{row.folder}_seed{seed}"
+
+
 def training(row, seed, extra):
     """The command that trains a row's generator."""
-    out = STUDY / f"{row.folder}_seed{seed}"
+    out = folder_of(row, seed)
+    if row.after:
+        before = STUDY / f"{row.after}_seed{seed}" / "adapter"
+        extra = ["--init-adapter", before, *extra]
+        seed += 10
     common = ["--data", DATASET, "--out", out, "--seed", seed, *row.flags]
     if row.program != "train_gen":
         return [sys.executable, "-m", f"tiny.{row.program}", *common]
@@ -97,26 +109,33 @@ def product_of(row):
     return Path("adapter/adapter_config.json")
 
 
-def chosen(out):
+def chosen(row, seed):
     """(folder, step) of a run's best adapter on the validation rows."""
-    log = [record for record in read_records(out / "log.jsonl") if "eval_content" in record]
+    out = folder_of(row, seed)
+    log = watched(out)
     if not log:  # imitation is not watched
         return out / "adapter", None
-    enough = log[0]["eval_content"] - CONTENT
+    base = watched(STUDY / f"{row.after}_seed{seed}")[0] if row.after else log[0]
+    enough = base["eval_content"] - CONTENT
     kept = [record for record in log[1:] if record["eval_content"] >= enough] or log[-1:]
     best = min(kept, key=lambda record: record["eval_meter_v_error"] + record["eval_meter_a_error"])
     return out / "adapters" / f"{best['step']:08d}", best["step"]
 
 
+def watched(out):
+    """A run's evaluations on the validation rows."""
+    return [record for record in read_records(out / "log.jsonl") if "eval_content" in record]
+
+
 def evaluation(row, seed, cases):
     """The command that measures a row's generator."""
-    out = STUDY / f"{row.folder}_seed{seed}"
+    out = folder_of(row, seed)
     command = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--judge", JUDGE,
                "--out", out / EVALUATED.parent]
     if row.program == "emotion_network":  # which has drawn the cases
         return [*command, "--images", out / "pictures"]
     command += ["--forms", row.form]
-    return command if row.flags is None else [*command, "--adapter", chosen(out)[0]]
+    return command if row.flags is None else [*command, "--adapter", chosen(row, seed)[0]]
 
 
 def ship(adapter):
@@ -136,27 +155,29 @@ def study(args, extra):
     runs = [(name, row, seed) for name, row in rows.items() for seed in row.seeds]
 
     # 2. trainings, then evaluations
-    trainings = [(STUDY / f"{row.folder}_seed{seed}", product_of(row),
-                  [training(row, seed, extra)]) for _, row, seed in runs if row.flags is not None]
-    run_missing(trainings, args.jobs, "generators")
-    measured = [(STUDY / f"{row.folder}_seed{seed}", EVALUATED,
-                 [evaluation(row, seed, args.cases)]) for _, row, seed in runs]
+    for later in (False, True):  # rows that go on from others come last
+        trainings = [(folder_of(row, seed), product_of(row), [training(row, seed, extra)])
+                     for _, row, seed in runs if row.flags is not None and bool(row.after) == later]
+        run_missing(trainings, args.jobs, "generators")
+    measured = [(folder_of(row, seed), EVALUATED, [evaluation(row, seed, args.cases)])
+                for _, row, seed in runs]
     run_missing(measured, args.jobs, "evaluations")
 
     # 3. records, and the adapter that sample.py draws with
     digest = digest_of(DATASET)
     for name, row, seed in runs:
-        out = STUDY / f"{row.folder}_seed{seed}"
+        out = folder_of(row, seed)
         commands = [evaluation(row, seed, args.cases)]
         if row.flags is not None:
             commands.insert(0, training(row, seed, extra))
             if row.program == "train_gen":
-                print(f"{out.name}: step {chosen(out)[1]}")
+                print(f"{out.name}: step {chosen(row, seed)[1]}")
         lines = [shown(command) for command in commands]
         form = "images" if row.program == "emotion_network" else row.form
         results.add_run(TABLE, name, out.name, seed, out / EVALUATED.parent, form, lines, digest)
-    if "both" in {row.folder for row in rows.values()}:
-        ship(chosen(STUDY / "both_seed0")[0])
+    for row in rows.values():
+        if row.folder == SHIPPED_ROW:
+            ship(chosen(row, 0)[0])
     print(results.table_of(TABLE))
 
 
