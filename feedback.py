@@ -49,8 +49,8 @@ PROMPTS = {  # $name stands for a value of VALUES
         "weak in each, and what in the first must change, and which way, to come nearer. Then "
         f"rewrite the prompt so that the next picture has these changes. {REWRITTEN}\n"
         "The request: $request. The prompt: $prompt. Wanted: valence $v, arousal $a. The first "
-        "picture: valence $best_v, arousal $best_a. The second: valence $worst_v, arousal "
-        "$worst_a."),
+        "picture: valence $best_v, which is $v_miss, arousal $best_a, which is $a_miss. The "
+        "second: valence $worst_v, arousal $worst_a."),
     "rewrite": (
         "Write a prompt for a picture of a wanted emotion. Low valence and low arousal is gloomy, "
         "low valence and high arousal threatening, high valence and low arousal serene, high "
@@ -60,7 +60,8 @@ PROMPTS = {  # $name stands for a value of VALUES
     "again": "Your last answer could not be used: $why. Write another.",
 }
 VALUES = {
-    "compare": ("request", "prompt", "v", "a", "best_v", "best_a", "worst_v", "worst_a"),
+    "compare": ("request", "prompt", "v", "a", "best_v", "best_a", "worst_v", "worst_a", "v_miss",
+                "a_miss"),
     "rewrite": ("request", "v", "a"), "again": ("why",),
 }
 KEYS = {"regression": ("valence", "arousal"), "class": ("emotion_class",)}  # of an answer
@@ -96,8 +97,17 @@ def ask_compare(request, prompt, v, a, best, worst, why=None):
     request: the neutral prompt. best, worst: (image, v, a). why: what the last answer lacked.
     """
     text = fill(PROMPTS["compare"], request=request, prompt=prompt, v=v, a=a,
-                best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2])
+                best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2],
+                v_miss=miss(best[1], v), a_miss=miss(best[2], a))
     return conversation(PROMPTS["feedback_system"], [best[0], worst[0]], text + once_more(why))
+
+
+def miss(judged, wanted):
+    """By how much a judged value misses the wanted one, in words: judges are poor at sums."""
+    if judged is None:
+        return "unknown"
+    off = round(judged - wanted, 1)
+    return f"{abs(off):.1f} too {'high' if off > 0 else 'low'}" if off else "right"
 
 
 def ask_rewrite(request, v, a, why=None):

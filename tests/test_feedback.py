@@ -46,7 +46,8 @@ def test_feedback_is_asked_with_both_pictures_scores_target_scales_and_keys():
     question = feedback.ask_compare(REQUEST, "a swan, gloomy", 7, 3, (best, 5.5, 4.25), (worst, None, None), "it is empty")
     assert [part.get("image") for part in question[1]["content"]] == [best, worst, None]
     text = chat.chat_text(question)
-    for word in (REQUEST, "a swan, gloomy", "valence 7.00, arousal 3.00", "valence 5.50, arousal 4.25",
+    for word in (REQUEST, "a swan, gloomy", "valence 7.00, arousal 3.00",
+                 "valence 5.50, which is 1.5 too low, arousal 4.25, which is 1.2 too high",
                  "valence unknown, arousal unknown", "it is empty"):
         assert word in text
     rewrite = chat.chat_text(feedback.ask_rewrite(REQUEST, 7, 3))
@@ -266,7 +267,7 @@ def test_refine_draws_judges_compares_best_and_worst_and_goes_on_with_the_new_pr
     told = [(r.analysis, r.next_prompt, r.note) for r in rounds]
     assert told == [("more sun", better, ""), ("darker", last, ""), (None, None, "")]
     assert world.asked[0][0] == [(ROUND_0, 3), (ROUND_0, 0)]  # best first, then worst
-    for text in (f"The prompt: {ROUND_0}", "valence 5.30, arousal 3.00", "valence 5.00, arousal 3.00", "valence 7.00"):
+    for text in (f"The prompt: {ROUND_0}", "valence 5.30, which is 1.7 too low, arousal 3.00, which is right", "valence 5.00, arousal 3.00", "valence 7.00"):
         assert text in world.asked[0][1]
     assert feedback.best_of(rounds) == (1, 2) and set(rounds[0].seconds) == {"draw", "judge", "rewrite"}
 

@@ -157,9 +157,9 @@ def said_values(prompt):
     return None if None in levels else [1 + 8 * (level + 0.5) / 7 for level in levels]
 
 
-def test_lessons_of_feedback_keep_the_subject_and_move_the_prompt_by_what_the_better_picture_missed():
+def test_lessons_of_feedback_keep_the_subject_and_ask_for_as_much_more_as_the_better_picture_missed():
     rng, tokenize = np.random.default_rng(1), clip.PromptTokenizer(TINY / "tokenizer")
-    kinds, moved, told = set(), [], []
+    kinds, told = set(), []
     for _ in range(300):
         scene = scenes.random_scene(rng)
         rows = [(scene, *map(float, rng.uniform(1, 9, 2))) for _ in range(2)]
@@ -168,22 +168,31 @@ def test_lessons_of_feedback_keep_the_subject_and_move_the_prompt_by_what_the_be
         assert better <= worse and said.prompt.startswith(said.request)
         told.append(said.request == scenes.neutral_caption(scene))
         analysis, prompt = feedback.read_rewrite(said.answer, said.request)
-        assert feedback.read_rewrite(said.brief, said.request) == (analysis[analysis.index("The first is"):], prompt)
+        assert feedback.read_rewrite(said.brief, said.request) == (analysis[analysis.rindex("The first"):], prompt)
         assert lost_words(said.request, prompt) == [] and len(tokenize.tokenizer.encode(prompt).ids) < pretrain.TEXT_LENGTH
-        # the analysis agrees with the scores that the question gives
-        for axis, low, high in ((0, "sad", "pleasant"), (1, "calm", "excited")):
-            off = said.best[axis] - said.wish[axis]
-            assert f"{low if off < 0 else high} enough" in analysis or f"too {low if off < 0 else high}" in analysis
-        before, after, missed = said_values(said.prompt), said_values(prompt), np.subtract(said.wish, rows[::said.order][0][1:])
+        # the analysis agrees with the scores that the question gives, and the prompt with the analysis
+        before, after = said_values(said.prompt), said_values(prompt)
         kinds.add("numbers" if "valence" in said.prompt else "words" if before is not None else "nothing")
-        if said.prompt == said.request:
-            assert after == pytest.approx(said.wish, abs=0.051)
-        elif "valence" in said.prompt:
-            moved += list(zip(np.subtract(after, before), missed))
-    moved = np.array(moved)
+        asked = before if "valence" in said.prompt else said.wish
+        question = feedback.ask_compare(said.request, said.prompt, *said.wish, (None, *said.best), (None, *said.worst))
+        for axis, name, low, high in ((0, "valence", "sad", "pleasant"), (1, "arousal", "calm", "excited")):
+            off = round(said.best[axis] - said.wish[axis], 1)
+            miss = f"{abs(off):.1f} too {'high' if off > 0 else 'low'}" if off else "right"
+            assert f"{name} {said.best[axis]:.2f}, which is {miss}" in question[1]["content"][-1]["text"]
+            assert lessons.amount(off, low, high) in analysis
+            assert f"{name} {round(asked[axis], 1):.1f} " in analysis and f"for {after[axis]:.1f}" in analysis
+            assert after[axis] == pytest.approx(min(max(round(asked[axis], 1) - off, 1), 9), abs=1e-6)
     assert kinds == {"numbers", "words", "nothing"} and 0.4 < np.mean(told) < 0.6  # the pictures show other things, else
-    inside = np.abs(moved[:, 0] - lessons.GAIN * moved[:, 1]) < 0.11  # where the scale did not end
-    assert inside.mean() > 0.8 and np.corrcoef(moved.T)[0, 1] > 0.7
+
+
+@pytest.mark.parametrize("difference, words", [(0.0, "neither too sad nor too pleasant"), (-0.3, "barely too sad, by 0.3"), (
+    0.4, "a little too pleasant, by 0.4"), (-1.2, "much too sad, by 1.2")])
+def test_the_grade_of_a_miss_is_that_of_its_size(difference, words):
+    assert lessons.amount(difference, "sad", "pleasant") == words
+
+
+def test_a_rewrite_without_pictures_asks_for_the_wish_itself():
+    scene = scenes.random_scene(np.random.default_rng(0))
     _, prompt = feedback.read_rewrite(lessons.rewrite(scene, (8, 2)), scenes.neutral_caption(scene))
     assert prompt == data.with_both(scenes.neutral_caption(scene), 8, 2)
 

@@ -1,7 +1,7 @@
 """The miniature judge before and after GRPO, and what its reward and its labels change.
 
     python -m tiny.judge_study                # trains what is missing, 25 minutes for two runs
-    python -m tiny.judge_study --rows step    # the three seeds of the judge that is shipped
+    python -m tiny.judge_study --rows step    # three seeds; tiny.advice goes on from the first
 
 Every run starts from the supervised judge (`python -m tiny.pretrain judge`) and sees the same 4,000
 pictures. ROWS says by which reward and labels, see `tiny.dataset`. All are asked about the same 500
@@ -10,8 +10,8 @@ drawn with. The supervised judge says no word that stands for a level of mood, s
 which its words are looked up in place of its numbers.
 
 Further flags go to train_judge.py. A killed study goes on where it was. The runs lie in
-tiny/cache/study; the judge of the first one is copied to tiny/weights/judge, and the cases go to
-docs/records/judge.jsonl, from where `python -m tiny.results` writes the page.
+tiny/cache/study, and the cases go to docs/records/judge.jsonl, from where `python -m tiny.results`
+writes the page.
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
 import hashlib
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ HERE = Path(__file__).resolve().parent
 DATASETS = HERE / "cache"
 SUPERVISED = HERE / "cache" / "judge"
 STUDY = HERE / "cache" / "study"
-SHIPPED = HERE / "weights" / "judge"
 TABLE = "judge"
 SIZE = 128
 
@@ -192,9 +190,6 @@ def study(args, extra):
     last = Path("judge", "tokenizer_config.json")  # the file that is written last
     run_missing([(STUDY / f"{row.folder}_seed{seed}", last, [training(row, seed, extra)])
                  for _, row, seed in runs], args.jobs, "judges")
-    if "step" in {row.folder for row in rows.values()}:
-        # the judge that sample.py and train_gen.py ask
-        shutil.copytree(STUDY / "step_seed0" / "judge", SHIPPED, dirs_exist_ok=True)
 
     # 3. their answers about the test pictures, which no row's labels have changed
     first = dataset_of(next(iter(rows.values())))

@@ -8,9 +8,9 @@ No word of an answer stands for a level of either scale: what number belongs to 
 to GRPO.
 
 Feedback is taught from two scenes with the same things in them, which stand for two pictures of
-one prompt, and a wished emotion: what tells the two apart, what the better one lacks by its scores,
-and a prompt, in graded words and numbers, that makes up for what the better one shows. GRPO does
-not touch it.
+one prompt, and a wished emotion: how each looks, by how much the better one misses the wish by its
+scores, and a prompt, in graded words and numbers, that asks for as much more. The small sum is
+written out, since so small a model has no other place to do it.
 """
 
 import json
@@ -25,7 +25,6 @@ DESCRIBE = "What is in this picture?"
 PROMPT_SPREAD = 0.8  # how far a generator's pictures lie, in the mean, from what its prompt says
 WISH_SPREAD = 1.2  # how far the wish lies from the better picture, or it lies anywhere
 JUDGE_SPREAD = 0.5  # how far judged values lie from a picture's own
-GAIN = 0.7  # share of what the better picture misses that new words make up for; the rest is chance
 THOUGHTLESS = 0.15  # share of the judgements without a thought: an answer may be asked for at once
 
 
@@ -114,11 +113,9 @@ def comparison(one, other, rng):
         scene = scenes.with_other_words(scene, rng)
     request = scenes.neutral_caption(scene)
     meant = shaken(seen, PROMPT_SPREAD, rng)  # what the prompt said
-    better = on_scale(np.add(meant, GAIN * np.subtract(wish, seen)))  # what the new one should
     kind = rng.random()
     if kind < 0.1:
         prompt = request
-        better = wish
     elif kind < 0.4:
         prompt = data.with_numbers(request, *meant)
     elif kind < 0.6:
@@ -126,9 +123,13 @@ def comparison(one, other, rng):
     else:
         prompt = data.with_both(request, *meant)
 
-    # 3. the answer, whose analysis agrees with the scores that the question gives
+    # 3. the answer, whose analysis and prompt agree with the scores that the question gives
     best = shaken(seen, JUDGE_SPREAD, rng)
-    lacks = lack(scene, best, wish)
+    # a prompt without figures is taken to ask for the wish
+    asked = meant if f"valence {meant[0]:.1f}" in prompt else wish
+    said, better = sums(best, wish, asked)
+    wanted = scenes.facts(scene, *better)
+    said += f" It needs {wanted['weather']}, {wanted['light']}, {wanted['colour']}."
     text = data.with_both(request, *better)
     first = look(scene, *seen, "The first")
     second = look(scene, *seen_other, "The second")
@@ -136,9 +137,21 @@ def comparison(one, other, rng):
         request, prompt, wish, best,
         worst=shaken(seen_other, JUDGE_SPREAD, rng),
         order=order,
-        answer=advice(f"{first} {second} {lacks}", text),
-        brief=advice(lacks, text),
+        answer=advice(f"{first} {second} {said}", text),
+        brief=advice(said, text),
     )
+
+
+def sums(judged, wish, asked):
+    """(sentences, (V, A)): by how much the better picture misses the wish, as the question says it,
+    and what to ask for in place of the (V, A) that its prompt asked for; all to a tenth."""
+    asked = [round(x, 1) for x in asked]
+    off = [round(x - y, 1) for x, y in zip(judged, wish, strict=True)]
+    better = on_scale(np.subtract(asked, off))
+    return (f"The first is {amount(off[0], 'sad', 'pleasant')}, and "
+            f"{amount(off[1], 'calm', 'excited')}. "
+            f"In place of valence {asked[0]:.1f} ask for {better[0]:.1f}, "
+            f"in place of arousal {asked[1]:.1f} for {better[1]:.1f}."), better
 
 
 def advice(analysis, prompt):
@@ -151,23 +164,13 @@ def look(scene, v, a, which):
     return f"{which} has {seen['weather']} and {seen['light']}."
 
 
-def lack(scene, judged, wish):
-    """What the better picture lacks, in two sentences: how far its scores are off, and what is
-    wanted."""
-    v_off = amount(judged[0] - wish[0], "sad", "pleasant")
-    a_off = amount(judged[1] - wish[1], "calm", "excited")
-    wanted = scenes.facts(scene, *wish)
-    return (f"The first is {v_off} and {a_off}. It needs {wanted['weather']}, {wanted['light']}, "
-            f"{wanted['colour']}.")
-
-
-def amount(difference, low, high):
-    """How far a picture is off on one scale, in words."""
-    size = abs(difference)
-    word = low if difference < 0 else high
-    if size < 0.4:
-        return f"{word} enough"
-    return f"{'a little' if size < 1.2 else 'much'} too {word}"
+def amount(off, low, high):
+    """How far a picture is off on one scale, in words and to a tenth."""
+    size = abs(off)
+    if size == 0:
+        return f"neither too {low} nor too {high}"
+    grade = "barely" if size < 0.4 else "a little" if size < 1.2 else "much"
+    return f"{grade} too {low if off < 0 else high}, by {size:.1f}"
 
 
 def rewrite(scene, wish):

@@ -563,6 +563,17 @@ def judge_processor(rows, rng):
     return chat.Processor(tokenizer, image, tokenizer.token_to_id("<|image_pad|>"))
 
 
+def judge_material(processor, rows, pictures):
+    """The Material of all rows, whose last ones are in no lesson."""
+    blank = Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8))
+    questions = {task: processor(feedback.ask(task, blank)) for task in feedback.TASKS}
+    questions["describe"] = processor([{"role": "user", "content": [
+        {"type": "image", "image": blank}, {"type": "text", "text": lessons.DESCRIBE}]}])
+    alike = rows_alike(rows[:training_rows(len(rows))],
+                       lambda scene: (scene.subject, scene.place, scene.time))
+    return Material(rows, pictures, processor, questions, alike)
+
+
 def judging(material, task, i, rng):
     """(Prompt, answers) about row i; an answer's figures are drawn anew each time."""
     row = material.rows[i]
@@ -586,7 +597,9 @@ def advising(material, task, i, rng):
         question = feedback.ask_rewrite(scenes.neutral_caption(scene), *wish, why)
         said = lessons.rewrite(scene, wish)
     else:
-        j = int(rng.choice(material.alike[scene.subject, scene.place, scene.time]))
+        # a held-out row may have none that is alike
+        key = (scene.subject, scene.place, scene.time)
+        j = int(rng.choice(material.alike.get(key, [i])))
         both = lessons.comparison(material.rows[i], material.rows[j], rng)
         best, worst = (Image.fromarray(material.pictures[k]) for k in (i, j)[::both.order])
         question = feedback.ask_compare(both.request, both.prompt, *both.wish, (best, *both.best),
@@ -598,12 +611,36 @@ def advising(material, task, i, rng):
     return material.processor(question), [said]
 
 
+def lesson(material, task, batch, rng):
+    """(Prompts, ids [P,G,C] of their answers, padded by -1) of a step of one of TASKS."""
+    picks = np.sort(rng.integers(training_rows(len(material.rows)),
+                                 size=batch // SMALLER.get(task, 1)))
+    ask = judging if task in material.questions else advising
+    prompts, texts = zip(*(ask(material, task, i, rng) for i in picks))
+    processor = material.processor
+    encodings = processor.tokenizer.encode_batch([text for each in texts for text in each])
+    ids = [torch.tensor([*encoding.ids, processor.stop[0]]) for encoding in encodings]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [P·G,C]
+    return prompts, ids.view(len(picks), len(texts[0]), -1)
+
+
+def answer_logits(model, prompts, ids):
+    """Logits [P·G·C,V] from which a judge says the tokens `ids` [P,G,C]."""
+    hidden = model.completion_hidden(prompts, ids.clamp(min=0))  # [P,G,C,D]
+    return F.linear(hidden, model.head_weight).flatten(0, 2)
+
+
+def answer_loss(model, prompts, ids):
+    """Cross-entropy of the answers' tokens, as GRPO will see them."""
+    return F.cross_entropy(answer_logits(model, prompts, ids), ids.flatten(), ignore_index=-1)
+
+
 def train_judge(args):
     """Supervised answers to every question that the judge will be asked."""
     # 1. the model
     rows, pictures = load_data()
-    held_out = training_rows(len(rows))
-    processor = judge_processor(rows[:held_out:4], np.random.default_rng(args.seed))
+    seen = training_rows(len(rows))
+    processor = judge_processor(rows[:seen:4], np.random.default_rng(args.seed))
     vocab = processor.tokenizer.get_vocab_size()
     torch.manual_seed(args.seed)
     config = replace(JUDGE_CONFIG, vocab=vocab, image_token=processor.image_token)
@@ -613,26 +650,11 @@ def train_judge(args):
             torch.nn.init.normal_(p, std=0.02 if p.shape[0] == vocab else p.shape[1] ** -0.5)
 
     # 2. its lessons
-    blank = Image.fromarray(np.zeros((SIZE, SIZE, 3), np.uint8))
-    questions = {task: processor(feedback.ask(task, blank)) for task in feedback.TASKS}
-    questions["describe"] = processor([{"role": "user", "content": [
-        {"type": "image", "image": blank}, {"type": "text", "text": lessons.DESCRIBE}]}])
-    alike = rows_alike(rows[:held_out], lambda scene: (scene.subject, scene.place, scene.time))
-    material = Material(rows, pictures, processor, questions, alike)
+    material = judge_material(processor, rows, pictures)
 
-    # 3. the loss: cross-entropy of the answers' tokens, as GRPO will see them
     def loss_of(step, generator, rng, batch):
         task = TASKS[step % len(TASKS)]
-        picks = np.sort(rng.integers(held_out, size=batch // SMALLER.get(task, 1)))
-        ask = judging if task in questions else advising
-        prompts, texts = zip(*(ask(material, task, i, rng) for i in picks))
-        encodings = processor.tokenizer.encode_batch([text for each in texts for text in each])
-        ids = [torch.tensor([*encoding.ids, processor.stop[0]]) for encoding in encodings]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)  # [P·G,C]
-        ids = ids.view(len(picks), len(texts[0]), -1)  # [P,G,C]
-        hidden = model.completion_hidden(prompts, ids.clamp(min=0))  # [P,G,C,D]
-        logits = F.linear(hidden, model.head_weight).flatten(0, 2)  # [P·G·C,vocab]
-        loss = F.cross_entropy(logits, ids.flatten(), ignore_index=-1)
+        loss = answer_loss(model, *lesson(material, task, batch, rng))
         return loss, {task: float(loss.detach())}
 
     train("judge", [model], loss_of, args)
