@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import qwen_vl
 from parts.pipeline import TINY
-from tiny import advice, pretrain
+from tiny import advice, lessons, pretrain, scenes
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_a_stage_writes_a_judge_with_both_judges_figures_and_goes_on_where_it_wa
     figures = json.loads((folders / "judge" / "figures.json").read_text())
     assert list(figures) == ["after GRPO", "with feedback"] and json.dumps(figures, indent=2) in capsys.readouterr().out
     for each in figures.values():
-        assert 0 <= each["figures_right"] <= 1 and 0 < each["v_error"] < 3 and 0 < each["a_error"] < 3
+        assert 0 <= each["misses_right"] <= 1 and 0 < each["v_error"] < 3 and 0 < each["a_error"] < 3
+        assert 0 < each["figures_off"] < 8
     saved = load_file(folders / "judge" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}  # the miniature's weights have 24 MiB
     before = load_file(TINY / "judge" / "model.safetensors")
@@ -67,3 +68,11 @@ def test_without_a_judge_of_grpo_it_says_what_to_run(folders, monkeypatch, capsy
     monkeypatch.setattr(advice, "TRAINED", folders / "nothing")
     assert advice.main([]) == 2
     assert "nothing: missing; run `python -m tiny.judge_study --rows step` first" in capsys.readouterr().err
+
+
+def test_parts_of_an_answer_are_what_it_says_and_what_it_asks_for():
+    rows = [(scenes.random_scene(np.random.default_rng(0)), 3.0, 4.0)] * 2
+    said = lessons.comparison(*rows, np.random.default_rng(1))
+    miss, asked = advice.parts_of(said.answer)
+    assert miss.startswith("much too") and miss in said.answer and said.answer.endswith(f'valence {asked[0]}, arousal {asked[1]}"}}')
+    assert advice.parts_of("no answer")[0] is None and np.isnan(advice.parts_of("no answer")[1]).all()

@@ -1,6 +1,6 @@
 """The last stage of the miniature's judge: feedback again, after GRPO.
 
-    python -m tiny.advice        # after tiny.judge_study; writes tiny/weights/judge
+    python -m tiny.advice --minutes 60  # after tiny.judge_study; writes tiny/weights/judge
 
 GRPO asks the judge about valence and arousal alone. Here it goes through the lessons of feedback
 (tiny/lessons.py) once more, and is held to what it says of single pictures: on answers that the
@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
 
 import copy
 import json
+import math
 import re
 import sys
 
@@ -58,8 +59,8 @@ def divergence(model, before, prompts, ids):
 
 @torch.no_grad()
 def examine(model, material):
-    """{figure: number} of a judge on held-out rows: its errors, and in how many of its rewrites
-    both figures are right to a tenth."""
+    """{figure: number} of a judge on held-out rows: its errors; in how many comparisons it says
+    rightly by how much the better picture misses; how far the prompt's figures are off."""
     first = pretrain.training_rows(len(material.rows))
     examined = range(first, len(material.rows))[:EXAMINED]
     pictures = [Image.fromarray(material.pictures[i]) for i in examined]
@@ -69,15 +70,19 @@ def examine(model, material):
     rng = np.random.default_rng(0)
     pairs = [pretrain.advising(material, "compare", i, rng) for i in examined]
     said = model.generate([prompt for prompt, _ in pairs], 1, feedback.REWRITE_LIMIT, 0.0)
-    right = [figures_in(own.text) == figures_in(answer)
-             for (own,), (_, (answer,)) in zip(said, pairs, strict=True)]
+    told = [parts_of(own.text) for (own,) in said]
+    right = [parts_of(answer) for _, (answer,) in pairs]
+    asked = np.array([each[1] for each in told])  # [n,2]
     return {"v_error": float(np.nanmean(off[:, 0])), "a_error": float(np.nanmean(off[:, 1])),
-            "figures_right": sum(right) / len(right)}
+            "misses_right": np.mean([x[0] == y[0] for x, y in zip(told, right, strict=True)]),
+            "figures_off": float(np.nanmean(np.abs(asked - [each[1] for each in right])))}
 
 
-def figures_in(text):
-    """The V and A that a rewrite asks for, as it writes them."""
-    return re.findall(r"valence ([\d.]+), arousal ([\d.]+)", text)[-1:]
+def parts_of(text):
+    """(what an analysis says that the first picture misses, the V and A that its prompt has)."""
+    miss = re.search(r"The first is (.*?)\. In place", text)
+    asked = re.findall(r"valence ([\d.]+), arousal ([\d.]+)", text)
+    return miss and miss[1], [float(x) for x in asked[-1]] if asked else [math.nan] * 2
 
 
 def train(args):

@@ -68,7 +68,7 @@ ROWS = {
     "base, given words": Row("base_words", None, form="words"),
     "emotion and PickScore": Row("both", LONG, (0, 1, 2)),
     "the same, 60 steps more": Row("longer", (*SHORT, "--lr", "1e-3", "--lr-end", "1e-4"),
-                                   (0, 1, 2), after="both"),
+                                   (0, 1), after="both"),
     "emotion only": Row(
         "emotion", (*LONG, "--reward-weights", "emotion=1", "--beta", "0"), (0, 1, 2)),
     "emotion and PickScore, as the paper trains": Row("paper", (*SHORT, *PAPER), (0, 1, 2)),
