@@ -137,7 +137,7 @@ def k3_kl(log_probs, ref_log_probs):
     """Estimate of KL(policy ‖ reference) at each token sampled from the policy: exp(d) − d − 1 with
     d = log π_ref − log π. Never negative, and unbiased (Schulman's k3). Any shape."""
     d = ref_log_probs - log_probs
-    return d.exp() - d - 1
+    return d.expm1() - d  # d.exp() - 1 would round small differences away
 
 
 def grpo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip=0.2, beta=1e-3,
