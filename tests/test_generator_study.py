@@ -66,7 +66,7 @@ def test_the_best_adapter_on_validation_keeps_the_base_s_content(tmp_path, monke
     monkeypatch.setattr(generator_study, "STUDY", tmp_path)
 
     def log(*steps, row=ROWS["emotion and PickScore"]):
-        out = generator_study.folder_of(row, 0)
+        out = generator_study.folder_of(row.folder, 0)
         out.mkdir(exist_ok=True)
         write_rows(out / "log.jsonl", [
             {"step": step, "eval_content": content, "eval_meter_v_error": error, "eval_meter_a_error": 0.5}

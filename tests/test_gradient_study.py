@@ -16,8 +16,8 @@ def test_agreement_is_the_mean_cosine_with_the_others():
 
 def test_the_study_reads_gradients_of_each_loss_from_its_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "RECORDS", tmp_path)
+    monkeypatch.setattr(generator_study, "STUDY", tmp_path / "study")
     for module in (generator_study, gradient_study):
-        monkeypatch.setattr(module, "STUDY", tmp_path / "study")
         monkeypatch.setattr(module, "DATASET", tmp_path / "dataset")
     write_tiny(tmp_path / "dataset", 4, 4)
     small = "--group 2 --batch 2 --size 64 --micro 4 --readings 1 --sample-steps 2 --device cpu".split()

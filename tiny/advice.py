@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
     interrupts.catch()
 
 import copy
-import json
 import math
 import re
 import sys
@@ -27,7 +26,7 @@ import feedback
 import qwen_vl
 from parts import cli
 from parts.cli import UserError
-from parts.files import write_whole
+from parts.files import as_json, write_json
 from parts.pipeline import judge_of
 from tiny import pretrain
 from tiny.judge_study import STUDY
@@ -108,20 +107,13 @@ def train(args):
     model.save_pretrained(SHIPPED, torch.bfloat16)
     saved = qwen_vl.QwenVL.from_pretrained(SHIPPED, "cpu", torch.float32)
     figures = {"after GRPO": examine(before, material), "with feedback": examine(saved, material)}
-    write_whole(SHIPPED / "figures.json", json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    write_json(SHIPPED / "figures.json", figures)
+    print(as_json(figures), end="")
 
 
 def main(argv=None):
     parser = cli.parser(__doc__)
-    add = parser.add_argument
-    add("--seed", type=cli.integer(0, 2**31), default=0)
-    add("--samples", type=cli.integer(1, 10**9),
-        help=f"of lessons (default: {SCHEDULE.samples:,})")
-    add("--minutes", type=cli.number(0, 10**6),
-        help="also stop after this time, the learning rate decayed to it")
-    add("--save-every", type=cli.number(0, 10**6), default=60,
-        help="seconds between states on disk (default: %(default)s)")
+    pretrain.add_training_flags(parser)
     args = parser.parse_args(argv)
     return cli.run_program(lambda: train(args))
 

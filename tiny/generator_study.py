@@ -83,15 +83,16 @@ ROWS = {
 }
 
 
-def folder_of(row, seed):
-    return STUDY / f"{row.folder}_seed{seed}"
+def folder_of(folder, seed):
+    """Where a row's run lies. folder: the row's own, or that of the one it goes on from."""
+    return STUDY / f"{folder}_seed{seed}"
 
 
 def training(row, seed, extra):
     """The command that trains a row's generator."""
-    out = folder_of(row, seed)
+    out = folder_of(row.folder, seed)
     if row.after:
-        before = STUDY / f"{row.after}_seed{seed}" / "adapter"
+        before = folder_of(row.after, seed) / "adapter"
         extra = ["--init-adapter", before, *extra]
         seed += 10
     common = ["--data", DATASET, "--out", out, "--seed", seed, *row.flags]
@@ -111,11 +112,11 @@ def product_of(row):
 
 def chosen(row, seed):
     """(folder, step) of a run's best adapter on the validation rows."""
-    out = folder_of(row, seed)
+    out = folder_of(row.folder, seed)
     log = watched(out)
     if not log:  # imitation is not watched
         return out / "adapter", None
-    base = watched(STUDY / f"{row.after}_seed{seed}")[0] if row.after else log[0]
+    base = watched(folder_of(row.after or row.folder, seed))[0]
     enough = base["eval_content"] - CONTENT
     kept = [record for record in log[1:] if record["eval_content"] >= enough] or log[-1:]
     best = min(kept, key=lambda record: record["eval_meter_v_error"] + record["eval_meter_a_error"])
@@ -129,7 +130,7 @@ def watched(out):
 
 def evaluation(row, seed, cases):
     """The command that measures a row's generator."""
-    out = folder_of(row, seed)
+    out = folder_of(row.folder, seed)
     command = [sys.executable, "-m", "evaluation", "run", "--cases", cases, "--judge", JUDGE,
                "--out", out / EVALUATED.parent]
     if row.program == "emotion_network":  # which has drawn the cases
@@ -156,17 +157,17 @@ def study(args, extra):
 
     # 2. trainings, then evaluations
     for later in (False, True):  # rows that go on from others come last
-        trainings = [(folder_of(row, seed), product_of(row), [training(row, seed, extra)])
+        trainings = [(folder_of(row.folder, seed), product_of(row), [training(row, seed, extra)])
                      for _, row, seed in runs if row.flags is not None and bool(row.after) == later]
         run_missing(trainings, args.jobs, "generators")
-    measured = [(folder_of(row, seed), EVALUATED, [evaluation(row, seed, args.cases)])
+    measured = [(folder_of(row.folder, seed), EVALUATED, [evaluation(row, seed, args.cases)])
                 for _, row, seed in runs]
     run_missing(measured, args.jobs, "evaluations")
 
     # 3. records, and the adapter that sample.py draws with
     digest = digest_of(DATASET)
     for name, row, seed in runs:
-        out = folder_of(row, seed)
+        out = folder_of(row.folder, seed)
         commands = [evaluation(row, seed, args.cases)]
         if row.flags is not None:
             commands.insert(0, training(row, seed, extra))

@@ -17,7 +17,7 @@ import torch
 
 from parts import checkpoints, cli
 from tiny import results
-from tiny.generator_study import DATASET, STUDY, Row, product_of, training
+from tiny.generator_study import DATASET, Row, folder_of, product_of, training
 from tiny.judge_study import digest_of, make_dataset, run_missing, shown
 
 TABLE = "gradients"
@@ -52,8 +52,8 @@ def agreement(gradients):
 def study(args, extra):
     make_dataset(DATASET)
     seeds = range(args.runs)
-    runs = {name: [(STUDY / f"{row.folder}_seed{seed}", product_of(row),
-                    [training(row, seed, extra)]) for seed in seeds] for name, row in ROWS.items()}
+    runs = {name: [(folder_of(row.folder, seed), product_of(row), [training(row, seed, extra)])
+                   for seed in seeds] for name, row in ROWS.items()}
     run_missing([run for own in runs.values() for run in own], args.jobs, "steps")
     for name, own in runs.items():
         found = torch.stack([gradient(out / "checkpoint-00000001") for out, *_ in own])

@@ -721,23 +721,29 @@ STAGES = {"data": make_data, "vae": train_vae, "clip": train_clip, "other_clip":
           "judge": train_judge}
 
 
-def main(argv=None):
-    parser = cli.parser(__doc__)
+def add_training_flags(parser):
+    """Add the flags that `train` reads."""
     add = parser.add_argument
-    add("stage", choices=[*STAGES, "all"])
     add("--seed", type=cli.integer(0, 2**31), default=0)
-    add("--rows", type=cli.integer(8, 10**6), default=20_000,
-        help="pictures to draw in the data stage (default: %(default)s)")
     add("--samples", type=cli.integer(1, 10**9),
         help="training samples; each stage has its own default")
     add("--minutes", type=cli.number(0, 10**6),
         help="also stop after this time, the learning rate decayed to it")
+    add("--save-every", type=cli.number(0, 10**6), default=60,
+        help="seconds between states on disk (default: %(default)s)")
+
+
+def main(argv=None):
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("stage", choices=[*STAGES, "all"])
+    add_training_flags(parser)
+    add("--rows", type=cli.integer(8, 10**6), default=20_000,
+        help="pictures to draw in the data stage (default: %(default)s)")
     add("--numbers", type=cli.number(0, 1), default=0.15,
         help="share of the MMDiT's captions that carry V and A as numbers (default: %(default)s)")
     add("--compile", action="store_true",
         help="compile the MMDiT: a quarter faster, needs a C compiler")
-    add("--save-every", type=cli.number(0, 10**6), default=60,
-        help="seconds between states on disk (default: %(default)s)")
     args = parser.parse_args(argv)
 
     def work():
