@@ -20,7 +20,7 @@ def test_an_arm_is_measured_at_every_adapter_it_kept_and_drawn(tmp_path, monkeyp
     arms = {"one": (Row("one", length), (200, 0, 0)), "two": (Row("two", length), (0, 0, 200))}
     for module, name, value in (
             (generator_study, "DATASET", tmp_path / "dataset"), (generator_study, "STUDY", tmp_path / "study"),
-            (hacking_study, "DATASET", tmp_path / "dataset"), (hacking_study, "STUDY", tmp_path / "study"),
+            (hacking_study, "DATASET", tmp_path / "dataset"),
             (hacking_study, "JUDGE", train_judge.TINY), (generator_study, "JUDGE", train_judge.TINY),
             (generator_study, "EVERY", 1), (hacking_study, "ARMS", arms), (hacking_study, "LONG", length),
             (hacking_study, "PICTURE", tmp_path / "hacking.png"), (results, "RECORDS", tmp_path)):

@@ -21,20 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 from parts import cli
 from parts.files import open_picture, save_png
 from tiny import results
-from tiny.generator_study import (
-    DATASET,
-    EVALUATED,
-    JUDGE,
-    LONG,
-    ROWS,
-    STUDY,
-    Row,
-    training,
-)
+from tiny.generator_study import DATASET, JUDGE, LONG, ROWS, Row, folder_of, training
 from tiny.judge_study import digest_of, run_missing, shown
 
 PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
+EVALUATED = Path("evaluation", "evaluate.json")
 ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
     "emotion + PickScore, β 0.002": (ROWS["emotion and PickScore"], (30, 90, 200)),
@@ -57,17 +49,18 @@ PANELS = {  # title: figure of a case's record
 SHOWN = 4  # watched prompts in the picture of strips
 
 
-def folder_of(arm, seed):
-    return STUDY / f"{ARMS[arm][0].folder}_seed{seed}"
+def run_of(arm, seed):
+    """A run's folder."""
+    return folder_of(ARMS[arm][0].folder, seed)
 
 
 def adapter_of(arm, seed, step):
-    return folder_of(arm, seed) / "adapters" / f"{step:08d}"
+    return run_of(arm, seed) / "adapters" / f"{step:08d}"
 
 
 def evaluation(arm, seed, step, args):
     """(folder, product, commands) of what is measured of a run after `step`."""
-    out = folder_of(arm, seed) / f"step{step}"
+    out = run_of(arm, seed) / f"step{step}"
     command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
                args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
     if step:
@@ -79,7 +72,7 @@ def study(args, extra):
     # 1. trainings, then evaluations; all arms start from one base
     runs = [(arm, seed) for arm, (row, _) in ARMS.items() for seed in row.seeds]
     trainings = {(arm, seed): training(ARMS[arm][0], seed, extra) for arm, seed in runs}
-    run_missing([(folder_of(*run), Path("adapter/adapter_config.json"), [command])
+    run_missing([(run_of(*run), Path("adapter/adapter_config.json"), [command])
                  for run, command in trainings.items()], args.jobs, "generators")
     steps = range(args.every, int(LONG[1]) + 1, args.every)
     kept = [(*run, step) for run in runs for step in steps if adapter_of(*run, step).exists()]
@@ -90,7 +83,7 @@ def study(args, extra):
     for arm, seed, step in points:
         out, _, commands = evaluation(arm, seed, step, args)
         lines = [shown(trainings[arm, seed]), *map(shown, commands)]
-        name = f"{folder_of(arm, seed).name}_step{step}"
+        name = f"{run_of(arm, seed).name}_step{step}"
         results.add_run(TABLE, f"{arm}|{step}" if step else "base|0", name, seed,
                         out / EVALUATED.parent, "numbers", lines, digest_of(DATASET))
 
@@ -153,7 +146,7 @@ def draw_strips(runs):
     font = ImageFont.load_default(12)
     parts = []
     for arm, seed in runs:
-        files = sorted((folder_of(arm, seed) / "strips").glob("*.png"))
+        files = sorted((run_of(arm, seed) / "strips").glob("*.png"))
         files = files[::max(1, (len(files) - 1) // 5)]
         strips = [np.asarray(open_picture(file)) for file in files]  # each [128, 6·128, 3]
         columns = [np.vstack([strip[:, 128 * i:128 * (i + 1)] for i in range(SHOWN)])

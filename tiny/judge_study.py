@@ -1,6 +1,6 @@
 """The miniature judge before and after GRPO, and what its reward and its labels change.
 
-    python -m tiny.judge_study                # trains what is missing, 25 minutes for two runs
+    python -m tiny.judge_study                # trains what is missing, 20 minutes a run and core
     python -m tiny.judge_study --rows step    # three seeds; tiny.advice goes on from the first
 
 Every run starts from the supervised judge (`python -m tiny.pretrain judge`) and sees the same 4,000
@@ -67,9 +67,9 @@ ROWS = {
     "step reward, ε 1.5": Row("step_1.5", ("--epsilon", "1.5")),
     "nested reward, ε 0.2": Row("nested_0.2", (*NESTED, "--epsilon", "0.2")),
     "nested reward, ε 0.35": Row("nested_0.35", (*NESTED, "--epsilon", "0.35")),
-    "nested reward, ε 0.7": Row("nested", NESTED),
+    "nested reward, ε 0.7": Row("nested", NESTED, seeds=(0, 1, 2)),
     "nested reward, ε 1.5": Row("nested_1.5", (*NESTED, "--epsilon", "1.5")),
-    "continuous reward (Table 4)": Row("continuous", CONTINUOUS),
+    "continuous reward (Table 4)": Row("continuous", CONTINUOUS, seeds=(0, 1, 2)),
     "α₁ and α₂ weigh the tasks": Row("by_task", BY_TASK),
     "regression only (Table 5)": Row("regression", ("--tasks", "regression")),
     "classification only (Table 5)": Row("class", ("--tasks", "class")),
@@ -77,8 +77,9 @@ ROWS = {
     "drawn labels, continuous": Row("drawn_continuous", CONTINUOUS, "drawn"),
     "family labels, step": Row("family", labels="family"),
     "family labels, continuous": Row("family_continuous", CONTINUOUS, "family"),
-    "a fifth are outliers, step": Row("outliers", labels="outliers"),
-    "a fifth are outliers, continuous": Row("outliers_continuous", CONTINUOUS, "outliers"),
+    "a fifth are outliers, step": Row("outliers", labels="outliers", seeds=(0, 1, 2)),
+    "a fifth are outliers, continuous": Row(
+        "outliers_continuous", CONTINUOUS, "outliers", (0, 1, 2)),
 }
 
 
