@@ -126,15 +126,29 @@ def by_round(rounds, case):
     }
 
 
+def once(draw):
+    """draw(prompt, seeds) that draws a picture once, however often it is asked for."""
+    drawn = {}
+
+    def from_memory(prompt, seeds):
+        missing = [seed for seed in seeds if (prompt, seed) not in drawn]
+        if missing:
+            drawn.update(zip([(prompt, seed) for seed in missing], draw(prompt, missing)))
+        return [drawn[prompt, seed] for seed in seeds]
+
+    return from_memory
+
+
 def run_case(case, another, seed, tools):
     """{way of choosing: its picture's figures} of a case; another: the case shown in its place."""
     seeds = range(seed, seed + ROUNDS * tools.n)  # as feedback counts them
+    draw = once(tools.draw)
     read = partial(feedback.judge_images, tools.judge, readings=tools.readings)
 
     # 1. pictures of one prompt: one, and the best of as many as feedback draws
     found = {}
     for name, form in (("", "numbers"), ("template, ", "both")):
-        images = tools.draw(data.TARGET_FORMS[form](case.neutral, case.v, case.a), seeds)
+        images = draw(data.TARGET_FORMS[form](case.neutral, case.v, case.a), seeds)
         judgements = read(images)
         found[f"{name}one picture"] = figures(images[0], judgements[0], case, tools)
         found[f"{name}best of as many"] = chosen(images, judgements, case, tools)
@@ -142,7 +156,7 @@ def run_case(case, another, seed, tools):
     # 2. feedback with each judge
     blank = [Image.new("RGB", (SIZE, SIZE), (128, 128, 128))] * 2
     prompt = data.with_numbers(another.neutral, another.v, another.a)
-    strangers = tools.draw(prompt, [seed + ROUNDS * tools.n, seed + ROUNDS * tools.n + 1])
+    strangers = draw(prompt, [seed + ROUNDS * tools.n, seed + ROUNDS * tools.n + 1])
     judges = {
         results.SEEING: tools.judge,
         "blind, compares blank pictures": Blind(tools.judge, blank, comparing=True),
@@ -150,7 +164,7 @@ def run_case(case, another, seed, tools):
         "blind, its scores too": Blind(tools.judge, blank, comparing=False),
     }
     for name, judge in judges.items():
-        rounds = feedback.refine(case.neutral, case.v, case.a, tools.draw, judge, ROUNDS, tools.n,
+        rounds = feedback.refine(case.neutral, case.v, case.a, draw, judge, ROUNDS, tools.n,
                                  seed=seed, readings=tools.readings)
         pictures = [picture for r in rounds for picture in r.pictures]
         images = [picture.image for picture in pictures]
@@ -177,7 +191,7 @@ def run_cases(args):
     tools = Tools(draw, judge, instruments, args.n, args.readings)
     path = args.out / f"{args.only}.jsonl"
     done = len(whole_records(path))  # without the line that a kill cut short
-    cases = held_out_cases(args.cases + 1, 5, args.split)  # the last one is only shown
+    cases = held_out_cases(args.cases + 1, 6, args.split)  # the last one is only shown
     for i in tqdm(range(done, args.cases), args.only, args.cases, initial=done):
         # no two cases share a picture's seed
         append_rows(path, [run_case(cases[i], cases[i + 1], i * 1000, tools)])
@@ -195,7 +209,7 @@ def parse_args(argv=None):
         help="whose cases; those of validation go to records of their own (default: %(default)s)")
     add("--n", type=cli.integer(2, 200), default=4,
         help="pictures a round (default: %(default)s)")
-    add("--readings", type=cli.readings, default=feedback.RefineOptions.readings,
+    add("--readings", type=cli.readings, default=8,
         help="how the judge is read (default: %(default)s)")
     add("--sample-steps", type=cli.integer(1, 1000), default=12,
         help="steps of the sampler (default: %(default)s)")
