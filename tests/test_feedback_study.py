@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 
 def test_every_case_is_drawn_in_each_way_from_one_noise(finished):
     for generator in study.GENERATORS:
-        for record, case in zip(read_records(finished / f"{generator}.jsonl"), held_out_cases(2, 5, "validation"),
+        for record, case in zip(read_records(finished / f"{generator}.jsonl"), held_out_cases(2, study.SEED, "validation"),
                                 strict=True):
             seeing = record["feedback"]
             assert seeing["prompts"][0] == data.with_numbers(case.neutral, case.v, case.a)
@@ -46,6 +46,20 @@ def test_every_case_is_drawn_in_each_way_from_one_noise(finished):
             assert {(found["id"], found["v"], found["a"]) for found in record.values()} == {(case.id, case.v, case.a)}
             for name in BLIND:  # round 0 is the same pictures
                 assert record[name]["round_errors"][0] == seeing["round_errors"][0]
+
+
+def test_a_picture_is_drawn_once_however_often_it_is_asked_for():
+    asked = []
+
+    def draw(prompt, seeds):
+        asked.append((prompt, list(seeds)))
+        return [f"{prompt} {seed}" for seed in seeds]
+
+    draw_once = study.once(draw)
+    assert draw_once("a swan", range(2)) == ["a swan 0", "a swan 1"]
+    assert draw_once("a swan", [1, 2]) == ["a swan 1", "a swan 2"] and draw_once("a swan", [0]) == ["a swan 0"]
+    assert draw_once("a tent", [1]) == ["a tent 1"]
+    assert asked == [("a swan", [0, 1]), ("a swan", [2]), ("a tent", [1])]
 
 
 def test_a_killed_study_goes_on_and_has_the_same_records(finished):

@@ -45,6 +45,7 @@ from tiny.judge_study import run_all, shown
 STUDY = Path(__file__).resolve().parent / "cache" / "feedback_study"
 GENERATORS = ("base", "RF")
 ROUNDS = 4
+SEED = 6  # of the cases
 SIZE = 128
 TABLE = "feedback"
 
@@ -191,7 +192,7 @@ def run_cases(args):
     tools = Tools(draw, judge, instruments, args.n, args.readings)
     path = args.out / f"{args.only}.jsonl"
     done = len(whole_records(path))  # without the line that a kill cut short
-    cases = held_out_cases(args.cases + 1, 6, args.split)  # the last one is only shown
+    cases = held_out_cases(args.cases + 1, SEED, args.split)  # the last one is only shown
     for i in tqdm(range(done, args.cases), args.only, args.cases, initial=done):
         # no two cases share a picture's seed
         append_rows(path, [run_case(cases[i], cases[i + 1], i * 1000, tools)])
