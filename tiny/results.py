@@ -64,9 +64,7 @@ READING = {
     "Spearman in a group ↑": (itemgetter("order"), 2),
     "seconds a picture ↓": (itemgetter("seconds"), 3),
 }
-GRADIENTS = {"agreement with other steps ↑": (itemgetter("agreement"), 3)}
-TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING,  # others have COLUMNS
-          "gradients": GRADIENTS}
+TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING}  # others have COLUMNS
 WATCHED = (10, 20, 30, 60, 100)  # steps at which recipes are compared
 SEEING = "feedback"  # what the controls of textual feedback are compared with
 UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
