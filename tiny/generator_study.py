@@ -56,6 +56,11 @@ class Row:
     after: str = ""  # folder of the row whose adapters it goes on from, by other prompts and noise
     step: int | None = None  # whose adapter counts; None: that of the best one on validation
 
+    @property
+    def suffix(self):
+        """What tells its evaluations and records from those of the same run's best adapter."""
+        return f"_{self.step}" if self.step else ""
+
 
 @dataclass(frozen=True)
 class Cases:
@@ -94,6 +99,7 @@ ROWS = {
         "meter", (*SHORT, "--reward-weights", "meter=1,pickscore=1")),
 }
 BOTH = ROWS["emotion and PickScore"]
+SHIPPED_ROW = "then 60 steps of twice the prompts"  # one of its adapters is the miniature's
 NEW = {
     "base": ROWS["base"],
     "as the paper trains, 60 steps": replace(
@@ -101,10 +107,9 @@ NEW = {
     "Flow-GRPO's loss, else as below": Row("flow", (*LONG, "--loss", "flow-grpo"), (0, 1, 2)),
     "emotion and PickScore, 20 steps": replace(BOTH, step=20),
     "emotion and PickScore": BOTH,
-    "then 60 steps of twice the prompts": Row(
+    SHIPPED_ROW: Row(
         "wide", (*SHORT, "--batch", "32", "--lr-end", "1e-4"), (0, 1, 2), after="both"),
 }
-SHIPPED_ROW = "then 60 steps of twice the prompts"  # one of its adapters is the miniature's
 CANDIDATES = {name: NEW[name] for name in ("base", SHIPPED_ROW)}
 VALIDATION = "reward_feedback_validation"
 TABLES = {
@@ -168,7 +173,7 @@ def watched(out):
 def evaluation(row, seed, cases):
     """(folder, command) of how a row's generator is measured on Cases."""
     run = folder_of(row.folder, seed)
-    out = run / (f"{cases.folder}_{row.step}" if row.step else cases.folder)
+    out = run / (cases.folder + row.suffix)
     command = [sys.executable, "-m", "evaluation", "run", "--cases", cases.count, "--seed",
                cases.seed, "--split", cases.split, "--judge", JUDGE, "--out", out]
     if row.program == "emotion_network":  # which has drawn the cases
@@ -183,12 +188,13 @@ def best_seed(cases):
         folder, _ = evaluation(row, seed, cases)
         return read_json(folder / "evaluate.json")["results"][row.form]
 
+    row = CANDIDATES[SHIPPED_ROW]
+    enough = figures(CANDIDATES["base"], 0)["content"] - 100 * CONTENT
+
     def rank(seed):
         found = figures(row, seed)
         return found["content"] < enough, found["meter_v_error"] + found["meter_a_error"]
 
-    row = CANDIDATES[SHIPPED_ROW]
-    enough = figures(CANDIDATES["base"], 0)["content"] - 100 * CONTENT
     return min(row.seeds, key=rank)
 
 
@@ -238,7 +244,7 @@ def measure(table, cases, jobs, extra):
     digest = digest_of(DATASET)
     for (name, row, seed), (out, command) in zip(runs, measured, strict=True):
         lines = [shown(command)]
-        run = out.parent.name if row.step is None else f"{out.parent.name}_{row.step}"
+        run = out.parent.name + row.suffix
         if row.flags is not None:
             lines.insert(0, shown(training(row, seed, extra)))
             if row.program == "train_gen":

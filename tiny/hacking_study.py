@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from parts import cli
 from parts.files import open_picture, save_png
 from tiny import results
-from tiny.generator_study import DATASET, JUDGE, LONG, ROWS, Row, folder_of, training
+from tiny.generator_study import DATASET, JUDGE, LONG, ROWS, Row, folder_of, product_of, training
 from tiny.judge_study import digest_of, run_missing, shown
 
 PICTURE = results.DOCS / "hacking.png"
@@ -72,8 +72,8 @@ def study(args, extra):
     # 1. trainings, then evaluations; all arms start from one base
     runs = [(arm, seed) for arm, (row, _) in ARMS.items() for seed in row.seeds]
     trainings = {(arm, seed): training(ARMS[arm][0], seed, extra) for arm, seed in runs}
-    run_missing([(run_of(*run), Path("adapter/adapter_config.json"), [command])
-                 for run, command in trainings.items()], args.jobs, "generators")
+    run_missing([(run_of(arm, seed), product_of(ARMS[arm][0]), [command])
+                 for (arm, seed), command in trainings.items()], args.jobs, "generators")
     steps = range(args.every, int(LONG[1]) + 1, args.every)
     kept = [(*run, step) for run in runs for step in steps if adapter_of(*run, step).exists()]
     points = [(*runs[0], 0), *kept]
