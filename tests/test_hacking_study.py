@@ -21,7 +21,7 @@ def test_an_arm_is_measured_at_every_adapter_it_kept_and_drawn(tmp_path, monkeyp
     for module, name, value in (
             (generator_study, "DATASET", tmp_path / "dataset"), (generator_study, "STUDY", tmp_path / "study"),
             (hacking_study, "DATASET", tmp_path / "dataset"),
-            (hacking_study, "JUDGE", train_judge.TINY), (generator_study, "JUDGE", train_judge.TINY),
+            (generator_study, "JUDGE", train_judge.TINY),
             (generator_study, "EVERY", 1), (hacking_study, "ARMS", arms), (hacking_study, "LONG", length),
             (hacking_study, "PICTURE", tmp_path / "hacking.png"), (results, "RECORDS", tmp_path)):
         monkeypatch.setattr(module, name, value)

@@ -13,20 +13,19 @@ go to train_gen.py. A killed study goes on where it was; the cases go to docs/re
 """
 
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from parts import cli
 from parts.files import open_picture, save_png
-from tiny import results
-from tiny.generator_study import DATASET, JUDGE, LONG, ROWS, Row, folder_of, product_of, training
+from tiny import generator_study, results
+from tiny.generator_study import DATASET, LONG, ROWS, Cases, Row, folder_of, product_of, training
 from tiny.judge_study import digest_of, run_missing, shown
 
 PICTURE = results.DOCS / "hacking.png"
 TABLE = "hacking"
-EVALUATED = Path("evaluation", "evaluate.json")
 ARMS = {  # name: (row as in the generator's study, colour in the plot)
     "emotion, β 0": (ROWS["emotion only"], (200, 40, 40)),
     "emotion + PickScore, β 0.002": (ROWS["emotion and PickScore"], (30, 90, 200)),
@@ -58,14 +57,11 @@ def adapter_of(arm, seed, step):
     return run_of(arm, seed) / "adapters" / f"{step:08d}"
 
 
-def evaluation(arm, seed, step, args):
-    """(folder, product, commands) of what is measured of a run after `step`."""
-    out = run_of(arm, seed) / f"step{step}"
-    command = [sys.executable, "-m", "evaluation", "run", "--split", "validation", "--cases",
-               args.cases, "--forms", "numbers", "--judge", JUDGE, "--out", out / EVALUATED.parent]
-    if step:
-        command += ["--adapter", adapter_of(arm, seed, step)]
-    return out, EVALUATED, [command]
+def evaluation(arm, seed, step, cases):
+    """(folder, command) of how Cases are measured of a run after `step`; 0: of the base."""
+    row = ARMS[arm][0]
+    row = replace(row, step=step) if step else replace(row, flags=None)
+    return generator_study.evaluation(row, seed, cases)
 
 
 def study(args, extra):
@@ -77,15 +73,16 @@ def study(args, extra):
     steps = range(args.every, int(LONG[1]) + 1, args.every)
     kept = [(*run, step) for run in runs for step in steps if adapter_of(*run, step).exists()]
     points = [(*runs[0], 0), *kept]
-    run_missing([evaluation(*point, args) for point in points], args.jobs, "evaluations")
+    cases = Cases({}, args.cases, 0, "evaluation_hacking", "validation")
+    measured = [evaluation(*point, cases) for point in points]
+    run_missing([(out, "evaluate.json", [command]) for out, command in measured], args.jobs, TABLE)
 
     # 2. records
-    for arm, seed, step in points:
-        out, _, commands = evaluation(arm, seed, step, args)
-        lines = [shown(trainings[arm, seed]), *map(shown, commands)]
+    for (arm, seed, step), (out, command) in zip(points, measured, strict=True):
+        lines = [shown(trainings[arm, seed]), shown(command)]
         name = f"{run_of(arm, seed).name}_step{step}"
-        results.add_run(TABLE, f"{arm}|{step}" if step else "base|0", name, seed,
-                        out / EVALUATED.parent, "numbers", lines, digest_of(DATASET))
+        results.add_run(TABLE, f"{arm}|{step}" if step else "base|0", name, seed, out, "numbers",
+                        lines, digest_of(DATASET))
 
     # 3. the picture: curves, and what the watched prompts look like
     curves = draw_curves(points_of(results.rows_of(TABLE)))
