@@ -90,4 +90,16 @@ def test_recipes_are_means_over_their_seeds_at_the_steps_that_all_have(folder):
         {"run": "a0", "recipe": "a", "passes": 36, "seconds": [1.0, 0.5], "evaluations": [[10, 1.0, 1.5, 0.75], [20, 0.5, 1.0, 0.5]]},
         {"run": "a1", "recipe": "a", "passes": 36, "seconds": [2.0, 0.5], "evaluations": [[10, 1.0, 0.5, 0.25]]},
         {"run": "tried", "evaluations": []}])
-    assert results.table_of("recipes").splitlines()[2:] == ["| a | 2 | 36 | 2.00 | 2.00 (50) | – | – | – | – |"]
+    assert results.table_of("recipes").splitlines()[2:] == ["| a | 2 | 36 | 2.00 | 2.00 (50) | – | – | – | – | – |"]
+
+
+def test_a_recipe_is_said_to_be_as_good_as_the_papers_end_from_its_first_such_step_on(folder):
+    write_rows(folder / "records" / "recipes.jsonl", [
+        {"run": "paper", "recipe": "as the paper trains", "passes": 100, "seconds": [1.0, 1.0],
+         "evaluations": [[0, 2.0, 2.0, 1.0], [10, 1.0, 1.5, 1.0], [20, 1.0, 1.0, 1.0]]},
+        {"run": "soon", "recipe": "soon", "passes": 50,  # without seconds: not on the GPU that the others ran on
+         "evaluations": [[0, 2.0, 2.0, 1.0], [10, 1.0, 0.5, 1.0], [20, 1.0, 1.5, 1.0]]},
+        {"run": "late", "recipe": "late", "passes": 50, "seconds": [1.0, 1.0], "evaluations": [[0, 2.0, 2.0, 1.0]]}])
+    paper, soon, late = results.table_of("recipes").splitlines()[2:]
+    assert paper.endswith("| step 20, 2,000 passes |") and late.endswith("| – |")
+    assert soon.startswith("| soon | 1 | 50 | – | 1.50 (100) |") and soon.endswith("| step 10, 500 passes |")

@@ -16,6 +16,7 @@ compares rows of the table NAME case by case, feedback_rounds follows feedback o
 recipes follows trainings over their steps.
 """
 
+import math
 import re
 import statistics
 import sys
@@ -65,6 +66,7 @@ READING = {
     "seconds a picture ↓": (itemgetter("seconds"), 3),
 }
 TABLES = {"judge": JUDGE, "control": CONTROL, "reading": READING}  # others have COLUMNS
+PAPER = "as the paper trains"  # a recipe; the table says how soon others are where it ends
 WATCHED = (10, 20, 30, 60, 100)  # steps at which recipes are compared
 SEEING = "feedback"  # what the controls of textual feedback are compared with
 UNSETTLED = 0.5  # loss of a round's best picture above which its prompt should change
@@ -244,26 +246,39 @@ def recipes_table():
     """Markdown of how far recipes of reward feedback get in how many steps, on watched rows.
 
     A record is a run: its recipe, the passes of the MMDiT that a picture takes in a step, seconds
-    of rollout and update, and [step, V-Error, A-Error, content] of its evaluations.
+    of rollout and update if the GPU's, and [step, V-Error, A-Error, content] of its evaluations.
     """
     recipes = {}
     for record in read_records(RECORDS / "recipes.jsonl"):
         if "recipe" in record:
             recipes.setdefault(record["recipe"], []).append(record)
+    paper = evaluations_of(recipes[PAPER]) if PAPER in recipes else {}
+    aim = paper[max(paper)][0] if paper else -math.inf
     lines = [["V-Error + A-Error by the meter (content, %)", "seeds", "passes a step", "s a step",
-              *(f"step {step}" for step in WATCHED)]]
+              *(f"step {step}" for step in WATCHED), "as good as the paper's end"]]
     for recipe, runs in recipes.items():
-        seconds = mean([sum(run["seconds"]) for run in runs])
-        cells = [recipe, len(runs), runs[0]["passes"], f"{seconds:.2f}"]
+        seconds = mean([sum(run["seconds"]) for run in runs if "seconds" in run])
+        passes = runs[0]["passes"]
+        cells = [recipe, len(runs), passes, "–" if math.isnan(seconds) else f"{seconds:.2f}"]
+        evaluations = evaluations_of(runs)
         for step in WATCHED:
-            found = [each for run in runs for each in run["evaluations"] if each[0] == step]
-            if len(found) < len(runs):
-                cells.append("–")
-                continue
-            _, v, a, content = np.mean(found, axis=0)
-            cells.append(f"{v + a:.2f} ({100 * content:.0f})")
+            error, content = evaluations.get(step, (None, None))
+            cells.append("–" if error is None else f"{error:.2f} ({100 * content:.0f})")
+        reached = [step for step, (error, _) in evaluations.items() if error <= aim]
+        cells.append(f"step {reached[0]}, {reached[0] * passes:,.0f} passes" if reached else "–")
         lines.append(cells)
     return cli.markdown(lines)
+
+
+def evaluations_of(runs):
+    """{step: (V-Error + A-Error, content)} at the steps that all runs have, means over the runs."""
+    found = [{each[0]: each[1:] for each in run["evaluations"]} for run in runs]
+    means = {}
+    for step in found[0]:
+        if all(step in own for own in found):
+            v, a, content = np.mean([own[step] for own in found], axis=0)
+            means[step] = v + a, content
+    return means
 
 
 def shown(found, digits):
