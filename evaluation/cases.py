@@ -1,7 +1,7 @@
 """Write the cases that methods are compared on: JSON lines that any method can read.
 
     python -m evaluation cases --out cases.jsonl                     # 1,000 of the miniature
-    python -m evaluation cases --data DATASET --out cases.jsonl      # a dataset's test rows
+    python -m evaluation cases --data DATASET --out cases.jsonl      # all of a dataset's test rows
     python -m evaluation cases --count 8 --grid 5 --out grid.jsonl   # 8 prompts, 5 x 5 targets each
 
 A case is a neutral prompt with a target V and A on 1..9. Its line says the target in the terms of
@@ -9,6 +9,7 @@ the methods that the paper compares with, too. Cases with a `group` are one prom
 targets, drawn from one noise; they measure continuity (section 4.3.1).
 """
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,11 @@ def load_cases(path):
     return parse_lines(path, parse)
 
 
+def digest_of(items):
+    """What tells a list from others, such as cases from those that had the same ids."""
+    return hashlib.sha256(repr(items).encode()).hexdigest()[:16]
+
+
 def held_out_cases(count, seed=0, split="test"):
     """Cases of the miniature, V and A uniform on 1..9.
 
@@ -118,6 +124,12 @@ def pictures_of(folder, cases):
     return paths
 
 
+def digest_of_files(paths):
+    """What tells files from others of the same names, such as pictures that were drawn again: the
+    size and time of each."""
+    return digest_of([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+
+
 def for_others(case, folder="."):
     """A case as a line of a file in `folder`, with the target in the terms of the methods of
     table 1."""
@@ -136,7 +148,7 @@ def for_others(case, folder="."):
 
 def write_cases(args):
     if args.data is None:
-        cases = held_out_cases(args.count, args.seed)
+        cases = held_out_cases(args.count or 1000, args.seed)
     else:
         rows = data.load_rows(args.data, "test")[:args.count]
         cases = [Case(row.id, row.neutral, row.v, row.a, None, row.label, row.image)
@@ -151,8 +163,8 @@ def main(argv):
     parser = cli.parser(__doc__, prog="python -m evaluation cases")
     parser.add_argument("--data", type=Path,
                         help="dataset whose test rows are the cases (default: made scenes)")
-    parser.add_argument("--count", type=cli.integer(1, 1_000_000), default=1000,
-                        help="cases, or prompts with --grid (default: %(default)s)")
+    parser.add_argument("--count", type=cli.integer(1, 1_000_000),
+                        help="cases, or prompts with --grid (default: 1000, or all with --data)")
     parser.add_argument("--grid", type=cli.integer(2, 9), metavar="K",
                         help="each prompt on a K × K grid of V and A, for continuity")
     parser.add_argument("--seed", type=cli.integer(0, 2**31), default=0,

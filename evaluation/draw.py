@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from evaluation.cases import load_cases, pictures_of, seeds_of
+from evaluation.cases import digest_of, digest_of_files, load_cases, pictures_of, seeds_of
 from parts import cli, hub, lora, pipeline, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
@@ -144,17 +144,22 @@ def find_sources(args, cases):
 # The program
 
 
-def open_folder(args, command, cases):
-    """The facts of the run, in OUT/draw.json too. UserError if OUT has pictures of another one."""
+def open_folder(args, command, cases, sources):
+    """Write the facts of the run to OUT/draw.json. UserError if OUT has pictures of another one."""
     facts = {"command": command, "method": args.method, "model": args.model,
              "adapter": args.adapter, "weights": args.weights and str(args.weights),
              "sources": sources_told(args), "form": args.form, "size": args.size,
              "steps": args.sample_steps, "guidance": args.guidance, "seed": args.seed,
-             "cases": str(args.cases), "count": len(cases)}
+             "cases": [str(args.cases), digest_of(cases)], "count": len(cases)}
+    if sources:
+        facts |= {"pictures": digest_of_files(sources.values()), "clip": args.clip}
+    before = claim(args.out / "draw.json", facts, "run of evaluation draw")
+    write_json(args.out / "draw.json", before | facts)
+
+
+def add_facts(args, **facts):
     path = args.out / "draw.json"
-    before = claim(path, facts, "run of evaluation draw")
-    write_json(path, before | facts)
-    return facts
+    write_json(path, read_json(path) | facts)
 
 
 def sources_told(args):
@@ -171,17 +176,18 @@ def draw(args, processes, command):
     cases = load_cases(args.cases)
     sources = find_sources(args, cases) if method.edits else {}
     given = cases_of(cases, args.form, sources)
-    facts = open_folder(args, command, cases) if processes.first else None
+    if processes.first:
+        open_folder(args, command, cases, sources)
     processes.wait()
     # Shared before it is asked what is missing, which another process may be drawing by now.
     mine = [i for i in range(processes.rank, len(cases), processes.world)
             if not (args.out / f"{cases[i].id}.png").exists()]
 
     # 2. the pictures
-    billions = None
     if mine:
         model = method.load(args, processes.device)
-        billions = weights.count_parameters(model.network) / 1e9
+        if processes.first:
+            add_facts(args, billions=weights.count_parameters(model.network) / 1e9)
         if args.encoders == "leave":
             own = model.generator if isinstance(model, OurGenerator) else model
             pipeline.encode_and_free(own, [given[i].prompt for i in mine])
@@ -210,11 +216,9 @@ def draw(args, processes, command):
     if processes.first:
         logs = sorted(args.out.glob("seconds_*.jsonl"))
         seconds = [record["seconds"] for path in logs for record in read_records(path)]
-        before = read_json(args.out / "draw.json")
-        facts |= {"seconds": sum(seconds) / max(1, len(seconds)),
-                  "billions": billions or before.get("billions")}
-        write_json(args.out / "draw.json", facts)
-        print(f"{args.out}: {len(cases)} pictures, {facts['seconds']:.2f} s each")
+        each = sum(seconds) / max(1, len(seconds))
+        add_facts(args, seconds=each)
+        print(f"{args.out}: {len(cases)} pictures, {each:.2f} s each")
     processes.wait()
     return 0
 

@@ -7,7 +7,8 @@
 Emo-A is the share of a method's pictures whose class is read as wanted. The head is a logistic
 regression over the unit vectors of CLIP-L/14, by EmoSet-118K's own split: trained on train.json,
 its weight decay chosen on val.json, its accuracy reported on test.json and kept in the file. The
-vectors of each list stay in OUT.vectors, so that a stopped program goes on there.
+vectors of each list stay in OUT.vectors, so that a stopped program goes on there; those of another
+CLIP or of other pictures are refused.
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
@@ -25,9 +26,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+from evaluation.cases import digest_of
+from evaluation.run import stamp
 from parts import cli, clip
 from parts.cli import UserError
-from parts.files import open_picture, write_whole
+from parts.files import claim, open_picture, write_json, write_whole
 from prepare.emoset import read_emoset
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -52,9 +55,7 @@ def pictures_of(args):
 def vectors_of(model, pictures, file, title):
     """Unit vectors [n,P] of the pictures at [(path, class)], from `file` if they are there."""
     if file.exists():
-        vectors = torch.from_numpy(np.load(file))
-        if len(vectors) == len(pictures):
-            return vectors
+        return torch.from_numpy(np.load(file))
     parts = []
     for start in tqdm(range(0, len(pictures), 64), title, unit_scale=64, unit="picture"):
         images = [open_picture(path) for path, _ in pictures[start:start + 64]]
@@ -100,7 +101,11 @@ def train(args):
             raise UserError(f"the {split} pictures, {len(own)}, are of one class at most; expected "
                             f"several of {', '.join(data.EMOTIONS)}")
     model = clip.CLIP.from_pretrained(args.clip, cli.device_of(args.device))
+    paths = [path for own in pictures.values() for path, _ in own]
+    facts = {"clip": stamp(args.clip), "pictures": digest_of(paths)}
     folder = args.out.with_name(args.out.name + ".vectors")
+    claim(folder / "settings.json", facts, "head's vectors")
+    write_json(folder / "settings.json", facts)
     vectors = {split: vectors_of(model, own, folder / f"{split}.npy", split)
                for split, own in pictures.items()}
     classes = {split: torch.tensor([label for _, label in own])
@@ -117,10 +122,10 @@ def train(args):
     tested = accuracy(head, vectors["test"], classes["test"])
 
     # 3. the file
-    facts = {"classes": list(data.EMOTIONS), "clip": args.clip, "weight_decay": decay,
+    about = {"classes": list(data.EMOTIONS), "clip": args.clip, "weight_decay": decay,
              "validation_accuracy": right, "test_accuracy": tested}
     tensors = {"weight": head[0].contiguous(), "bias": head[1]}
-    metadata = {"emotion_head": json.dumps(facts)}
+    metadata = {"emotion_head": json.dumps(about)}
     write_whole(args.out, lambda temporary: save_file(tensors, temporary, metadata))
     print(f"{args.out}: {tested:.1%} of {len(classes['test']):,} test pictures, weight decay "
           f"{decay:g}")

@@ -12,7 +12,6 @@ and nothing else. A generator trained by one judge should not be graded by it al
 twice. Every finished batch is a few lines in the run's folder: the same command goes on from there.
 """
 
-import hashlib
 import re
 import shlex
 import time
@@ -26,7 +25,14 @@ from tqdm import tqdm
 import data
 import feedback
 from evaluation import metrics, tables
-from evaluation.cases import held_out_cases, load_cases, pictures_of, seeds_of
+from evaluation.cases import (
+    digest_of,
+    digest_of_files,
+    held_out_cases,
+    load_cases,
+    pictures_of,
+    seeds_of,
+)
 from parts import cli, clip, hub, lora, pipeline, presets, scorers, weights
 from parts.cli import UserError, integer, number
 from parts.files import (
@@ -57,6 +63,8 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
     "rounds": (3, 3, integer(1, 1000), "rounds of --forms feedback"),
     "n": (8, 8, integer(2, 1000), "pictures a round of --forms feedback"),
     "result": ("best", "best", ("best", "last"), "its best picture of all rounds, or of the last"),
+    "readings": (1, 8, cli.readings, "of --forms feedback: mean of so many answers, or logits, or "
+                 "thought"),
     "questions": (None, None, feedback.QUESTIONS, "JSON file with other questions to the judges"),
     "micro": (20, 20, integer(1, 10_000), "pictures or questions in one forward pass"),
     "seed": (0, 0, integer(0, 2**31), "of the miniature's cases and the noise"),
@@ -66,7 +74,8 @@ SETTINGS = {  # flag: (for photographs, the miniature's, type, help)
 def draw_with(generator, form, args, judge, cases, seeds):
     """PIL images of cases by a generator of ours, which gets the target in one of FORMS.
 
-    args: size, sample_steps, guidance; for feedback rounds, n, result. judge: of pipeline.judge_of.
+    args: size, sample_steps, guidance; for feedback rounds, n, result, readings. judge: of
+    pipeline.judge_of.
     """
     def generate(prompts, seeds):
         pixels = generator.draw(prompts, seeds, args.size, args.sample_steps, args.guidance)
@@ -80,7 +89,7 @@ def draw_with(generator, form, args, judge, cases, seeds):
         rounds = feedback.refine(
             case.neutral, case.v, case.a,
             lambda prompt, seeds: generate([prompt] * len(seeds), seeds), judge,
-            rounds=args.rounds, images_per_round=args.n,
+            rounds=args.rounds, images_per_round=args.n, readings=args.readings,
             seed=seed * args.rounds * args.n)  # so that no two cases share a picture's seed
         r, i = feedback.best_of(rounds, args.result)  # by the judge that rewrites
         images.append(rounds[r].pictures[i].image)
@@ -197,9 +206,9 @@ def open_run(args, command, cases, generator):
 
     Raises UserError if the folder holds another run, so that no two are mixed.
     """
-    digest = hashlib.sha256(repr(cases).encode()).hexdigest()[:16]
     facts = {
-        "name": args.name, "command": command, "cases": [args.cases, digest], "count": len(cases),
+        "name": args.name, "command": command, "cases": [args.cases, digest_of(cases)],
+        "count": len(cases), "size": args.size, "emotion_head": stamp(args.emotion_head),
         "seed": args.seed, "images": args.images and str(args.images), "model": None,
         "adapter": stamp(lora.adapter_in(args.adapter)),
         "judges": {name: stamp(source) for name, source in args.judge.items()},
@@ -208,8 +217,8 @@ def open_run(args, command, cases, generator):
         "keep_pictures": args.keep_pictures or None,  # all or none of a run's
         "billions": args.parameters, "seconds_given": args.seconds, "device": args.device,
         "questions": args.questions}
-    if args.emotion_head:
-        facts["emotion_head"] = stamp(args.emotion_head)
+    if args.images:
+        facts["pictures"] = digest_of_files(pictures_of(args.images, cases))
     if args.images and (args.images / "draw.json").exists():  # of `python -m evaluation draw`
         drawn = read_json(args.images / "draw.json")
         facts["sources"] = drawn.get("sources")  # of an editor's pictures
@@ -219,7 +228,7 @@ def open_run(args, command, cases, generator):
         facts["name"] = args.name or generator.name
         facts["model"] = stamp(args.model)
         facts["billions"] = weights.count_parameters(generator.mmdit) / 1e9
-        for key in ("size", "sample_steps", "guidance", "rounds", "n", "result", "micro"):
+        for key in ("sample_steps", "guidance", "rounds", "n", "result", "readings", "micro"):
             facts[key] = getattr(args, key)
     out = args.out or Path("out/evaluate") / re.sub(r"[^\w.-]+", "_", facts["name"])
     claim(out / "settings.json", facts, "evaluation")

@@ -338,6 +338,10 @@ def table(form, methods, ratings, human, seed):
     if form == "3":
         return preference_table(ratings, seed)
     if form == "6":
+        forms = [method.form for method in methods if method.facts is methods[-1].facts]
+        if len(forms) > 1:
+            raise UserError(f"--form 6: the last run has its target as {' and as '.join(forms)}; "
+                            f"give one of a single form, of `evaluation run --forms {forms[0]}`")
         return human_table(methods[-1], human, seed)
     if form == "7":
         return latency_table(methods)

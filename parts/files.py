@@ -129,11 +129,16 @@ def claim(file, facts, what):
     if not lock(folder / ".lock"):
         raise UserError(f"{folder}: another {what} is writing there; wait for its end, or give "
                         f"another --out")
+    return compared(file, facts, what)
+
+
+def compared(file, facts, what):
+    """As `claim`, of a folder that another process of the same program writes into."""
     before = read_json(file) if file.exists() else facts
     changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
     if changed:
-        raise UserError(f"{folder} holds another {what} ({', '.join(changed)} changed); remove it "
-                        f"or give another --out")
+        raise UserError(f"{file.parent} holds another {what} ({', '.join(changed)} changed); "
+                        f"remove it or give another --out")
     return before
 
 

@@ -94,8 +94,9 @@ def problems_of(raw, split):
             found.append(f"{error}; mend it or remove the line")
     if raw["label"] not in EMOTIONS:
         found.append(f"unknown label {raw['label']!r}; give one of {', '.join(EMOTIONS)}")
-    if raw.get("labels", "true") not in LABELS:
-        found.append(f"unknown labels {raw['labels']!r}; give one of {', '.join(LABELS)}")
+    labels = raw.get("labels", "true")
+    if not isinstance(labels, str) or labels not in LABELS:
+        found.append(f"unknown labels {labels!r}; give one of {', '.join(LABELS)}")
     if split == "test" and "emotional" in raw:
         found.append("a test row with an emotional caption (§4.1); remove the caption")
     return found
@@ -112,10 +113,11 @@ def look_at_row(folder, raw):
 def read_rows(folder):
     """[(split, "file, line number", row)] of a dataset; the row is {} if it is no JSON object.
 
-    One of the two files may be absent: EMOTIC has test rows only. Raises UserError without both.
+    train.jsonl or test.jsonl may be absent: EMOTIC has test rows only. Raises UserError without
+    both. validation.jsonl is a split that only some datasets have.
     """
     rows = []
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         path = imagefolder.file_of(folder, split)
         # an empty file counts as one bad line, an absent one as none
         lines = lines_of(path) or [b""] if path.is_file() else []

@@ -1,5 +1,6 @@
 """Cases: read from files, made, laid over a grid, and written for other methods."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_file_of_cases_says_the_target_in_every_methods_own_terms(tmp_path, ca
         assert row["words"] == data.with_words(case.neutral, case.v, case.a) and f"valence {case.v:.1f}" in row["numbers"]
     ends = [for_others(Case("x", "a lake", v, a))["emoticrafter"] for v, a in ((1, 9), (9, 1))]
     assert ends == [[-3, 3], [3, -3]]
+
+
+def test_all_test_rows_of_a_dataset_are_cases(dataset, tmp_path, monkeypatch, capsys):
+    row = data.load_rows(dataset, "test")[0]
+    many = [dataclasses.replace(row, id=f"row_{i}") for i in range(1001)]  # more than there are cases of made scenes
+    monkeypatch.setattr(data, "load_rows", lambda folder, split: many)
+    assert main(["cases", "--data", str(dataset), "--out", str(tmp_path / "a.jsonl")]) == 0
+    assert "1001 cases" in capsys.readouterr().out
 
 
 def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(dataset, tmp_path):

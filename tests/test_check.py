@@ -47,6 +47,15 @@ def test_a_sound_dataset_is_one_line(spoilt, capsys):
     assert check.main([str(spoilt.folder)]) == 0 and "5 rows, 0 problems" in capsys.readouterr().out
 
 
+def test_validation_rows_are_checked_where_there_are_some(spoilt):
+    row = json.loads((spoilt.folder / "train.jsonl").read_bytes().splitlines()[0])
+    lines = [json.dumps(row | {"id": "watched", "v": 42}), "broken"]
+    (spoilt.folder / "validation.jsonl").write_text("\n".join(lines) + "\n")
+    found = check.check_rows(spoilt.folder, check.read_rows(spoilt.folder))
+    assert len(found) == 3 and all("validation.jsonl, line" in problem for problem in found)
+    assert "got 42" in found[0] and "train.jsonl, line 1, too" in found[1] and "no JSON object" in found[2]
+
+
 def test_a_dataset_in_the_layout_of_imagefolder_is_checked_too(spoilt, dataset, capsys):
     for split in ("train", "test"):
         (spoilt.folder / f"{split}.jsonl").unlink()
@@ -63,6 +72,7 @@ def test_a_dataset_in_the_layout_of_imagefolder_is_checked_too(spoilt, dataset, 
     ("test", {"v": 9.5}, "valence must be a finite number in 1..9, got 9.5; mend"),
     ("train", {"a": None}, "arousal must be a number in 1..9"), ("train", {"label": "joy"}, "unknown label 'joy'; give"),
     ("train", {"labels": "guessed"}, "unknown labels 'guessed'; give one of true, drawn, family"),
+    ("train", {"labels": ["true"]}, "unknown labels ['true']; give one of true, drawn, family"),
     ("train", {"neutral": " "}, "'neutral' is ' ', expected a caption"), ("train", {"emotional": ""}, "'emotional' is ''"),
     ("test", {"emotional": "so sad"}, "a test row with an emotional caption"), ("test", {"id": "a/b"}, "cannot name a file"),
     ("test", {"id": "train_1000001"}, "the id 'train_1000001' is that of {folder}/train.jsonl, line 2, too"),

@@ -73,6 +73,42 @@ def test_a_stopped_run_goes_on_and_says_what_a_picture_took(tmp_path, recorder, 
     assert main([*command, "--seed", "1"]) == 2 and "(seed changed)" in capsys.readouterr().err
 
 
+def test_pictures_of_other_cases_with_the_same_ids_are_not_kept(tmp_path, recorder, capsys):
+    cases = held_out_cases(2)
+    command = ["draw", "--method", "sdxl", "--cases", str(cases_file(tmp_path, cases)), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    cases_file(tmp_path, [replace(case, v=1.0) for case in cases])
+    assert main(command) == 2 and "(cases changed)" in capsys.readouterr().err
+
+
+def test_pictures_edited_from_other_sources_are_not_kept(tmp_path, recorder, capsys):
+    cases = held_out_cases(2)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for case in cases:
+        Image.new("RGB", (64, 64), "red").save(sources / f"{case.id}.png")
+    command = ["draw", "--method", "emoedit", "--weights", str(tmp_path / "w"), "--sources", str(sources),
+               "--cases", str(cases_file(tmp_path, cases)), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert main([*command, "--clip", "another"]) == 2 and "(clip changed)" in capsys.readouterr().err
+    Image.new("RGB", (96, 64), "blue").save(sources / f"{cases[0].id}.png")
+    assert main(command) == 2 and "(pictures changed)" in capsys.readouterr().err
+
+
+def test_the_size_of_the_model_is_kept_by_a_run_that_is_killed_after_its_last_picture(tmp_path, recorder, monkeypatch):
+    command = ["draw", "--method", "flux", "--cases", str(cases_file(tmp_path, held_out_cases(2))), "--out", str(tmp_path / "out")]
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "read_records", killed)  # of the seconds, when all is drawn
+        main(command)
+    recorder.given.clear()
+    assert main(command) == 0 and not recorder.given
+    assert json.loads((tmp_path / "out" / "draw.json").read_text())["billions"] == 3e-9
+
+
 def test_two_processes_share_what_is_missing(tmp_path, recorder):
     cases = held_out_cases(5)
     path = cases_file(tmp_path, cases)

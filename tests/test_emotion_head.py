@@ -54,7 +54,7 @@ def test_a_head_learns_classes_and_keeps_what_it_was_made_of(head):
         facts = json.loads(file.metadata()["emotion_head"])
         assert file.get_tensor("weight").shape[0] == len(data.EMOTIONS) == len(facts["classes"])
     assert facts["test_accuracy"] > 0.9 and facts["clip"] == str(TINY / "clip")
-    assert {path.name for path in (head.parent / "head.safetensors.vectors").iterdir()} == {
+    assert {path.name for path in (head.parent / "head.safetensors.vectors").glob("*.npy")} == {
         f"{split}.npy" for split in emotion_head.SPLITS}
 
 
@@ -62,6 +62,16 @@ def test_vectors_that_are_there_are_not_made_again(head, dataset, monkeypatch, c
     monkeypatch.setattr(clip, "embed_pictures", None)  # would raise
     assert emotion_head.main(["--data", str(dataset), "--clip", str(TINY / "clip"), "--out", str(head), "--device", "cpu"]) == 0
     assert "of 12 test pictures, weight decay" in capsys.readouterr().out
+
+
+def test_vectors_of_another_clip_or_of_other_pictures_are_refused(head, dataset, capsys, monkeypatch):
+    flags = ["--data", str(dataset), "--out", str(head), "--device", "cpu"]
+    assert emotion_head.main([*flags, "--clip", str(TINY / "other_clip")]) == 2
+    assert "holds another head's vectors (clip changed); remove it or give another --out" in capsys.readouterr().err
+    found = emotion_head.pictures_of
+    monkeypatch.setattr(emotion_head, "pictures_of", lambda args: {split: own[::-1] for split, own in found(args).items()})
+    assert emotion_head.main([*flags, "--clip", str(TINY / "clip")]) == 2
+    assert "(pictures changed)" in capsys.readouterr().err
 
 
 def test_emo_a_is_the_share_of_pictures_of_the_wanted_class(head):

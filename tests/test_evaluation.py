@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+import feedback
+import sample
 from evaluation import metrics, run, tables
 from evaluation.__main__ import main
 from evaluation.cases import Case, for_others, grid_of, held_out_cases, seeds_of
 from parts import clip
+from parts.cli import UserError
 from parts.files import write_rows
 from parts.pipeline import TINY, load_generator
 from tests import launch
@@ -185,6 +188,31 @@ def test_feedback_takes_the_best_picture_of_all_rounds_by_the_judge(tmp_path, ca
     assert len(lines(tmp_path / "feedback.jsonl")) == 2
 
 
+def test_feedback_is_chosen_by_as_many_readings_as_sample_py_takes(monkeypatch):
+    asked = []
+
+    def refine(*given, readings, **options):
+        asked.append(readings)
+        return [feedback.Round("", [feedback.Picture(None, 0, feedback.Judgement(), 16.0)], 0, 0, None, None, "", {})]
+
+    monkeypatch.setattr(feedback, "refine", refine)
+    for flags in ([], ["--preset", "paper"], ["--readings", "logits"]):
+        run.draw_with(None, "feedback", run.parse_args(flags), None, held_out_cases(1), [0])
+    assert asked == [8, 1, "logits"] and sample.parse_args(["--v", "5", "--a", "5"]).readings == 8
+
+
+def test_a_run_with_a_head_of_emotions_does_not_go_on_without_it(tmp_path):
+    args = run.parse_args(["--images", str(tmp_path)])
+    args.device = "cpu"
+    args.out = tmp_path / "run"
+    args.judge = {}
+    args.emotion_head = "head.safetensors"
+    run.open_run(args, "", [], None)
+    args.emotion_head = None
+    with pytest.raises(UserError, match=r"\(emotion_head changed\)"):
+        run.open_run(args, "", [], None)
+
+
 def save_pictures(folder, cases, draw=render):
     folder.mkdir()
     for case in cases:
@@ -202,6 +230,9 @@ def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
     turned = [for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
     write_rows(tmp_path / "cases.jsonl", turned)
     assert main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err
+    main(["cases", "--count", "5", "--out", str(tmp_path / "cases.jsonl")])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "FLUX" / f"{cases[3].id}.png")
+    assert main(flags) == 2 and "another evaluation (pictures changed)" in capsys.readouterr().err
     (tmp_path / "FLUX" / f"{cases[3].id}.png").write_bytes(b"broken")
     flags[6] = str(tmp_path / "run2")
     assert main(flags) == 2 and f"{cases[3].id}.png: cannot be read" in capsys.readouterr().err

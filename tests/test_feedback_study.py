@@ -71,6 +71,16 @@ def test_a_killed_study_goes_on_and_has_the_same_records(finished):
     assert path.read_text() == whole and (finished / "feedback_validation.jsonl").read_text() == before
 
 
+def test_cases_of_other_settings_are_not_taken_for_these(finished, capsys):
+    flags = ["--cases", "2", "--n", "2", "--sample-steps", "1", "--out", str(finished)]
+    for other, changed in (((), "split"), (("--split", "validation", "--readings", "1"), "readings")):
+        assert study.main([*flags, *other]) == 2
+        assert f"holds another feedback_study ({changed} changed)" in capsys.readouterr().err
+        assert study.main([*flags, *other, "--only", "base"]) == 2
+        assert f"({changed} changed)" in capsys.readouterr().err
+    assert study.parse_args([]).out != study.parse_args(["--split", "validation"]).out
+
+
 def seen_by(judge, questions):
     """The pictures of each question as the judge behind a Blind one is shown them."""
     seen = []

@@ -62,7 +62,7 @@ def test_a_study_trains_what_is_missing_and_keeps_every_case(folders, capsys):
     new = [record for record in read_records(folders / "records/reward_feedback_new.jsonl") if "row" in record]
     assert [head["run"] for head in new] == ["base_seed0", "more_seed0", "more_seed0_1"]
     assert new[0]["cases"] != heads[0]["cases"] and "--seed 1 --split test" in new[0]["commands"][0]
-    assert "adapters/00000001" in new[2]["commands"][1] and "evaluation_new_1" in new[2]["commands"][1]
+    assert "adapters/00000001" in new[2]["commands"][1] and "evaluation_new_1_of_2" in new[2]["commands"][1]
     shipped = load_file(folders / "shipped" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in shipped.values()} == {torch.bfloat16}
     assert load_generator(TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
@@ -111,6 +111,12 @@ def test_the_shipped_seed_errs_least_on_validation_and_keeps_the_base_s_content(
     assert generator_study.best_seed(cases) == 1
     measured(row, 1, 75.0, 0.6)
     assert generator_study.best_seed(cases) == 2
+
+
+def test_an_evaluation_of_fewer_cases_does_not_stand_for_all():
+    cases = Cases({}, 200, 0, "evaluation")
+    few, _ = generator_study.evaluation(ROWS["base"], 0, replace(cases, count=3))
+    assert few != generator_study.evaluation(ROWS["base"], 0, cases)[0]
 
 
 def test_a_failed_run_is_named(folders, capsys):

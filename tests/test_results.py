@@ -1,6 +1,7 @@
 """The results page holds what the records say."""
 
 import json
+import math
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_a_table_without_records_is_named(folder, capsys):
 
 def test_the_page_of_this_repository_has_what_its_records_say():
     assert results.main(["--check"]) == 0
+
+
+def test_a_case_that_one_seed_could_not_read_counts_by_the_others(folder):
+    columns = {"off": (lambda record: record["off"], 2)}
+    runs = [[{"off": 1.0}, {"off": 0.0}], [{"off": math.nan}, {"off": 0.0}]]
+    assert results.cells_of(runs, columns)[0].startswith("0.50 [")
+    assert results.cells_of([[{"off": math.nan}], [{"off": math.nan}]], columns) == ["nan [nan, nan]"]
 
 
 def test_recipes_are_means_over_their_seeds_at_the_steps_that_all_have(folder):

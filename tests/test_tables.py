@@ -173,6 +173,14 @@ def test_form_6_compares_the_readings_with_the_label_and_with_people(runs, tmp_p
         assert message in capsys.readouterr().err
 
 
+def test_form_6_asks_for_a_run_of_one_form(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", "ours", records([(1, 1)] * 3))
+    (folder / "words.jsonl").write_text((folder / "images.jsonl").read_text())
+    path = write_ratings(tmp_path / "r.csv", [("ann", "c0", "images", 5, 5, 3, "")])
+    assert main(["table", str(folder), "--form", "6", "--human", str(path)]) == 2
+    assert "the last run has its target as images and as words; give one of a single form" in capsys.readouterr().err
+
+
 def test_form_3_counts_preferences_and_averages_quality(tmp_path, capsys):
     rows = [(rater, f"c{i}", method, 5, 5, quality, int((method == "ours") == (i != 0)))
             for i in range(4) for rater in ("ann", "bob") for method, quality in (("FLUX", 3), ("ours", 4))]

@@ -14,8 +14,8 @@ generator, the base and the one after reward feedback (RF), a picture is chosen 
 
 All start from the same noise, so round 0 is the same pictures. The judge chooses, and sees for it;
 the meter and the examiner of content, which take no part, say how good the choice was. A killed
-study goes on with the next case; the cases lie in tiny/cache/feedback_study, then in
-docs/records/feedback.jsonl.
+study goes on with the next case; the cases lie in tiny/cache/feedback_study (of validation in
+tiny/cache/feedback_study_validation), then in docs/records/feedback.jsonl.
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C ends in one line
@@ -36,7 +36,7 @@ import feedback
 from evaluation import run as evaluation
 from evaluation.cases import held_out_cases
 from parts import cli, clip
-from parts.files import append_rows, read_records, whole_records
+from parts.files import append_rows, claim, compared, read_records, whole_records, write_json
 from parts.pipeline import TINY, judge_of, load_generator, load_judge, to_images
 from tiny import results, scenes
 from tiny.examiner import Examiner
@@ -176,6 +176,13 @@ def run_case(case, another, seed, tools):
     return found
 
 
+def facts_of(args):
+    """What cases depend on besides their number: no two of these may be mixed in a file."""
+    flags = ("split", "n", "readings", "sample_steps")
+    return {name: getattr(args, name) for name in flags} | {
+        "judge": evaluation.stamp(args.judge), "adapter": evaluation.stamp(args.adapter)}
+
+
 def run_cases(args):
     """One generator: append the missing cases to its file."""
     generator = load_generator(TINY, adapter=args.adapter if args.only == "RF" else None)
@@ -190,6 +197,8 @@ def run_cases(args):
     model = load_judge(args.judge, "cpu", SIZE)
     judge = judge_of(model, max_new_tokens=feedback.REWRITE_LIMIT, progress=False)
     tools = Tools(draw, judge, instruments, args.n, args.readings)
+    settings = args.out / args.only / "settings.json"
+    write_json(settings, claim(settings, facts_of(args), STUDY.name))
     path = args.out / f"{args.only}.jsonl"
     done = len(whole_records(path))  # without the line that a kill cut short
     cases = held_out_cases(args.cases + 1, SEED, args.split)  # the last one is only shown
@@ -216,11 +225,14 @@ def parse_args(argv=None):
         help="steps of the sampler (default: %(default)s)")
     add("--judge", type=Path, default=TINY / "judge", help="folder of the judge")
     add("--adapter", type=Path, default=TINY / "adapter", help="folder of the adapter of RF")
-    add("--out", type=Path, default=STUDY, help="folder of the study (default: %(default)s)")
+    add("--out", type=Path, help=f"folder of the study (default: {STUDY}, or {STUDY}_validation)")
     add("--jobs", type=cli.integer(1, 1000), default=2,
         help="runs at a time (default: %(default)s)")
     add("--only", choices=GENERATORS, help="run the cases of one generator, no table")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.out is None:
+        args.out = STUDY if args.split == "test" else STUDY.with_name(f"{STUDY.name}_{args.split}")
+    return args
 
 
 def command_of(args, generator):
@@ -235,6 +247,8 @@ def study(args):
         return run_cases(args)
     # 1. a process for each generator whose cases are not complete
     files = {name: args.out / f"{name}.jsonl" for name in GENERATORS}
+    for name in GENERATORS:
+        compared(args.out / name / "settings.json", facts_of(args), STUDY.name)
     run_all([(args.out / name, [command_of(args, name)]) for name, file in files.items()
              if len(read_records(file)) < args.cases], args.jobs, "feedback")
 

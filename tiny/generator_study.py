@@ -173,7 +173,7 @@ def watched(out):
 def evaluation(row, seed, cases):
     """(folder, command) of how a row's generator is measured on Cases."""
     run = folder_of(row.folder, seed)
-    out = run / (cases.folder + row.suffix)
+    out = run / f"{cases.folder}{row.suffix}_of_{cases.count}"  # fewer, in a trial, lie beside
     command = [sys.executable, "-m", "evaluation", "run", "--cases", cases.count, "--seed",
                cases.seed, "--split", cases.split, "--judge", JUDGE, "--out", out]
     if row.program == "emotion_network":  # which has drawn the cases

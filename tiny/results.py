@@ -20,6 +20,7 @@ import math
 import re
 import statistics
 import sys
+import warnings
 from operator import itemgetter
 from pathlib import Path
 
@@ -158,9 +159,16 @@ def cells_of(runs, columns):
         if figure(runs[0][0]) is None:
             cells.append("–")
             continue
-        values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n]
-        cells.append(shown(estimate(values.mean(axis=0), mean, samples), digits))
+        cells.append(shown(estimate(means_of(runs, figure), mean, samples), digits))
     return cells
+
+
+def means_of(runs, figure):
+    """A figure of each case [n] or [n,·], the mean over the runs in which it could be read."""
+    values = np.array([[figure(record) for record in records] for records in runs])  # [runs,n,·]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where it could be read in none, NaN stays
+        return np.nanmean(values, axis=0)
 
 
 def correlations(runs):
@@ -176,7 +184,7 @@ def correlations(runs):
 def by_case(runs, figure):
     """A figure of each case [n], the mean over a row's runs, in the order of the cases' names."""
     ordered = [sorted(records, key=itemgetter("id")) for records in runs.values()]
-    return np.array([[figure(record) for record in records] for records in ordered]).mean(axis=0)
+    return means_of(ordered, figure)
 
 
 def pairs_of(rows):
