@@ -88,7 +88,7 @@ def conversation(system, images, text):
 
 def ask(task, image):
     """The conversation that puts one of TASKS to the judge about a PIL image."""
-    return conversation(PROMPTS["system"], [image], PROMPTS[task])
+    return conversation(fill(PROMPTS["system"]), [image], fill(PROMPTS[task]))
 
 
 def ask_compare(request, prompt, v, a, best, worst, why=None):
@@ -99,7 +99,8 @@ def ask_compare(request, prompt, v, a, best, worst, why=None):
     text = fill(PROMPTS["compare"], request=request, prompt=prompt, v=v, a=a,
                 best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2],
                 v_miss=miss(best[1], v), a_miss=miss(best[2], a))
-    return conversation(PROMPTS["feedback_system"], [best[0], worst[0]], text + once_more(why))
+    system = fill(PROMPTS["feedback_system"])
+    return conversation(system, [best[0], worst[0]], text + once_more(why))
 
 
 def miss(judged, wanted):
@@ -113,7 +114,7 @@ def miss(judged, wanted):
 def ask_rewrite(request, v, a, why=None):
     """The conversation that asks for a first prompt at (v, a): the VA-change task of Table 9."""
     text = fill(PROMPTS["rewrite"], request=request, v=v, a=a)
-    return conversation(PROMPTS["feedback_system"], [], text + once_more(why))
+    return conversation(fill(PROMPTS["feedback_system"]), [], text + once_more(why))
 
 
 def once_more(why):
@@ -351,6 +352,8 @@ def refine_rounds(prompt, v, a, generate, judge, rounds=3, images_per_round=8, o
         # 3. Line 8: the best and the worst picture.
         best = losses.index(min(losses))
         worst = losses.index(max(losses))
+        if worst == best:  # all are alike: still two pictures are compared
+            worst = len(losses) - 1
         last = number + 1 == rounds or losses[best] <= options.tolerance
 
         # 4. Line 9, equation 4, the gradient, and line 10, equation 5, the update: one answer holds

@@ -580,14 +580,14 @@ class QwenVL(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=None, build=weights.build):
         """A folder or hub id of Qwen2.5-VL, or of an adapter, merged into the model it names.
 
-        Both published naming schemes are read. build: what makes and fills the model, such as
-        sharding.build. Raises UserError.
+        Both published naming schemes are read. build: as in parts/sharding.py. Raises UserError.
         """
         folder = Path(weights.find(source))
         base = lora.base_of(folder)
         if base is not None:
             model = cls.from_pretrained(base, device, dtype, build)
             lora.load_lora(folder, model, model.lora_targets())
+            model.processor.take_image_config(folder, model.config)
             return model
         entries = weights.renamed(weights.index(folder), layouts.QWEN_NEWER)
         config = QwenVLConfig(**layouts.qwen_fields(folder, len(entries)))

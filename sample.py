@@ -123,12 +123,15 @@ def complete(args, refuse):
         refuse("--play: shows its pictures in a browser; leave out --grid, --out and --json")
     if not (args.play or args.grid) and (args.v is None or args.a is None):
         refuse("give a target: --v and --a, each 1..9 (or --grid 5 for the whole plane)")
+    if args.grid and not (args.v is None and args.a is None):
+        refuse("--grid: has all targets of the plane; leave out --v and --a")
     if args.adapter and args.no_adapter:
         refuse("--adapter and --no-adapter: give one of them")
     args.n = args.n or (8 if args.rounds > 1 else 4 if args.play else 1)
     if (args.rounds > 1 or args.play) and args.n < 2:
         refuse(f"--n {args.n}: expected 2 or more, as feedback compares the best and the worst")
     preset = PRESETS[args.preset]
+    unlike = ["no-adapter" if args.no_adapter else args.adapter]  # the usual, told by the folder
     # The preset's adapter changes the preset's own generator and fits no other.
     if not (args.adapter or args.no_adapter or args.model):
         args.adapter = preset["adapter"]
@@ -148,8 +151,9 @@ def complete(args, refuse):
         name = f"grid{args.grid}" if args.grid else f"v{args.v:g}_a{args.a:g}"
         name += f"_seed{args.seed}"
         if args.prompt != DEFAULT_PROMPT:  # a folder for each prompt
-            name += "_" + re.sub(r"\W+", "-", args.prompt.lower()).strip("-")[:40]
-        args.out = Path("out") / name
+            unlike.append(args.prompt)
+        words = [re.sub(r"\W+", "-", text.lower()).strip("-")[:40] for text in unlike if text]
+        args.out = Path("out") / "_".join([name, *words])
     return args
 
 
@@ -275,7 +279,10 @@ def draw(generator, args, prompts, seeds, progress=STEPS):
 def draw_row(generator, args, targets):
     """{prompt: PIL image} of a row of a grid, all of one seed: only the emotion differs."""
     prompts = [data.TARGET_FORMS[args.form](args.prompt, v, a) for v, a in targets]
-    images = draw(generator, args, prompts, [args.seed] * len(prompts))
+    images = []
+    for start in range(0, len(prompts), args.micro):
+        batch = prompts[start:start + args.micro]
+        images += draw(generator, args, batch, [args.seed] * len(batch))
     return dict(zip(prompts, images, strict=True))
 
 
@@ -323,7 +330,7 @@ def name_emotion(args, facts, cell, best_round, judge):
 def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     args = parse_args(argv)
-    kept = "" if args.play else f"; the rounds and pictures finished so far are kept in {args.out}"
+    kept = "" if args.play else f"; what was finished lies in {args.out}"
     return cli.run_program(partial(run, args), f"stopped{kept}")
 
 

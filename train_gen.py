@@ -23,7 +23,6 @@ import random
 import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ import data
 import feedback
 import flow_grpo
 import grpo
-from evaluation.metrics import spearman
+from evaluation.metrics import mean, spearman
 from parts import checkpoints, cli, clip, hub, lora, own_reward, pipeline, presets, scorers, weights
 from parts import run as training
 from parts.cli import UserError, integer, number
@@ -56,7 +55,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "skip_last": (1, 1, integer(0, 999), "of the T steps so many at the end are not trained"),
     "window": (0, 4, integer(0, 1000), "so many steps are stochastic and trained; 0: all"),
     "window_within": (0, 4, integer(0, 1000), "and lie within the first so many; 0: anywhere"),
-    "step_weights": ("equal", "noise", ("equal", "noise"), "noise: all noise levels have a say"),
+    "step_weights": ("equal", "noise", ("equal", "noise"), "of flow-grpo; noise: all levels count"),
     "group_start": ("own", "shared", ("own", "shared"),
                     "shared: a group is one picture up to the window"),
     "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
@@ -70,7 +69,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "lr": (3e-4, 2e-3, number(0, 1), "[--learning-rate] learning rate at the start"),
     "lr_end": (3e-4, 2e-4, number(0, 1), "and at the end, linear in between"),
     "beta": (0.1, 2e-3, number(0, 1000), "weight of the KL to the base model"),
-    "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio"),
+    "clip": (1e-4, 1e-4, number(0, 1), "range of the ratio, of flow-grpo"),
     "advantage_std": ("group", "global", ("group", "global"), "std that advantages are divided by"),
     "updates": (1, 1, integer(1, 100), "updates in a step, each by a share of its pictures"),
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
@@ -261,11 +260,11 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     of the chunks.
 
     advantages [n]. check: see `training.check_ratio`. Returns ({metric: sum over this process's
-    picture-steps}, greatest |ratio − 1| before the first update, mean norm of the gradients).
+    picture-steps}, greatest |ratio − 1| before the first update or None, mean norm of the gradients).
     """
     trained = optimizer.param_groups[0]["params"]
     sums = {"loss": 0.0, "picture_steps": 0}
-    deviation = 0.0
+    deviation = None
     norms = []
     for turn in range(args.updates):
         share = [chunk for chunk in chunks if chunk.indices[0] % args.updates == turn]
@@ -281,11 +280,12 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
                 loss.backward()
                 # 2. metrics, still as tensors: reading a number would wait for the GPU
                 sums["loss"] += loss.detach().double() / args.updates
-                deviations.append(metrics.pop("ratio_max_deviation", torch.zeros(())))
+                if "ratio_max_deviation" in metrics:  # finite differences have no ratio
+                    deviations.append(metrics.pop("ratio_max_deviation"))
                 for name, value in metrics.items():
                     sums[name] = sums.get(name, 0.0) + value.double() * len(chunk.indices)
         # 3. before the first update the ratio must be 1
-        if turn == 0:
+        if turn == 0 and deviations:
             deviation = float(torch.stack(deviations).max())
             if check:
                 training.check_ratio(deviation, args.mismatch, processes)
@@ -366,7 +366,7 @@ def evaluate(models, rows, args, run, step):
     small = [(i, image.resize((128, 128))) for i, image in zip(mine, images) if i < 6]
     small = sorted(processes.gather(small), key=lambda pair: pair[0])
     run.save_pictures(step, [picture for _, picture in small])
-    return {f"eval_{name}": float(np.nanmean(values)) for name, values in gathered.items()}
+    return {f"eval_{name}": mean(values) for name, values in gathered.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,15 +376,18 @@ def evaluate(models, rows, args, run, step):
 def train(args, processes):
     """Train the adapter, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, models with a new adapter
-    if branch_of(args) > 1 and args.batch % processes.world:
-        raise UserError(f"--group-start shared: a group lies on one process, so --batch "
-                        f"{args.batch} must be a multiple of the {processes.world} processes")
+    training.check_shares(args.batch * args.group, "--batch × --group", processes)
+    if branch_of(args) > 1:  # a group lies on one process
+        training.check_shares(args.batch, "--group-start shared, --batch", processes)
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
+    if len(held_out) < processes.world:
+        raise UserError(f"--eval-rows: {len(held_out)} validation rows for {processes.world} "
+                        f"processes, of which each evaluates one at least")
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
               lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore),
               scorers.files_of(args.scorer))
-    settings = vars(args) | {"rows": data.digest(rows), "own": own_reward.digest(args.reward),
+    settings = vars(args) | {"rows": data.digest(rows), "reward_function": own_reward.digest(args.reward),
                              "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
@@ -517,13 +520,15 @@ def summary(rewards, sums, deviation, norm, processes):
     means = {names.get(name, name): float(part.nanmean()) for name, part in rewards.items()}
     if "judge_v_error" in rewards:
         means["unreadable"] = float(rewards["judge_v_error"].isnan().double().mean())
+    if deviation is not None:
+        means["ratio_max_deviation"] = max(processes.gather([deviation]))
     spread = rewards["total"].std(dim=1)
     n = processes.total(sums)
     return {"loss": n["loss"] / processes.world, **means, "reward_std": float(spread.mean()),
             "zero_spread": float((spread < 1e-6).double().mean()),  # groups without advantages
             **{name: total / n["picture_steps"] for name, total in n.items()
                if name not in ("loss", "picture_steps")},  # ratio, clip_fraction, kl
-            "ratio_max_deviation": max(processes.gather([deviation])), "grad_norm": norm}
+            "grad_norm": norm}
 
 
 def parse_args(argv=None):
@@ -536,9 +541,12 @@ def parse_args(argv=None):
     args = presets.parse_settings(parser, SETTINGS, argv)
     args.scorer = scorers.chosen(args.scorer, args.reward_weights)
     branch = branch_of(args)
-    if args.group_start == "shared" and (args.group % args.updates or args.micro % branch):
-        parser.error(f"--group-start shared: --group {args.group} must be a multiple of --updates, "
-                     f"and --micro {args.micro} one of {branch}, a group's pictures in an update")
+    if args.group_start == "shared" and args.group % args.updates:
+        parser.error(f"--group-start shared: --group {args.group} must be a multiple of --updates "
+                     f"{args.updates}")
+    if args.group_start == "shared" and args.micro % branch:
+        parser.error(f"--group-start shared: --micro {args.micro} must be a multiple of {branch}, "
+                     f"a group's pictures in an update")
     if args.loss == "difference" and branch == 1:
         parser.error("--loss difference compares pictures of one start: give --group-start shared")
     trained = args.sde_steps - args.skip_last
@@ -548,6 +556,12 @@ def parse_args(argv=None):
     for name, most in limits.items():
         if getattr(args, name) > most:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at most {most}")
+    if args.window_within and not args.window:
+        parser.error(f"--window-within {args.window_within}: --window is 0, so all steps are "
+                     f"trained; give --window, or --window-within 0")
+    if "meter" in args.reward_weights and args.preset != "tiny":
+        parser.error(f"--reward-weights meter: only the miniature has one, not --preset "
+                     f"{args.preset}")
     for name, flag in (("emotion", "judge"), ("pickscore", "pickscore")):
         if name in args.reward_weights and getattr(args, flag) == "none":
             parser.error(f"--{flag} none, but --reward-weights has {name}: leave it out there")

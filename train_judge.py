@@ -38,7 +38,7 @@ from evaluation.metrics import label_floor
 from parts import checkpoints, cli, hub, lora, presets, sharding, weights
 from parts import run as training
 from parts.cli import integer, number
-from parts.files import open_picture
+from parts.files import MOST_PIXELS, open_picture
 
 TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
@@ -70,7 +70,8 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "max_grad_norm": (1.0, 1.0, number(0, 1e9), "the gradient is scaled down to this norm"),
     "mismatch": (MISMATCH, MISMATCH, cli.weights_of(MISMATCH),
                  "most that sampling and training may differ: |Δ log p|, share of far tokens"),
-    "max_pixels": (512 * 512, 128 * 128, integer(28 * 28, 10**9), "larger pictures are shrunk"),
+    "max_pixels": (512 * 512, 128 * 128, integer(28 * 28, MOST_PIXELS),
+                   "larger pictures are shrunk"),
     "lora_rank": (64, 16, integer(1, 4096), "of the adapter (--lora)"),
     "lora_alpha": (128.0, 32.0, number(0, 1e6), "scale of the adapter (--lora)"),
     "eval_every": (200, 0, integer(0, 10**9), "steps between evaluations; 0: only in the end"),
@@ -281,7 +282,9 @@ def show_figures(args, processes):
         print(cli.markdown([figures, [f"{figure:.3f}" for figure in figures.values()]]))
         print("V {v_error:.2f}, A {a_error:.2f}; the labels allow at best V {v_floor:.2f}, "
               "A {a_floor:.2f}".format(**figures))
-        print(json.dumps({"model": args.model, "pictures": len(rows), **figures}))
+        # JSON has no NaN, which an error is if no answer could be read
+        plain = {name: None if math.isnan(figure) else figure for name, figure in figures.items()}
+        print(json.dumps({"model": args.model, "pictures": len(rows), **plain}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,7 +301,9 @@ def load_judge(args, processes):
     if args.lora and not args.evaluate:
         torch.manual_seed(args.seed)
         lora.add_lora(model, model.lora_targets(), args.lora_rank, args.lora_alpha)
-    model.processor.image = replace(model.processor.image, max_pixels=args.max_pixels)
+    limits = model.processor.image
+    model.processor.image = replace(limits, max_pixels=args.max_pixels,
+                                    min_pixels=min(limits.min_pixels, args.max_pixels))
     model.checkpointing = args.checkpointing
     return model
 
@@ -333,6 +338,7 @@ def export(model, folder, args, processes):
 def train(args, processes):
     """Train the judge, from the last checkpoint on if there is one. Returns the exit code."""
     # rows, the run's folder, the model and its reference
+    training.check_shares(args.batch, "--batch", processes)
     rows = data.load_rows(args.data, "train")
     held_out = data.load_rows(args.data, "validation")[:args.eval_rows]
     args.steps = args.steps or math.ceil(args.epochs * len(rows) * len(args.tasks) / args.batch)

@@ -12,9 +12,9 @@ then to 16 tokens made of arousal, then to 16 made of valence; what comes out is
 embeddings. SDXL's pooled vector, and the empty prompt of its guidance, stay as they are.
 
 Names, shapes, steps, guidance and size are those of the authors' program (github.com/idvxlab/
-EmotiCrafter), which leaves out the file of GPT-2's settings: heads, epsilon and GELU are GPT-2's
-own. Two things there are easily taken for mistakes here: the cross-attentions add to the normalised
-stream, and no attention is causal. Left out: training.
+EmotiCrafter), heads, epsilon and GELU those of its config.json, GPT-2's own. Two things there are
+easily taken for mistakes here: the cross-attentions add to the normalised stream, and no attention
+is causal. Left out: training.
 
 Shapes: B prompts, L tokens (77), S tokens attended to, D width (768), H heads.
 """

@@ -34,7 +34,7 @@ from bench.counter import size_of
 from bench.step_parts import ANSWER, GENERATORS, JUDGES, SCORERS, Part
 from parts import cli
 from parts.cli import UserError, integer, number
-from parts.pipeline import PAPER, READ_AT_ONCE
+from parts.pipeline import PAPER, PROMPTS_KEPT, READ_AT_ONCE
 from parts.presets import FAST
 from parts.run import KEEP
 
@@ -123,8 +123,9 @@ def parse_args(argv=None):
     parser = cli.parser(__doc__, parents=[what])
     if of_judge and changed:
         parser.error("--preset fast: only the generator's training has one")
-    parser.add_argument("--gpus", type=gpu_counts, default=(1, 8, 64),
-                        help="numbers of GPUs to plan for (default: 1,8,64)")
+    counts = (1, 8, 32) if changed else (1, 8, 64)
+    parser.add_argument("--gpus", type=gpu_counts, default=counts,
+                        help=f"numbers of GPUs to plan for (default: {cli.shown(counts)})")
     parser.add_argument("--efficiency", type=number(0.01, PRODUCT), default=0.2,
                         help="share of an H100's data sheet FLOP/s that a whole training step "
                              "reaches; 0.18 to 0.2 by what others publish (default: 0.2)")
@@ -217,6 +218,12 @@ class GeneratorPlan:
                 raise UserError(f"--gpus {gpus}: the {pictures} pictures of a step (--batch "
                                 f"{args.batch} × --group {args.group}) cannot be shared by "
                                 f"{gpus}; choose a divisor")
+            if args.group_start == "shared" and args.batch % gpus:
+                raise UserError(f"--gpus {gpus}: with --group-start shared a group lies on one of "
+                                f"them, so --batch {args.batch} must be a multiple")
+        if args.group_start == "shared" and args.micro % args.group:
+            raise UserError(f"--micro {args.micro}: with --group-start shared expected a multiple "
+                            f"of --group {args.group}")
         trained = args.sde_steps - args.skip_last
         limits = {"skip_last": args.sde_steps - 1, "window_within": trained,
                   "window": args.window_within or trained}  # as in train_gen.py
@@ -224,6 +231,9 @@ class GeneratorPlan:
             if getattr(args, name) > most:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at "
                                 f"most {most}")
+        if args.window_within and not args.window:
+            raise UserError(f"--window-within {args.window_within}: --window is 0, so all steps "
+                            f"are trained; give --window, or --window-within 0")
 
     def steps(self, gpus):
         return self.args.steps
@@ -271,6 +281,8 @@ class GeneratorPlan:
             peaks[peak_name(False, checkpointing)] = encoders + always + busiest
             peaks[peak_name(True, checkpointing)] = always + busiest
         prompts = min(ROWS * len(set(args.form)), args.steps * math.ceil(args.batch / gpus))
+        if args.encoders != "leave":
+            prompts = min(prompts, PROMPTS_KEPT)
         host = prompts * size_of(models.encoding)
         return rows | peaks | {"host memory of each process: encoded prompts": host}
 
@@ -281,7 +293,7 @@ class GeneratorPlan:
         rows = {}
         if args.encoders == "gpu":
             encoders = Part(math.ceil(args.batch / gpus), self.models.encoder)
-            rows["text encoders, first epoch"] = cost(encoders, self.speeds)
+            rows["text encoders"] = cost(encoders, self.speeds)
         pictures = args.batch * args.group // gpus
         for n, chunks in shares(pictures, args.micro):
             add_costs(rows, chunks, self.drawing(n), self.speeds)
@@ -311,8 +323,8 @@ class GeneratorPlan:
             f"{figure(without.traffic / 1e9)} GB by {without.launches:,} launches; the adapter "
             f"adds {added(fused, without)}, and in its plain form {added(plain, without)}.\n"
             f"An encoded prompt takes {size_of(models.encoding) / 1e6:.2f} MB of host memory and "
-            f"{', '.join(times)}, once. --encoders leave encodes all prompts of a process at the "
-            f"start; gpu and cpu encode each when it comes; cpu needs {figure(weights / 1e9)} GB "
+            f"{', '.join(times)}. --encoders leave encodes all prompts of a process at the start; "
+            f"gpu and cpu encode each when it comes, and keep {PROMPTS_KEPT:,}; cpu needs {figure(weights / 1e9)} GB "
             f"for float32 weights in each process and computes {models.encoder.flops / 1e12:.1f} "
             f"TFLOP a prompt there.")
 

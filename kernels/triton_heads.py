@@ -184,6 +184,8 @@ class JointQKV(torch.autograd.Function):
 
 
 def joint_qkv(context, x, num_heads, context_norms, x_norms, eps=1e-6):
+    if any(weight is None for weight in (*context_norms, *x_norms)):
+        return NotImplemented  # without norms there is nothing to fuse
     E = x.shape[2] // (3 * num_heads)
     check("context", context, (len(x), context.shape[1], 3 * num_heads * E))
     check("x", x, (len(x), x.shape[1], 3 * num_heads * E))

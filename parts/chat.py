@@ -251,6 +251,12 @@ class Processor:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return Prompt(torch.tensor(ids), torch.cat(patches), tuple(grids))
 
+    def take_image_config(self, folder, model):
+        """Read the settings of pictures of an adapter's folder, if it has any: it may have been
+        trained on smaller ones. model: the QwenVLConfig. Raises UserError."""
+        if weights.image_file(folder).exists():
+            self.image = read_image_config(folder, model)
+
     def decode(self, ids):
         """Tokens -> text, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

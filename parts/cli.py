@@ -154,7 +154,7 @@ def number(low, high, kind=float):
     def read(text):
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter for a number of hundreds of digits
             value = math.nan  # which no comparison holds for, so it is refused below
         if not low <= value <= high:
             what = "a whole number" if kind is int else "a number"
@@ -202,9 +202,10 @@ def text(longest):
     def read(given):
         # else the shell passed other bytes, or it has what is more than text
         if not is_plain(given, longest):
+            got = "only spaces" if given.isspace() else f"{len(given):,} characters"
             raise argparse.ArgumentTypeError(
                 f"expected 1 to {longest:,} characters of UTF-8 text, without control characters "
-                f"and <|tokens|>, got {len(given):,} characters")
+                f"and <|tokens|>, got {got}")
         return given
     return read
 
@@ -317,6 +318,9 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
             "--checkpointing, a smaller --micro or --size")
         return 2
     except OSError as error:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            say(f"error: {error.filename}: a file stands where a folder is needed; give another")
+            return 2
         if error.errno not in FULL:
             say(f"error: {error}")
             return 2

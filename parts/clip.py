@@ -455,7 +455,7 @@ def load_pickscore(source, device):
 
 def pickscore_processor(source):
     """The hub id of PickScore's processor; as published it has none of its own. Else None."""
-    complete = (Path(source) / "preprocessor_config.json").exists()
+    complete = (Path(source).expanduser() / "preprocessor_config.json").exists()
     return None if complete else PICKSCORE_PROCESSOR
 
 

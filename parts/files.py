@@ -51,7 +51,7 @@ def fill(path, content):
         path.write_text(content, encoding="utf-8")
     os.chmod(path, 0o666 & ~UMASK)  # safetensors lets nobody else read its files
     # On the disk before it has its name: after a power cut a file could else be there, and empty.
-    with open(path, "rb") as file:
+    with open(path, "rb+") as file:  # Windows lets only a file be flushed that one may write to
         os.fsync(file.fileno())
 
 
@@ -103,7 +103,7 @@ def refusal(error):
 def lock(path):
     """Whether this process now has a file for itself, until it ends, however it ends.
 
-    Where the system knows no such locks, as Windows, that is always taken to be so.
+    Where the system or its disk knows no such locks, as Windows, that is always taken to be so.
     """
     try:
         import fcntl
@@ -114,8 +114,8 @@ def lock(path):
     LOCKED.append(file)  # closing it would give the lock up
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process has it
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # which say: another process has it
     return True
 
 
@@ -196,7 +196,7 @@ def parse_object(content):
 
 KINDS = (  # of folders: (a pattern of what only they hold, what they are and where they belong)
     ("adapter_config.json", "it is an adapter, as --adapter takes it"),
-    ("model_index.json", "it is a whole generator, as --model takes it"),
+    ("model_index.json", "it is a whole generator, as sample.py --model takes it"),
     ("train.jsonl", "it is a dataset, as --data takes it"),
     ("test.jsonl", "it is a dataset, as --data takes it"),
     ("judge/config.json", "it holds a judge: give its folder judge/"),
@@ -211,13 +211,17 @@ def kind_of(path):
     """What a folder or a weights file is, for who gave it where something else was wanted; "" if
     nothing is known of it."""
     path = Path(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        return "it is a file, no folder"
     if path.is_file() and path.suffix == ".safetensors":
         lora = b".lora_A." in path.open("rb").read(10**6)  # of the header's names
         return "it is an adapter, as --adapter takes it" if lora else ""
     found = [kind for pattern, kind in KINDS if any(path.glob(pattern))]
     if found and not found[0] and (path / "config.json").exists():
         config = read_json(path / "config.json")
-        kind = config.get("_class_name") or config.get("model_type")
+        if "_class_name" in config:
+            return f"it is part of a generator ({config['_class_name']}): give the folder above it"
+        kind = config.get("model_type")
         return "it is a judge, as --judge takes it" if kind == "qwen2_5_vl" else f"it is a {kind!r}"
     return found[0] if found else ""
 

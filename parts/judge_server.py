@@ -84,6 +84,9 @@ class JudgeServer:
                        for sent in requests]
             try:
                 answers = [Answer(future.result()) for future in progress(futures)]
+            except BaseException:  # Ctrl-C, too: no thread shall ask again
+                self.lost = self.lost or "stopped"
+                raise
             finally:  # after an error or Ctrl-C no further request is begun
                 pool.shutdown(cancel_futures=True)
         return [answers[i:i + n] for i in range(0, len(answers), n)]

@@ -277,6 +277,9 @@ def qwen_fields(folder, tensors=math.inf):
         if "full_blocks" in fields:
             fields["full_blocks"] = tuple(fields["full_blocks"])
         rope = text.get("rope_parameters") or text["rope_scaling"]
+        scaled = {rope.get("type"), rope.get("rope_type")} - {None, "default", "mrope"}
+        if scaled:  # such as yarn, for texts that are longer than those of training
+            raise ValueError(f"rope scaling {min(scaled)!r:.80} is not supported")
         fields["sections"] = tuple(rope["mrope_section"])
         fields["theta"] = rope.get("rope_theta", text.get("rope_theta", 1e6))
         fields["eps"] = text.get("rms_norm_eps", 1e-6)

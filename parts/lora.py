@@ -21,7 +21,7 @@ from torch import nn
 
 from parts import ops
 from parts.cli import UserError
-from parts.files import read_json, write_json
+from parts.files import kind_of, read_json, write_json
 from parts.weights import find, index, load, own_rows, read_metadata, save
 
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's
@@ -249,6 +249,9 @@ def read_adapter(source):
         said = read_metadata(file).get(DIFFUSERS_CONFIG, "{}")
     else:
         said_in = source / "adapter_config.json"
+        if source.is_dir() and not said_in.exists():
+            raise UserError(f"{source}: no adapter in this folder; "
+                            f"{kind_of(source) or 'give a run of train_gen.py or its adapter/'}")
         prefix = ADAPTER_PREFIX
         said = json.dumps(read_json(said_in))
         file = source / ADAPTER_FILE
@@ -273,6 +276,11 @@ def read_adapter(source):
         for option in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
             if config.get(option):
                 raise ValueError(f"{option} is not supported")
+        # Other ways to begin, such as pissa, take the first B·A out of the base model's weights.
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun not in ("gaussian", "orthogonal", "eva", "mica"):
+            raise ValueError(f"init_lora_weights {begun!r:.80} changes the base model and is not "
+                             f"supported")
         if [rank] != ranks or not abs(alpha) <= MOST_ALPHA:  # NaN is no alpha, either
             raise ValueError(f"r is {rank} and lora_alpha {alpha!r:.80}, the file's ranks are "
                              f"{ranks}")

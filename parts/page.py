@@ -393,7 +393,9 @@ def latency(run):
     text = f"{rounds[0]['draw']:.1f} s for the first {run['images_per_round']} pictures"
     if run["judge"] is not None:
         judging = rounds[0]["judge"] + rounds[0]["rewrite"]
-        text += f", {judging:.1f} s to judge them and rewrite the prompt"
+        text += f", {judging:.1f} s to judge them"
+        if rounds[0]["rewrite"] or len(rounds) > 1:
+            text += " and rewrite the prompt"
     if len(rounds) > 1:
         total = sum(sum(seconds.values()) for seconds in rounds)
         text += f", {total:.1f} s for {len(rounds)} rounds"

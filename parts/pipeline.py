@@ -122,6 +122,9 @@ def brought(device, *modules):
             tensor.data = own
 
 
+PROMPTS_KEPT = 2048  # of a process, encoded; one of SD3.5 has 2.7 MB
+
+
 class PromptCache:
     """Text encoders in the place of a Generator's, that encode each prompt once.
 
@@ -130,10 +133,10 @@ class PromptCache:
     number of processes, or going on after a stop, would not give the same bits.
     """
 
-    def __init__(self, encoders, dtype, limit=2048):
+    def __init__(self, encoders, dtype, limit=PROMPTS_KEPT):
         self.encoders = encoders
         self.dtype = dtype
-        self.limit = limit  # of SD3.5's prompts, 2.7 MB each
+        self.limit = limit
         self.known = {}  # the least used first
 
     def encode(self, prompts):
@@ -344,7 +347,11 @@ def judge_of(model, batch=READ_AT_ONCE, max_new_tokens=feedback.ANSWER_LIMIT, pr
                 texts += [completion.text for each in answers for completion in each]
         return texts
 
-    judge.expected_va = partial(expected_va, model)
+    def expected(*asked):
+        with brought(offload, model):
+            return expected_va(model, *asked)
+
+    judge.expected_va = expected
     return judge
 
 

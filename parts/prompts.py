@@ -45,7 +45,8 @@ def load_prompts(path, prompts, values, needed):
                 raise ValueError(f"{name} has control characters or <|tokens|>, or is too long")
     # No file, no JSON, no object, a text that is none, or a $name without a value.
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error!r}; expected JSON {{name: text}} with names of "
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise UserError(f"{path}: {reason}; expected JSON {{name: text}} with names of "
                         f"{', '.join(prompts)}, and in each text only the $values of the prompt "
                         f"that it replaces, $$ for a dollar") from error
     return own

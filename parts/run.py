@@ -50,6 +50,7 @@ from parts.files import (
     write_json,
     write_rows,
 )
+from parts.sheets import stacked
 from parts.weights import own_rows
 
 KEEP = 2  # checkpoints
@@ -125,6 +126,15 @@ class Processes:
             dist.barrier()
 
 
+def check_shares(items, flags, processes):
+    """UserError, before anything is loaded, unless a step's items can be shared by the processes.
+
+    flags: whose value or product the items are."""
+    if items % processes.world:
+        raise UserError(f"{flags}: {items} cannot be shared by {processes.world} processes; choose "
+                        f"a multiple")
+
+
 def start_processes(device=None):
     """The Processes that `torchrun` started, or one. device: cpu or cuda; None: a GPU if any."""
     device = cli.device_of(device)
@@ -193,6 +203,9 @@ def linear(first, last, step, total):
 
 def steps_bar(title, start, steps, processes):
     """The numbers of the steps from `start` on, shown as a progress bar by the first process."""
+    if start >= steps and processes.first:
+        cli.say(f"this run has its {steps:,} steps already, so nothing is trained; give --steps more, "
+                f"or, after a change of the code, another --out")
     return tqdm(range(start, steps), title, steps, initial=start, disable=not processes.first,
                 dynamic_ncols=True)
 
@@ -302,7 +315,9 @@ class Run:
         settings = {name: value for name, value in settings.items() if name not in NO_SETTINGS}
         self.settings = json.loads(json.dumps(settings, default=str))  # as the file will have them
         path = self.folder / "settings.json"
-        if path.exists():
+        # a start that failed, such as by a mistake in one's own reward, binds nobody
+        begun = self.checkpoints() or (self.log_path.exists() and self.log_path.stat().st_size)
+        if path.exists() and begun:
             self.compare(read_json(path))
 
     def lock(self):
@@ -486,8 +501,8 @@ class Run:
             folder = self.folder / "strips"
             strip = np.hstack([np.asarray(picture) for picture in pictures])
             save_png(Image.fromarray(strip), folder / f"{step:08d}.png")
-            strips = [np.asarray(open_picture(path)) for path in sorted(folder.glob("*.png"))]
-            save_png(Image.fromarray(np.vstack(strips)), self.folder / "strip.png")
+            strips = [open_picture(path) for path in sorted(folder.glob("*.png"))]
+            save_png(stacked(*strips), self.folder / "strip.png")
 
     # ----------------------------------------------------------------------------------------------
     # Checkpoints

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 SMALL = 256  # pixels: no picture of a contact sheet has a longer side
 COLUMNS = 12  # pictures in a row of a contact sheet
 SHEET = 40e6  # pixels of a contact sheet at most: very many pictures are shown smaller
+GRID = 80e6  # and of a grid: Pillow refuses to open a picture of 179 million
 
 
 def contact_sheet(run, folder):
@@ -94,8 +95,8 @@ def text_below(image, judge):
 def va_grid(run, folder):
     """The best picture of each target of a grid, or the first, as one with both axes labelled."""
     cells = run["cells"]
-    size = run["size"]
     n = math.isqrt(len(cells))
+    size = min(run["size"], int(GRID**0.5 / (n + 1)))
     margin = max(28, size // 4)
     gap = max(2, size // 32)
     font = ImageFont.load_default(max(12, size // 9))
@@ -107,6 +108,7 @@ def va_grid(run, folder):
         best = cell["best"] or {"round": 0, "image": 0}
         image = cell["rounds"][best["round"]]["images"][best["image"]]
         with Image.open(Path(folder) / image["file"]) as picture:
+            picture.thumbnail((size, size))
             grid.paste(picture, (margin + column * (size + gap), gap + row * (size + gap)))
     for i in range(n):
         centre = i * (size + gap) + size / 2
@@ -116,3 +118,13 @@ def va_grid(run, folder):
         label = f"A\n{cells[i * n]['a']:g}"
         draw.text(down, label, "black", font, anchor="mm", align="center")
     return grid
+
+
+def stacked(*images):
+    """Pictures one below the other, on white."""
+    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
+    y = 0
+    for image in images:
+        sheet.paste(image, (0, y))
+        y += image.height
+    return sheet

@@ -327,7 +327,7 @@ def check_header_size(file):
     with open(file, "rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
     if size > LARGEST_HEADER:
-        raise OSError(f"a header of {size:,} bytes, expected at most {LARGEST_HEADER:,}")
+        raise OSError(f"no safetensors file, or damaged: a header of {size:,} bytes")
 
 
 def read_header(file):

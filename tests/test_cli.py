@@ -213,6 +213,11 @@ for name in dir(signal):
     if name.startswith("SIG") and name not in ("SIGINT", "SIGTERM", "SIGABRT", "SIGFPE", "SIGILL", "SIGSEGV", "SIG_DFL", "SIG_IGN"):
         delattr(signal, name)
 del os.killpg
+sync = os.fsync
+def fsync(handle):  # there only a file can be flushed that one may write to
+    os.write(handle, b"") if os.path.isfile(f"/proc/self/fd/{handle}") else None
+    sync(handle)
+os.fsync = fsync
 import sample, evaluation.__main__
 code = sample.main(["--v", "7", "--a", "3", "--prompt", "\\u732b", "--sample-steps", "1", "--size", "64", "--out", sys.argv[1]])
 sys.exit(code or evaluation.__main__.main(["cases", "--count", "2", "--out", sys.argv[1] + "/cases.jsonl"]))

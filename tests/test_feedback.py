@@ -310,9 +310,20 @@ def test_pictures_that_cannot_be_judged_are_the_worst_and_do_not_stop_the_loop()
     world = World({ROUND_0: None, "b a swan lake noon": (7, 3)}, [advice("b a swan lake noon")])
     rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 2, 2)
     assert [p.loss for p in rounds[0].pictures] == [16, 16] and "valence unknown" in world.asked[0][1]
+    assert world.asked[0][0] == [(ROUND_0, 0), (ROUND_0, 1)]  # all are alike: still two pictures are compared
     assert feedback.best_of(rounds) == (1, 0)
     alone = feedback.refine(REQUEST, 7, 3, world.generate, None, 1, 2)[0]
     assert alone.pictures[0].judgement.v is None and alone.analysis is None
+
+
+def test_a_dollar_in_any_question_of_ones_own_is_written_twice(monkeypatch):
+    for name in ("system", "class", "feedback_system"):
+        monkeypatch.setitem(feedback.PROMPTS, name, "worth $$5")
+    image = Image.new("RGB", (8, 8))
+    questions = [feedback.ask("class", image), feedback.ask_rewrite(REQUEST, 7, 3),
+                 feedback.ask_compare(REQUEST, REQUEST, 7, 3, (image, 5, 5), (image, 4, 4))]
+    said = str(questions)
+    assert said.count("worth $5") == 4 and "$$" not in said
 
 
 def test_among_pictures_of_equal_loss_that_of_the_latest_round_is_the_best():

@@ -224,6 +224,15 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
         files.write_whole(tmp_path / "a.txt", fail)
 
 
+def test_a_disk_that_knows_no_locks_stops_nobody(tmp_path, monkeypatch):
+    import fcntl
+    for number, free in ((errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False), (errno.EAGAIN, False)):
+        def refuse(*args, number=number):
+            raise OSError(number, "")
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+        assert files.lock(tmp_path / ".lock") is free
+
+
 def test_a_file_is_locked_until_the_process_ends(tmp_path):
     with locked(tmp_path / ".lock"):
         assert not files.lock(tmp_path / ".lock")

@@ -199,6 +199,27 @@ def test_a_server_that_does_not_say_anything_has_a_time_limit(monkeypatch):
         JudgeServer(mock.url).generate(ASKED[:1])
 
 
+def test_after_ctrl_c_no_request_is_made_again(monkeypatch):
+    monkeypatch.setattr(judge_server, "WAIT", 0.01)
+    with serving(lambda body: time.sleep(0.2) or (503, {})) as mock:
+        server = JudgeServer(mock.url)
+        asked = []
+        request = server.request
+
+        def count(path, content):
+            asked.append(path)
+            return request(path, content)
+
+        def interrupt(futures):
+            time.sleep(0.05)  # the first requests are under way
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(server, "request", count)
+        with pytest.raises(KeyboardInterrupt):
+            server.generate(ASKED[:2], progress=interrupt)
+        assert len(asked) == 2
+
+
 def test_an_answer_that_is_cut_or_no_text_is_unreadable():
     answers = [said(None), said(7), said([{"type": "text", "text": "x"}]), said('<think>I see</think><answer>{"valence": 4, "a', "length"),
                (200, {"choices": [{"message": {}}]}), said('<think></think><answer>{"valence": 4, "arousal": 5}</answer>')]

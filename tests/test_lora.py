@@ -187,6 +187,13 @@ def test_an_adapter_that_would_be_read_wrongly_is_refused(tmp_path, change, mess
         lora.load_lora(tmp_path, Pair(), TARGETS)
 
 
+@pytest.mark.parametrize("begun", [True, False, "gaussian", "orthogonal"])
+def test_an_adapter_may_begin_in_any_way_that_leaves_the_base_as_it_is(tmp_path, begun):
+    lora.save_lora(tmp_path, adapted(), "owner/name")
+    write_json(tmp_path / "adapter_config.json", read_json(tmp_path / "adapter_config.json") | {"init_lora_weights": begun})
+    lora.load_lora(tmp_path, Pair(), TARGETS)
+
+
 def test_an_adapter_of_other_layers_is_refused(tmp_path):
     lora.save_lora(tmp_path, adapted(), "owner/name")
     with pytest.raises(UserError, match="unexpected 'base_model.model.at.last.lora_A.weight'"):
@@ -195,7 +202,9 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"r": 10**9}, "r is 1000000000"), ({"r": 3}, "the file's ranks are .2."), ({"r": 0}, "r is 0"), ({"lora_alpha": float("nan")}, "lora_alpha nan"),
-    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"x": 2}}, "alpha_pattern")])
+    ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"), ({"use_rslora": True}, "use_rslora"), ({"alpha_pattern": {"x": 2}}, "alpha_pattern"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' changes the base model"),
+    ({"init_lora_weights": "olora"}, "changes the base model")])
 def test_an_adapter_that_would_be_merged_at_the_wrong_strength_is_refused(tmp_path, change, message):
     lora.save_lora(tmp_path, adapted(), "owner/name")
     path = tmp_path / "adapter_config.json"

@@ -1,5 +1,6 @@
 """Prompts to pictures, the whole line against diffusers."""
 
+import contextlib
 import json
 import shutil
 from argparse import Namespace
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import data
-from parts import lora
+from parts import lora, pipeline
 from parts.cli import UserError
 from parts.files import write_json
 from parts.pipeline import (
@@ -249,6 +250,21 @@ def test_models_that_take_turns_on_a_gpu_draw_the_same_picture_and_leave_it_empt
     generator = load_generator(TINY, "cuda", offload=True)
     assert generator.device.type == "cpu" and torch.equal(generator.draw(["a lake"], [0], 64, steps=2), usual)
     assert all(p.device.type == "cpu" for model in generator.coming for p in model.parameters())
+
+
+def test_an_offloaded_judge_comes_to_the_gpu_for_every_kind_of_reading(monkeypatch):
+    came = []
+
+    @contextlib.contextmanager
+    def remember(device, *modules):
+        came.append(device)
+        yield
+        came.append("back")
+
+    monkeypatch.setattr(pipeline, "brought", remember)
+    monkeypatch.setattr(pipeline, "expected_va", lambda model, questions, *thoughts: came.append("read") or [(5.0, 5.0)])
+    judge = pipeline.judge_of(None, offload="cuda", progress=False)
+    assert judge.expected_va(["a question"]) == [(5.0, 5.0)] and came == ["cuda", "read", "back"]
 
 
 def test_offloaded_weights_have_the_type_they_have_on_a_gpu():

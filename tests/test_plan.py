@@ -237,7 +237,7 @@ def test_the_settings_are_respected(small):
     assert "update, reference" not in lean("--beta", 0).costs(8)
     assert lean("--guidance", 1).costs(8)["sampling"][0] == pytest.approx(base["sampling"][0] / 2)
     assert lean("--group", 16).costs(8)["VAE decoder"][0] == 2 * base["VAE decoder"][0]
-    assert "text encoders, first epoch" in base and "text encoders, first epoch" not in lean("--encoders", "leave").costs(8)
+    assert "text encoders" in base and "text encoders" not in lean("--encoders", "leave").costs(8)
     assert not any("judge" in name for name in lean("--judge", "none").costs(8))
     odd = lean("--micro", 3)  # 16 pictures as 5 × 3 + 1
     assert odd.costs(8)["VAE decoder"][0] == pytest.approx(base["VAE decoder"][0])
@@ -504,6 +504,9 @@ def test_the_program_prints_the_plan_without_network_weights_or_data(full, adapt
 
 
 @pytest.mark.parametrize("flags, message", [
+    (["--preset", "fast", "--gpus", "64"], "--gpus 64: with --group-start shared a group lies on one of them"),
+    (["--preset", "fast", "--micro", "6"], "--micro 6: with --group-start shared expected a multiple of --group 4"),
+    (["--window-within", "4"], "--window-within 4: --window is 0"),
     (["--gpus", "3"], "--gpus 3: the 128 pictures"), (["--gpus", "0"], "--gpus: expected a whole number"),
     (["--group", "1"], "--group: expected"), (["--judge", "./mine"], "--judge: invalid choice: './mine'"),
     (["--preset", "tiny"], "--preset: invalid choice: 'tiny'"), (["--window", "10"], "--window 10: expected at most 9"),
@@ -519,6 +522,16 @@ def test_what_cannot_be_planned_is_one_line(capsys, flags, message):
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_each_preset_plans_by_default_for_what_it_can_be_shared_by():
+    assert parse().gpus == (1, 8, 64) and parse("--preset", "fast").gpus == (1, 8, 32)
+
+
+def test_a_process_keeps_no_more_prompts_than_training_does(small):
+    held = {name: small("--encoders", name).memory(1)["host memory of each process: encoded prompts"] for name in ("gpu", "leave")}
+    prompts = small().args.steps * small().args.batch
+    assert held["gpu"] / held["leave"] == pytest.approx(plan.PROMPTS_KEPT / min(plan.ROWS, prompts))
 
 
 def test_the_fast_preset_trains_fewer_steps_of_the_sampler_and_draws_a_groups_beginning_once(small):

@@ -568,6 +568,8 @@ BROKEN = {
     "not a Qwen2.5-VL configuration this file knows ('hidden_size')":
         lambda f: (f / "config.json").write_text('{"model_type": "qwen2_5_vl"}'),
     "use_sliding_window is true": lambda f: edit_json(f / "config.json", use_sliding_window=True),
+    "rope scaling 'yarn' is not supported": lambda f: edit_json(
+        f / "config.json", rope_scaling={"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}, rope_parameters=None),
     "config.json: missing or not a JSON object": lambda f: (f / "config.json").unlink(),
     "its tokenizer cannot be read": lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
     "vocab.json: missing": lambda f: (f / "tokenizer.json").unlink(),

@@ -293,6 +293,14 @@ def test_the_pictures_of_all_evaluations_lie_under_one_another(tmp_path):
     assert sheet.shape == (32, 48, 3) and sheet[::16, ::16, 0].tolist() == [[10, 11, 12], [200, 201, 202]]
 
 
+def test_a_run_may_go_on_with_more_watched_pictures(tmp_path):
+    run = make(tmp_path)
+    for step, count in ((0, 2), (8, 3)):
+        run.save_pictures(step, [Image.new("RGB", (16, 16))] * count)
+    sheet = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert sheet.shape == (32, 48, 3) and (sheet[:16, 32:] == 255).all() and (sheet[:16, :32] == 0).all()
+
+
 def test_the_table_has_the_first_and_the_last_evaluation(tmp_path):
     run = make(tmp_path)
     for record in ({"step": 0, "eval_v_error": 1.0, "eval_gap": math.nan}, {"step": 1, "loss": 2.0},

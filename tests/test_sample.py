@@ -240,6 +240,13 @@ def test_the_seconds_of_a_grid_are_those_of_its_rows(tmp_path, capsys, monkeypat
     assert f"4 targets: drawing {sum(seconds):.1f} s · " in capsys.readouterr().err
 
 
+def test_a_row_of_a_grid_is_drawn_in_batches_of_micro(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sample, "draw", lambda *args: drawn.append(len(args[2])) or [Image.new("RGB", (64, 64))] * len(args[2]))
+    assert run("--grid", 3, "--micro", 2, "--size", 64, "--judge", "none", "--out", tmp_path) == 0
+    assert drawn == [2, 1] * 3
+
+
 def test_the_miniature_says_which_words_it_never_learned(tmp_path, capsys):
     assert run(*QUICK, "--judge", "none", "--sample-steps", 1, "--prompt", "a cat on a sofa", "--out", tmp_path) == 0
     line = capsys.readouterr().err.splitlines()[0]
@@ -248,7 +255,7 @@ def test_the_miniature_says_which_words_it_never_learned(tmp_path, capsys):
 
 @pytest.mark.parametrize("flag, kind, message", [
     ("--model", "adapter", "it is an adapter, as --adapter takes it"), ("--model", "judge", "it is a judge, as --judge takes it"),
-    ("--judge", ".", "it is a whole generator, as --model takes it"), ("--adapter", "judge", "it is a judge"),
+    ("--judge", ".", "it is a whole generator, as sample.py --model takes it"), ("--adapter", "judge", "it is a judge"),
     ("--model", "adapter/adapter_model.safetensors", "it is an adapter, as --adapter takes it"),
     ("--model", "clip", "it is a 'clip'")])
 def test_a_folder_in_the_wrong_place_is_told_what_it_is(flag, kind, message, tmp_path, capsys):

@@ -56,6 +56,16 @@ def test_the_grid_has_valence_to_the_right_and_arousal_upwards(tmp_path):
         assert tuple(place[0]) == (2 + 34 * row, 28 + 34 * column)
 
 
+def test_a_grid_of_large_pictures_is_shrunk_to_what_can_be_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(sheets, "GRID", 90.0**2)
+    Image.new("RGB", (32, 32), BLUE).save(tmp_path / "blue.png")
+    cells = [a_cell(v, a, 1, 1) for a in (9.0, 5.0, 1.0) for v in (1.0, 5.0, 9.0)]
+    for cell in cells:
+        cell["rounds"][0]["images"][0]["file"] = "blue.png"
+    grid = np.array(sheets.va_grid(a_run(cells, grid="grid3.png"), tmp_path))
+    assert (grid == BLUE).all(2).sum() == 9 * 22 * 22  # 90 pixels for three pictures and a margin
+
+
 def test_the_grid_shows_the_best_picture_of_each_target(tmp_path):
     cells = [a_cell(v, a, 2, 2) for a in (9.0, 1.0) for v in (1.0, 9.0)]  # "blue.png" is the best
     for name, colour in (("blue", BLUE), ("grey", GREY)):

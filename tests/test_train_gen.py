@@ -346,7 +346,7 @@ def test_the_difference_loss_moves_the_adapter_and_says_the_kl(ready):
 
 @pytest.mark.parametrize("wrong, said", [
     ("--loss difference --group-start own", "give --group-start shared"), ("--group-start shared --updates 3 --group 4", "multiple of --updates"),
-    ("--group-start shared --group 4 --micro 6", "and --micro 6 one of 4")])
+    ("--group-start shared --group 4 --micro 6", "--micro 6 must be a multiple of 4")])
 def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
     with pytest.raises(SystemExit):
         train_gen.parse_args(["--data", "x", "--out", "y", *wrong.split()])
@@ -355,8 +355,17 @@ def test_groups_that_would_be_torn_apart_are_refused(wrong, said, capsys):
 
 def test_a_group_on_two_processes_is_refused_before_anything_is_loaded(tmp_path):
     args = train_gen.parse_args(["--data", "nowhere", "--out", str(tmp_path), "--group-start", "shared", "--batch", "3"])
-    with pytest.raises(train_gen.UserError, match="must be a multiple of the 2 processes"):
+    with pytest.raises(train_gen.UserError, match="--group-start shared, --batch: 3 cannot be shared by 2 processes"):
         train_gen.train(args, Processes(0, 2, torch.device("cpu")))
+
+
+def test_pictures_and_rows_that_the_processes_cannot_share_are_refused_before_anything_is_loaded(dataset, tmp_path):
+    for wrong, world, message in ((["--batch", "2", "--group", "2"], 3, "--batch × --group: 4 cannot be shared by 3 processes"),
+                                  (["--eval-rows", "2"], 4, "--eval-rows: 2 validation rows for 4 processes")):
+        args = train_gen.parse_args(["--data", str(dataset), "--out", str(tmp_path / "run"), *wrong])
+        with pytest.raises(train_gen.UserError, match=message):
+            train_gen.train(args, Processes(0, world, torch.device("cpu")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_gpu_may_round_but_no_more():
@@ -488,6 +497,8 @@ def test_the_weight_of_a_reward_may_be_left_out():
     (["--window", "5"], "--window 5: at most 3"), (["--form", "verse"], "--form: expected some of numbers, words"),
     (["--skip-last", "4"], "--skip-last 4: at most 3"),
     (["--updates", "5"], "--updates 5: at most 4"), (["--advantage-std", "row"], "--advantage-std: invalid choice: 'row'"),
+    (["--window", "0"], "--window-within 3: --window is 0, so all steps are trained"),
+    (["--preset", "paper", "--reward-weights", "meter=1"], "--reward-weights meter: only the miniature has one"),
     (["--window-within", "1"], "--window 2: at most 1"), (["--encoders", "moon"], "--encoders: invalid choice: 'moon'"),
     (["--size", "72"], "--size: expected a multiple of 16"),
     (["--reward-weights", "joy=1"], "--reward-weights: expected e.g. emotion=1,pickscore=1,own=1,meter=1,imagereward=1,hpsv2=1, got joy=1"),

@@ -19,6 +19,7 @@ import train_gen
 import train_judge
 from parts import chat, checkpoints, lora, sharding, weights
 from parts import run as training
+from parts.cli import UserError
 from parts.files import read_records
 from tests import launch
 from tests.launch import finish, log_of, stop_inside, without_times
@@ -327,7 +328,23 @@ def test_with_evaluate_the_judge_is_frozen_and_whole_but_sees_small_pictures(dat
         args = train_judge.parse_args([*SMALL, "--evaluate", "--lora", "--max-pixels", "1000"])
         model = train_judge.load_judge(args, training.Processes(0, world, torch.device("cpu")))
         assert not any(p.requires_grad for p in model.parameters()) and not lora.lora_layers(model)
-        assert model.processor.image.max_pixels == 1000
+        assert model.processor.image.max_pixels == model.processor.image.min_pixels == 1000
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora"]])
+def test_an_exported_judge_sees_pictures_as_small_as_it_was_trained_on(tmp_path, lora):
+    args = train_judge.parse_args([*SMALL, *lora, "--max-pixels", "1000"])
+    one = training.Processes(0, 1, torch.device("cpu"))
+    model = train_judge.load_judge(args, one)
+    train_judge.export(model, tmp_path, args, one)
+    assert qwen_vl.QwenVL.from_pretrained(tmp_path).processor.image == model.processor.image
+
+
+def test_questions_that_the_processes_cannot_share_are_refused_before_anything_is_loaded(tmp_path):
+    args = train_judge.parse_args([*SMALL, "--data", "nowhere", "--batch", "2", "--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="--batch: 2 cannot be shared by 3 processes"):
+        train_judge.train(args, training.Processes(0, 3, torch.device("cpu")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_sharded_process_trains_as_one_that_is_not_sharded(dataset, tmp_path, monkeypatch):

@@ -322,6 +322,10 @@ def test_no_rows_give_nothing_and_zero_sums():
     assert not shift.grad.any() and not weight.grad.any()
 
 
+def test_two_streams_without_norms_are_for_the_plain_form():
+    assert fused.joint_qkv(tensor(1, 5, 6), tensor(1, 5, 6), 1, (None, None), (None, None)) is NotImplemented
+
+
 def test_what_a_kernel_could_not_read_is_refused():
     x, vector = tensor(2, 3, 4), tensor(2, 4)
     for call, message in (

@@ -91,7 +91,7 @@ def main(argv=None):
         write_tiny(args.out, args.train, args.test, args.labels, args.seed)
         print(args.out)
 
-    return cli.run_program(write)
+    return cli.run_program(write, "stopped; the same command starts over")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from parts import cli
 from parts.files import open_picture, save_png
+from parts.sheets import stacked
 from tiny import generator_study, results
 from tiny.generator_study import DATASET, LONG, ROWS, Cases, Row, folder_of, product_of, training
 from tiny.judge_study import digest_of, run_missing, shown
@@ -161,16 +162,6 @@ def draw_strips(runs):
 def readable(arm):
     """An arm's name without the letter that Pillow's own font lacks."""
     return arm.replace("β", "beta")
-
-
-def stacked(*images):
-    """The pictures one below the other."""
-    sheet = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
-    y = 0
-    for image in images:
-        sheet.paste(image, (0, y))
-        y += image.height
-    return sheet
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """A function over many seeds on all cores, by processes that end with the program in any case."""
 
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import parent_process
@@ -11,12 +12,17 @@ from tqdm import tqdm
 def on_all_cores(function, items, title):
     """function(item) of each item, in their order, with a progress bar."""
     # processes, because drawing holds the interpreter lock
-    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent) as pool:
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
+    try:
         yield from tqdm(pool.map(function, items, chunksize=16), title, len(items))
+    finally:  # after Ctrl-C, too: no further item is begun
+        pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent():
     """Let this process end when the one that started it does, also when that one is killed."""
+    # Ctrl-C reaches all processes; one that it ended while it held the queue would stop the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The pool's processes would wait for work forever: they hold each other's queue open.
     threading.Thread(target=wait_and_end, daemon=True).start()
 
