@@ -40,7 +40,7 @@ LEXICON = {
     "sadness": (2.40, 1.10, 2.81, 2.25),
 }
 # The same over eight words of each class (prepare/check.py has them): the mean of the words' means
-# and their standard deviation. Words of a class differ less than people do about one of them.
+# and their standard deviation, which is narrower: between words, not between people who rate one.
 FAMILIES = {
     "amusement": (7.63, 0.46, 5.29, 0.63),
     "awe": (6.92, 0.70, 4.78, 1.09),
@@ -247,7 +247,7 @@ def load_rows(folder, split):
     """The rows of a dataset folder's `split`, "train", "validation" or "test", as the dataset
     programs write it or in the layout of parts/imagefolder.py. Raises UserError.
 
-    A dataset without validation rows is watched, in training, by its test rows.
+    Without validation rows training evaluates on the test rows.
     """
     def parse(raw):
         raw = imagefolder.own_row(raw, folder, path)

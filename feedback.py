@@ -6,6 +6,8 @@ Each round draws pictures of a prompt, asks the judge for the valence V and arou
 loss is |ΔV| + |ΔA|), shows it the best and the worst, and goes on with the prompt it writes.
 `generate` and `judge` are any callables, so that the loop runs with a remote model as well. The
 wording of the prompts is ours; they ask for what the paper's Tables 8 and 9 (appendix D) ask for.
+In the comments the letters are Algorithm 1's: t_i a prompt, v_i its pictures, G the generator, M(P)
+the judge asked P.
 """
 
 import json
@@ -67,7 +69,7 @@ VALUES = {
 KEYS = {"regression": ("valence", "arousal"), "class": ("emotion_class",)}  # of an answer
 ADVICE = ("analysis", "optimized_prompt")
 TASKS = tuple(KEYS)
-QUESTIONS = prompts_in(PROMPTS, VALUES, KEYS | {  # of --questions; these must be in a text
+QUESTIONS = prompts_in(PROMPTS, VALUES, KEYS | {  # type of --questions; what a text must hold
     "compare": ("$prompt", "$v", "$a", *ADVICE), "rewrite": ("$request", "$v", "$a", *ADVICE),
     "again": ("$why",)})
 ANSWER_LIMIT = 512  # tokens of a judgement, in the judge's training and wherever it is read
@@ -242,9 +244,9 @@ def judge_images(judge, images, readings=1, strict=False):
     """The Judgement of each PIL image, without its emotion. Without a judge (None) all are empty.
 
     readings: answers for each picture, whose mean counts: a trained judge says few different
-    numbers, so many pictures of one prompt would tie. Or "logits", the expected values over the
-    digits that it may say without thinking, or "thought", those after its thought: a judge of
-    pipeline.judge_of can tell. strict: see `read_answer`; for rewards, True.
+    numbers, so many pictures of one prompt would tie. Or "logits", the expected value of the digits
+    without writing a thought, or "thought", the same after its thought, for which the judge must be
+    one of pipeline.judge_of. strict: see `read_answer`; for rewards, True.
     """
     if judge is None:
         return [Judgement()] * len(images)
@@ -253,6 +255,7 @@ def judge_images(judge, images, readings=1, strict=False):
         return [Judgement(v, a) for v, a in judge.expected_va(questions)]
     texts = [[text] for text in judge(questions)]  # of each image
     if readings != "thought" and readings > 1:
+        # attempt 0 above is the likeliest answer; attempt 1 draws others, at a temperature
         for number, text in enumerate(judge(questions, 1, readings - 1)):
             texts[number // (readings - 1)].append(text)
     judgements = []

@@ -3,10 +3,10 @@
 A latent on the way from data x₀ to noise ε is x_σ = (1 − σ)·x₀ + σ·ε, and the MMDiT predicts the
 velocity v = ε − x₀. Drawing a picture integrates dx/dσ = v from σ = 1 to σ = 0: `sample_ode`.
 Rewards need a sampler that explores and knows how likely its steps were: `sample_sde` adds noise to
-each and corrects the drift for it, so that x_σ keeps its distribution. `evaluate_step` takes a kept
-step again under the model that trains, and `flow_grpo_loss` compares (EmoFeedback², section 3.2).
-`difference_loss` does without log-probabilities. Shapes: B batch, C, h, w latents, L text tokens,
-T steps.
+each, scaled by `noise_level`, and corrects the drift for it, so that x_σ keeps its distribution.
+`evaluate_step` takes a kept step again under the model that trains, and `flow_grpo_loss` compares
+(EmoFeedback², section 3.2). `difference_loss` does without log-probabilities. Shapes: B batch, C,
+h, w latents, L text tokens, T steps.
 """
 
 import math
@@ -20,9 +20,9 @@ TRAIN_STEPS = 1000  # timesteps the model was trained on: the MMDiT is given 100
 
 
 def sigma_schedule(num_steps, shift=3.0):
-    """[T+1] float32, from 1 down to 0: the noise level σ before each step, and the end.
+    """[T+1] float32, from 1 down to 0: σ, the share of noise, before each step, and the end.
 
-    Equal to diffusers' FlowMatchEulerDiscreteScheduler, whose quirk it keeps: the last level above
+    Equal to diffusers' FlowMatchEulerDiscreteScheduler, whose quirk it keeps: the last σ above
     zero is that of timestep 1, shifted twice (once as the end of the range, once with all others).
     """
     if num_steps < 1:
@@ -33,12 +33,12 @@ def sigma_schedule(num_steps, shift=3.0):
 
 
 def shift_sigma(sigma, shift):
-    """Move noise levels towards 1: larger pictures need more noise to lose their content."""
+    """Move σ towards 1: larger pictures need more noise to lose their content."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def guided_velocity(model, latents, sigma, context, pooled, guidance, detach=False):
-    """Velocity [B,C,h,w] float32 at `latents` [B,C,h,w] and noise level `sigma`.
+    """Velocity [B,C,h,w] float32 at `latents` [B,C,h,w] and σ = `sigma`.
 
     sigma: a float or a 0-d tensor on the CPU: the host would have to wait for one on a GPU.
     guidance > 1: context [2B,L,·] and pooled [2B,·] hold the unconditional rows first, and the
@@ -148,13 +148,13 @@ class SDEStep:
 
 def sde_step(velocity, latents, sigma, sigma_next, noise_level, next_latents=None, generator=None,
              ref_velocity=None):
-    """The SDEStep from noise level `sigma` to `sigma_next`, 0 ≤ sigma_next < sigma ≤ 1.
+    """The SDEStep from `sigma` to `sigma_next`, 0 ≤ sigma_next < sigma ≤ 1.
 
     All tensors [B,C,h,w]. Without next_latents a step is drawn; with them that step is evaluated,
     by the same arithmetic, and with ref_velocity its KL to the reference's step is given.
     generator: one for all rows, or a list of one for each. mean, log_prob and kl are float32 and
-    differentiable in the velocity; the step taken is a constant to them. ValueError for levels out
-    of range and shapes that do not fit.
+    differentiable in the velocity; the step taken is a constant to them. ValueError for a σ out of
+    range and shapes that do not fit.
     """
     check_shapes(latents, velocity=velocity, next_latents=next_latents, ref_velocity=ref_velocity)
     velocity = velocity.float()
@@ -195,7 +195,7 @@ class SDESettings:
     stochastic: range = range(10)  # which of the T steps are; the others are Euler steps
     trained: range = range(9)  # and which of these are kept; not the last, as in Flow-GRPO's code
     detach: bool = True  # the unconditional half of guidance, as there
-    branch: int = 1  # so many rows in turn are one picture until the first stochastic step
+    branch: int = 1  # rows in turn that share a start: drawn as one until the first stochastic step
 
 
 @dataclass
@@ -273,8 +273,8 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     log_prob, old_log_prob [B]: of the step under the model that trains and the one that drew it.
     advantages [B]: of the picture at its end, cut to ±advantage_clip. kl [B]: SDEStep.kl, or None
     if beta is 0. Only log_prob and kl are differentiated. Rows are summed and divided by
-    `normalizer` (default B): with the rows times steps of a whole batch (of a process, where
-    gradients are averaged), the losses of its parts add up to its own. metrics, detached: means of
+    `normalizer` (default B): give the rows × steps of this process's batch, and the losses of its
+    parts add up to the batch's. metrics, detached: means of
     ratio, clip_fraction (where the clip takes the gradient away) and kl; greatest |ratio − 1|.
     """
     if kl is None and beta != 0:
@@ -302,11 +302,11 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
 
 
 def towards_better(latents, advantages, group):
-    """The direction [N,C,h,w] in which the pictures of each group get better.
+    """The direction [N,C,h,w] in which the pictures of each group get better: the mean of advantage
+    × (latent − mean latent of the group).
 
     latents [N,C,h,w]: the ends of trajectories that differ by their stochastic steps only, groups
-    of `group` in turn; advantages [N]. It is their covariance within the group: the reward's slope
-    along the ways in which pictures do differ, so that noise which changes no picture drops out.
+    of `group` in turn; advantages [N].
     """
     x = latents.unflatten(0, (-1, group))  # [N/group,group,C,h,w]
     A = advantages.view(-1, group, 1, 1, 1)
@@ -318,8 +318,10 @@ def difference_loss(velocity, direction, ref_velocity=None, beta=0.1, normalizer
     """(loss, metrics) that pulls the ends x₀ = x_σ − σ·v of B trajectories along a direction.
 
     After FDFO (McAllister et al. 2026), which takes pairs where this takes groups: the mean over a
-    latent of v·direction, all [B,C,h,w], and beta times that of (v − ref_velocity)². Only velocity
-    is differentiated. normalizer: as in `flow_grpo_loss`. metrics: the mean of the latter, kl.
+    latent of v·direction, all [B,C,h,w], and beta times that of (v − ref_velocity)². A smaller
+    v·direction moves x₀ along the direction; σ is left out, so that all steps weigh alike. Only
+    velocity is differentiated. normalizer: as in `flow_grpo_loss`. metrics: "kl", the mean squared
+    gap of the velocities, on another scale than flow_grpo_loss's.
     """
     check_shapes(velocity, direction=direction, ref_velocity=ref_velocity)
     per_row = (velocity * direction.detach()).flatten(1).mean(1)

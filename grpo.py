@@ -7,7 +7,7 @@ the model finds each of their tokens, and `grpo_loss` is what the optimizer sees
 the model. GRPO is of DeepSeekMath (Shao et al. 2024); where it leaves a choice, ours is TRL's.
 
 Shapes: P prompts, G answers to each, B = P·G completions, L tokens of the longest, N tokens of all,
-D width, V vocabulary.
+D width, V vocabulary. Â is an advantage here, as in the paper; elsewhere it is the judged arousal.
 """
 
 import torch
@@ -31,8 +31,8 @@ def va_reward(text, v, a, kind="step", epsilon=0.70, weights=(0.25, 0.75)):
     """Reward in 0..sum(weights) of a V-A answer against the true v and a; 0.0 if it is unreadable.
 
     kind "step": α₁·[|ΔV| ≤ ε] + α₂·[|ΔA| ≤ ε]. The paper gives α₁, α₂ and ε (appendix B.2) and
-    draws the formula in figure 2 only. kind "nested": α₂ only if V is right, too, as Q-Insight (Li
-    et al. 2025), whose α₁ and α₂ these are, rewards a severity only beside the right degradation.
+    draws the formula in figure 2 only. kind "nested": α₂ counts only if V is right, too, as the
+    second part of Q-Insight's reward does after its first (Li et al. 2025; α₁ and α₂ are theirs).
     kind "continuous": α₁·(1 − |ΔV|/8) + α₂·(1 − |ΔA|/8), the other reward of Table 4.
     """
     answer = feedback.read_answer(text, "regression", strict=True)
@@ -108,8 +108,8 @@ def check_on_policy(sampled, computed, mask, limits, rounding=1.0):
 
     Before an update the two differ by rounding only. Returns {"mean": of |Δ log p| over the tokens,
     "share": of the tokens with |ratio − 1| > 0.5, "max": the greatest |ratio − 1|}. UserError if
-    one is above its limit; but of 100,000 tokens in bfloat16 some are off by half. rounding: in
-    units of bfloat16's, 1e-3 for float32; mean and 0.5 are allowed that much of themselves.
+    one is above its limit; "max" usually has none, as in bfloat16 a few of 100,000 tokens are off
+    by half. rounding: 1 for bfloat16, 1e-3 for float32; it scales the limit of "mean", and the 0.5.
     """
     difference = torch.where(mask, computed - sampled, 0.0)
     deviation = (difference.exp() - 1).abs()

@@ -60,7 +60,7 @@ SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
                     "shared: a group is one picture up to the window"),
     "loss": ("flow-grpo", "difference", ("flow-grpo", "difference"),
              "the other: towards where a group gets better"),
-    "noise_level": (0.7, 0.7, number(1e-6, 100), "of the stochastic sampler"),
+    "noise_level": (0.7, 0.7, number(1e-6, 100), "scale of the noise a stochastic step adds"),
     "sample_steps": (25, 25, integer(1, 1000), "[--num-inference-steps] of evaluations' sampler"),
     "guidance": (4.5, 4.5, number(0, 100), "[--guidance-scale] classifier-free guidance"),
     "guidance_gradient": ("conditional", "conditional", ("conditional", "both"),
@@ -154,11 +154,11 @@ def roll_out(models, samples, args, run, step):
     bar = tqdm(chunks_of(samples, args), "pictures", leave=False, delay=2,
                disable=not run.processes.first)
     for indices in run.until_asked(bar):
-        own = [samples[i] for i in indices]
-        chunk = Chunk(indices, *draw(models.generator, own, args.size, settings))
+        drawn = [samples[i] for i in indices]
+        chunk = Chunk(indices, *draw(models.generator, drawn, args.size, settings))
         chunks.append(chunk)
-        drawn = to_images(models.generator.decode(chunk.trajectory.latents))
-        for i, image in zip(indices, drawn, strict=True):
+        pictures = to_images(models.generator.decode(chunk.trajectory.latents))
+        for i, image in zip(indices, pictures, strict=True):
             images[i] = image
     if None in images:
         return chunks, {}
@@ -181,7 +181,7 @@ def sde_settings(args, shift, step):
 
 
 def branch_of(args):
-    """So many pictures in turn, of one group and update, share a start; 1: each has its own."""
+    """Pictures in turn, of one group and update, that share a start; 1: each has its own."""
     return args.group // args.updates if args.group_start == "shared" else 1
 
 
@@ -260,7 +260,8 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
     of the chunks.
 
     advantages [n]. check: see `training.check_ratio`. Returns ({metric: sum over this process's
-    picture-steps}, greatest |ratio − 1| before the first update or None, mean norm of the gradients).
+    picture-steps}, greatest |ratio − 1| before the first update if there is one, mean norm of the
+    gradients).
     """
     trained = optimizer.param_groups[0]["params"]
     sums = {"loss": 0.0, "picture_steps": 0}
@@ -301,21 +302,22 @@ def update(model, chunks, advantages, optimizer, args, processes, check):
 def loss_of_step(model, chunk, k, advantages, args, picture_steps):
     """(loss, metrics) of the k-th trained step of a chunk; advantages [n] of all pictures."""
     kept_step = (model, chunk.trajectory, k, *chunk.texts)
-    own = advantages[chunk.indices]
+    chunk_advantages = advantages[chunk.indices]
     reference = None
     if args.beta:  # the velocity of the model without its adapter, for the KL
         with torch.no_grad(), lora.lora_disabled(model):
             reference = flow_grpo.kept_velocity(*kept_step)
     if args.loss == "difference":
-        direction = flow_grpo.towards_better(chunk.trajectory.latents, own, branch_of(args))
+        direction = flow_grpo.towards_better(
+            chunk.trajectory.latents, chunk_advantages, branch_of(args))
         velocity = flow_grpo.kept_velocity(*kept_step)
         return flow_grpo.difference_loss(velocity, direction, reference, args.beta, picture_steps)
     # the kept step under the model as it is now (equation 2)
     kept = chunk.trajectory.steps[k]
-    step = flow_grpo.evaluate_step(*kept_step, reference)
-    loss, metrics = flow_grpo.flow_grpo_loss(
-        step.log_prob, kept.log_prob, own, step.kl, args.clip, args.beta, picture_steps)
-    return loss * step_weight(step, chunk.trajectory, kept.index, args.step_weights), metrics
+    again = flow_grpo.evaluate_step(*kept_step, reference)
+    loss, metrics = flow_grpo.flow_grpo_loss(again.log_prob, kept.log_prob, chunk_advantages,
+                                             again.kl, args.clip, args.beta, picture_steps)
+    return loss * step_weight(again, chunk.trajectory, kept.index, args.step_weights), metrics
 
 
 def step_weight(step, trajectory, index, kind):
@@ -351,12 +353,12 @@ def evaluate(models, rows, args, run, step):
     if run.stopped():
         return {}
     # 2. figures of all processes
-    own = [rows[i] for i in mine]
-    parts = rewards_of(images, own, models, args.reward_weights, args.readings)
+    shown = [rows[i] for i in mine]
+    parts = rewards_of(images, shown, models, args.reward_weights, args.readings)
     if models.meter:
         measured = torch.tensor([models.meter(image) for image in images]).view(-1, 2)
         for axis, name in enumerate(("v", "a")):
-            parts[f"target_{name}"] = torch.tensor([getattr(row, name) for row in own])
+            parts[f"target_{name}"] = torch.tensor([getattr(row, name) for row in shown])
             parts[f"meter_{name}"] = measured[:, axis]
     gathered = {name: processes.gather(part.tolist()) for name, part in parts.items()}
     for name in ("v", "a") if models.meter else ():
@@ -387,8 +389,9 @@ def train(args, processes):
     hub.fetch(pipeline.files_of_generator(args.model, not args.no_t5, adapter=args.init_adapter),
               lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore),
               scorers.files_of(args.scorer))
-    settings = vars(args) | {"rows": data.digest(rows), "reward_function": own_reward.digest(args.reward),
-                             "files": pipeline.fingerprints(args)}
+    settings = vars(args) | {
+        "rows": data.digest(rows), "reward_function": own_reward.digest(args.reward),
+        "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)
     model = models.generator.mmdit
@@ -420,11 +423,11 @@ def train(args, processes):
             # 1. prompts
             samples = processes.share(samples_of(step, rows, args))
             # 2. rollout: pictures and rewards; a group may lie on two processes
-            chunks, own = roll_out(models, samples, args, run, step)
+            chunks, local = roll_out(models, samples, args, run, step)
             if run.stopped():
                 break  # what there is of this step is dropped
             rewards = {name: torch.tensor(processes.gather(values.tolist())).view(-1, args.group)
-                       for name, values in own.items()}  # [P,G]
+                       for name, values in local.items()}  # [P,G]
             seconds_rollout = timer.lap()
             # 3. advantages (equation 1): each picture against its group
             advantages = grpo.group_advantages(
@@ -510,8 +513,8 @@ def prompts_needed(start, rows, held_out, args, processes):
     for step in range(start, args.steps):
         for sample in processes.share(samples_of(step, rows, args)):
             needed.append(sample.prompt)
-    own = held_out[processes.rank::processes.world]
-    return list(dict.fromkeys(needed + [row.prompt(args.form[0]) for row in own]))
+    evaluated = held_out[processes.rank::processes.world]
+    return list(dict.fromkeys(needed + [row.prompt(args.form[0]) for row in evaluated]))
 
 
 def summary(rewards, sums, deviation, norm, processes):

@@ -44,7 +44,8 @@ TINY = Path(__file__).resolve().parent / "tiny" / "weights" / "judge"
 VA_WEIGHTS = {"valence": 0.25, "arousal": 0.75}  # α₁ and α₂ of the V-A reward
 TASK_WEIGHTS = {"regression": 1.0, "class": 1.0}
 LORA_LR = 1e-5  # an adapter starts from nothing and needs larger steps than the weights
-USED = ("completion_hidden", "generate")  # methods of the judge that training calls
+# Methods that training calls in place of forward, so FSDP2 must gather the weights for them, too.
+USED = ("completion_hidden", "generate")
 MISMATCH = {"mean": 0.1, "share": 0.01}  # in bfloat16; an H200 gave 0.012 and 0
 SETTINGS = {  # flag: (paper's value, the miniature's, type, help)
     "model": ("Qwen/Qwen2.5-VL-7B-Instruct", str(TINY), str, "folder or hub id to start from"),

@@ -204,8 +204,8 @@ def linear(first, last, step, total):
 def steps_bar(title, start, steps, processes):
     """The numbers of the steps from `start` on, shown as a progress bar by the first process."""
     if start >= steps and processes.first:
-        cli.say(f"this run has its {steps:,} steps already, so nothing is trained; give --steps more, "
-                f"or, after a change of the code, another --out")
+        cli.say(f"this run has its {steps:,} steps already, so nothing is trained; give more "
+                f"--steps, or, after a change of the code, another --out")
     return tqdm(range(start, steps), title, steps, initial=start, disable=not processes.first,
                 dynamic_ncols=True)
 

@@ -1,5 +1,6 @@
 """Many seeds on all cores: order, and processes that end with the program."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,3 +44,17 @@ def test_no_process_outlives_a_program_that_was_killed():
     while any(map(runs, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, pids))
+
+
+def test_ctrl_c_twice_ends_a_program_and_its_processes():
+    code = WAITING.replace("time.sleep(60)", "time.sleep(0.05)").replace("range(64)", "range(10_000)")
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               text=True, start_new_session=True)
+    pids = {int(program.stdout.readline()) for _ in range(8)}
+    for _ in range(2):
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does
+    program.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert program.returncode != 0 and not any(map(runs, pids))

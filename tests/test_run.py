@@ -32,6 +32,7 @@ from parts.run import (
     linear,
     sizes,
     start_processes,
+    steps_bar,
 )
 from tests.launch import locked
 
@@ -165,6 +166,10 @@ def test_a_start_that_fails_leaves_no_settings(tmp_path):
 
 def test_a_folder_goes_on_with_the_same_settings_only(tmp_path):
     make(tmp_path).read_log(0)
+    make(tmp_path, lr=0.3).read_log(0)  # nothing was done yet, so a start that failed binds nobody
+    run = make(tmp_path)
+    run.read_log(0)
+    run.log({"step": 0})
     make(tmp_path, save_every=7)
     with pytest.raises(UserError, match=r"holds a run with lr 0.1, not 0.2; choose another --out"):
         make(tmp_path, lr=0.2)
@@ -174,6 +179,7 @@ def test_a_folder_goes_on_with_the_same_files_of_models_only(tmp_path, capsys):
     settings = {"judge": "some/judge", "init_adapter": "an/adapter"}
     run = make(tmp_path, **settings)
     run.read_log(0)
+    run.log({"step": 2})
     run.save(2, {})
     before = {"judge": "12ab", "init_adapter": "34cd"}
     make(tmp_path, **settings, files=before).read_log(2)  # a run of an older version, which has kept none
@@ -326,6 +332,11 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
     assert batch_indices(0, 24, 8, seed=1) == indices  # also when a batch is longer than an epoch
     assert indices[:4] != batch_indices(0, 4, 8, seed=2)
+
+
+def test_a_run_that_has_all_its_steps_says_that_nothing_is_trained(capsys):
+    assert list(steps_bar("title", 2, 2, ALONE)) == []
+    assert "has its 2 steps already, so nothing is trained" in capsys.readouterr().err
 
 
 def test_the_learning_rate_goes_from_its_first_value_to_its_last():

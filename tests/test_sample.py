@@ -66,6 +66,8 @@ def test_pictures_of_another_prompt_are_never_overwritten(tmp_path, capsys, monk
     assert run(*quick) == 0 and run(*quick) == 0  # the same wish again is the same pictures
     assert run(*quick, "--prompt", "a swan on the lake!") == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"v7_a3_seed0", "v7_a3_seed0_a-swan-on-the-lake"}
+    assert run(*quick, "--no-adapter") == 0 and (tmp_path / "out" / "v7_a3_seed0_no-adapter").is_dir()
+    assert sample.parse_args(["--grid", "3", "--adapter", "runs/gen"]).out == Path("out/grid3_seed0_runs-gen")
     before = (tmp_path / "out/v7_a3_seed0/run.json").read_bytes()
     capsys.readouterr()
     assert run(*quick, "--prompt", "a horse at noon", "--out", "out/v7_a3_seed0") == 2
@@ -361,6 +363,7 @@ BAD = {
     "a generator as judge": (("--v", 5, "--a", 5, "--judge", TINY / "vae"), "not a Qwen2.5-VL"),
     "missing adapter": (("--v", 5, "--a", 5, "--adapter", "./nothing"), "no such file or folder"),
     "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", TINY / "judge"), "adapter_config.json"),
+    "grid and a target": (("--grid", 3, "--v", 5), "leave out --v and --a"),
     "adapter and none": (("--v", 5, "--a", 5, "--adapter", "a", "--no-adapter"), "give one of them"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
 }

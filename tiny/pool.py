@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import parent_process
 
 from tqdm import tqdm
@@ -12,11 +13,26 @@ from tqdm import tqdm
 def on_all_cores(function, items, title):
     """function(item) of each item, in their order, with a progress bar."""
     # processes, because drawing holds the interpreter lock
-    pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
+    with interrupted_once():
+        pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
+        try:
+            yield from tqdm(pool.map(function, items, chunksize=16), title, len(items))
+        finally:  # after Ctrl-C, too: no further item is begun
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def interrupted_once():
+    """Within it Ctrl-C raises KeyboardInterrupt, but a second one does not disturb the tidying."""
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield from tqdm(pool.map(function, items, chunksize=16), title, len(items))
-    finally:  # after Ctrl-C, too: no further item is begun
-        pool.shutdown(cancel_futures=True)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def end_with_parent():
