@@ -330,7 +330,7 @@ def name_emotion(args, facts, cell, best_round, judge):
 def main(argv=None):
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     args = parse_args(argv)
-    kept = "" if args.play else f"; what was finished lies in {args.out}"
+    kept = "" if args.play else f"; what was finished is kept in {args.out}"
     return cli.run_program(partial(run, args), f"stopped{kept}")
 
 

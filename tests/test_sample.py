@@ -208,7 +208,7 @@ def test_several_pictures_and_the_grid(tmp_path, capsys):
 def test_a_grid_with_feedback_shows_the_best_of_each_cell(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "judge_of", scripted([(5, 5)] * 16, lambda _: json.dumps(
         {"analysis": "dull", "optimized_prompt": f"{sample.DEFAULT_PROMPT}, golden"})))
-    assert run(*QUICK, "--grid", 2, "--rounds", 2, "--n", 2, "--out", tmp_path) == 0
+    assert run(*QUICK[4:], "--grid", 2, "--rounds", 2, "--n", 2, "--out", tmp_path) == 0
     record = read(tmp_path)
     assert [len(c["rounds"]) for c in record["cells"]] == [2] * 4 and record["grid"] == "grid2.png"
     assert all(c["best"] == {"round": 1, "image": 0} for c in record["cells"])  # the later among equals
@@ -362,7 +362,7 @@ BAD = {
     "missing judge": (("--v", 5, "--a", 5, "--judge", "./nobody"), "no such file or folder"),
     "a generator as judge": (("--v", 5, "--a", 5, "--judge", TINY / "vae"), "not a Qwen2.5-VL"),
     "missing adapter": (("--v", 5, "--a", 5, "--adapter", "./nothing"), "no such file or folder"),
-    "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", TINY / "judge"), "adapter_config.json"),
+    "a judge as adapter": (("--v", 5, "--a", 5, "--adapter", TINY / "judge"), "no adapter in this folder; it is a judge"),
     "grid and a target": (("--grid", 3, "--v", 5), "leave out --v and --a"),
     "adapter and none": (("--v", 5, "--a", 5, "--adapter", "a", "--no-adapter"), "give one of them"),
     "missing folder": (("--v", 5, "--a", 5, "--model", "./nowhere"), "no such file or folder"),
