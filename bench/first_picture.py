@@ -3,8 +3,8 @@
     python -m bench.first_picture  # half a minute on 2 idle cores
     python -m bench.first_picture --steps 2 --size 64 --repeats 1  # some seconds
 
-Each run is a process of its own, the file system's cache warm. Ours draws one picture of the miniature, asks the judge
-for its valence, arousal and class, and writes picture, page and record. The peer's script loads the same folder by
+Each run is a process of its own, the file system's cache warm. Ours draws one picture of the miniature (without its
+adapter, which the peer has not), asks the judge for its valence, arousal and class, and writes picture, page and record. The peer's script loads the same folder by
 `StableDiffusion3Pipeline`, draws one picture of the same prompt and saves it: no judge, no page. float32, on the CPU.
 """
 
@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 import diffusers
+import numpy as np
 
 import data
 import sample
 from bench import timing
+from parts.files import open_picture
 from parts.pipeline import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ PARTS = ("imports", "loading", "drawing", "judging", "writing")
 
 def ours(args, out):
     """{part: seconds} of a run of sample.py, the interpreter's start among its imports."""
-    flags = ["--v", "7", "--a", "3", "--sample-steps", str(args.steps), "--size", str(args.size), "--out", str(out)]
+    flags = ["--v", "7", "--a", "3", "--no-adapter", "--sample-steps", str(args.steps), "--size", str(args.size), "--out", str(out)]
     command = [sys.executable, "-c", OURS, str(time.time()), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     imports, loading, rest = map(float, done.stdout.splitlines()[-1].split())
@@ -84,12 +86,13 @@ def main(argv=None):
             path()
         found.clear()
         seconds = timing.in_turn(paths, args.repeats)
-        written = (folder / "peer.png").exists() and (folder / "ours" / "index.html").exists()
+        pictures = [np.asarray(open_picture(folder / name), int) for name in ("peer.png", "ours/round0_seed0.png")]
+        apart = int(np.abs(pictures[0] - pictures[1]).max())
     row = timing.row(f"from the command to one picture of {args.size} px, {args.steps} steps; ours judges it, too",
                      f"diffusers {diffusers.__version__}", *seconds.values())
     parts = {part: statistics.median(run[part] for run in found) for part in PARTS}
-    note = "Ours: " + ", ".join(f"{part} {value:.2f} s" for part, value in parts.items()) + "."
-    return timing.show([row], args, note, written)
+    note = "Ours: " + ", ".join(f"{part} {value:.2f} s" for part, value in parts.items())
+    return timing.show([row], args, f"{note}. The two pictures are {apart} of 255 apart.", apart <= 2)
 
 
 if __name__ == "__main__":

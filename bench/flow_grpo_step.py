@@ -143,17 +143,6 @@ def steps_of(args):
     return {"theirs": step_of(peer_training_step, theirs), "ours": step_of(our_training_step, ours)}, ours, theirs
 
 
-def adapter_gap(ours, theirs):
-    """Distance of the two adapters, relative to theirs."""
-    views = lora.lora_views(ours)
-    state = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
-    if views.keys() != state.keys():
-        raise ValueError(f"the adapters differ in {sorted(views.keys() ^ state.keys())[:4]}")
-    a, b = (torch.cat([x.detach().flatten() for x in values])
-            for values in ([part for parts in views.values() for part in parts], [state[name] for name in views]))
-    return float((a - b).norm() / b.norm())
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = timing.make_parser(__doc__)
@@ -172,7 +161,7 @@ def main(argv=None):
     if args.profile:
         return timing.profile(steps["ours"])
     first = {name: step() for name, step in steps.items()}
-    gaps = [abs(a - b) / abs(a) for a, b in zip(*first.values(), strict=True)] + [adapter_gap(ours, theirs)]
+    gaps = [abs(a - b) / abs(a) for a, b in zip(*first.values(), strict=True)] + [mmdit_lora_step.adapter_gap(ours, theirs)]
     seconds = timing.in_turn(steps, args.repeats)
     used = {name: memory.in_fresh_process(__file__, argv, name) for name in steps}
     flop, rate = timing.flop_of(steps["ours"]), timing.matmul_rate()

@@ -890,12 +890,16 @@ def copy_weights(theirs, views, newer=()):
         tensor.copy_(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
 
 
-def both(ours, theirs, s, repeats):
-    """Cells of two functions that do the same work, timed in turn in one process."""
+def both(ours, theirs, s, repeats, models):
+    """Cells of two functions that do the same work, timed in turn in one process.
+
+    models: (ours, theirs), which lie there both. A peak is without the other one's parameters.
+    """
+    our_size, their_size = (sum(p.nbytes for p in model.parameters()) / 1e9 for model in models)
     theirs_ms, _, theirs_peak = measured(theirs, s.device, repeats)
     ours_ms, _, ours_peak = measured(ours, s.device, repeats)
     return {"ours, ms": ours_ms, "theirs, ms": theirs_ms, "theirs/ours": theirs_ms / ours_ms,
-            "ours, peak GB": ours_peak, "theirs, peak GB": theirs_peak}
+            "ours, peak GB": ours_peak - their_size, "theirs, peak GB": theirs_peak - our_size}
 
 
 def generator_peer(rows, s):
@@ -915,7 +919,8 @@ def generator_peer(rows, s):
     @torch.no_grad()
     def forward():
         apart = relative(our_velocity(), their_velocity())
-        return {**both(our_velocity, their_velocity, s, s.repeats), "apart": apart}
+        return {**both(our_velocity, their_velocity, s, s.repeats, (model, theirs)),
+                "apart": apart}
 
     def step():
         import peft
@@ -923,7 +928,9 @@ def generator_peer(rows, s):
         add_adapter(model)
         with tempfile.TemporaryDirectory() as folder:
             lora.save_lora(folder, model, "random")
-            wrapped = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
+            # in the model's type, as ours computes; by default peft's products are in float32
+            wrapped = peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True,
+                                                     autocast_adapter_dtype=False)
 
         def gradients(of, velocity):
             return torch.autograd.grad(velocity().float().square().mean(), trained(of))
@@ -935,7 +942,8 @@ def generator_peer(rows, s):
                 lambda: gradients(wrapped, lambda: their_velocity(wrapped)))
         norms = [norm_of(f()) for f in pair]
         apart = abs(norms[0] / norms[1] - 1)
-        return {**both(*pair, s, s.repeats), "apart": apart, "peft": peft.__version__}
+        return {**both(*pair, s, s.repeats, (model, wrapped)), "apart": apart,
+                "peft": peft.__version__}
 
     name = f"diffusers {diffusers.__version__}"
     rows.run(f"beside {name}", f"forward, batch {s.batch}, bfloat16", forward)

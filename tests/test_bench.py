@@ -88,7 +88,7 @@ FLOW = [*LORA, "--steps", "3"]
 
 
 @pytest.mark.parametrize("program, size, work, compared", [
-    (mmdit_lora_step, LORA, "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2, rank 2", "Loss and gradient norm"),
+    (mmdit_lora_step, LORA, "2 blocks of width 128, 64 px: 16 + 5 tokens, batch 2, rank 2", "gradients "),
     (flow_grpo_step, FLOW, "64 px: 16 + 5 tokens, batch 4, 3 steps, guidance 4.5, rank 2", "of the gradient norm")])
 def test_a_training_step_is_compared_and_its_table_printed(program, size, work, compared, capsys, monkeypatch):
     monkeypatch.setattr(memory, "in_fresh_process", lambda *_: 10.0)

@@ -15,6 +15,7 @@ import feedback
 import grpo
 import qwen_vl
 from parts import clip
+from parts.cli import UserError
 from parts.pipeline import TINY, load_generator
 from parts.prompts import lost_words
 from tiny import lessons, pretrain, scenes
@@ -121,6 +122,26 @@ def test_a_killed_stage_goes_on_and_ends_where_it_would_have(tmp_path, monkeypat
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
     steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "small.log").read_text().splitlines()]
     assert steps == list(range(1, 13))
+
+
+def test_a_state_of_another_seed_or_of_other_inputs_is_refused(tmp_path, monkeypatch):
+    tiny_run(tmp_path, monkeypatch)
+    args = argparse.Namespace(seed=0, save_every=0, samples=None, minutes=None)
+    model = torch.nn.Linear(4, 3)
+    for seed, inputs in ((1, ""), (0, "another judge")):
+        args.seed = seed
+        with pytest.raises(UserError, match="began with another --seed or other inputs; delete it to start over"):
+            pretrain.train("small", [model], None, args, pretrain.Schedule(96, batch=8, lr=1e-2, weight_decay=0.0, ema=0.9), inputs)
+
+
+def test_latents_are_those_of_the_pictures_and_the_encoder_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CACHE", tmp_path)
+    first = np.zeros((3, 128, 128, 3), np.uint8)
+    dark = np.array(pretrain.encode_latents(first))
+    written = (tmp_path / "latents.npy").stat().st_mtime_ns
+    assert np.array_equal(pretrain.encode_latents(first), dark) and (tmp_path / "latents.npy").stat().st_mtime_ns == written
+    light = np.array(pretrain.encode_latents(first + 200))
+    assert light.shape == dark.shape and not np.array_equal(light, dark)
 
 
 def test_the_shipped_weights_fit_the_repository():

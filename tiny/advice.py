@@ -24,7 +24,7 @@ from PIL import Image
 
 import feedback
 import qwen_vl
-from parts import cli
+from parts import cli, weights
 from parts.cli import UserError
 from parts.files import as_json, write_json
 from parts.pipeline import judge_of
@@ -102,7 +102,7 @@ def train(args):
             loss = pretrain.answer_loss(model, prompts, ids)
         return loss, {task: float(loss.detach())}
 
-    pretrain.train("advice", [model], loss_of, args, SCHEDULE)
+    pretrain.train("advice", [model], loss_of, args, SCHEDULE, weights.fingerprint([TRAINED]))
     model.requires_grad_(False)
     model.save_pretrained(SHIPPED, torch.bfloat16)
     saved = qwen_vl.QwenVL.from_pretrained(SHIPPED, "cpu", torch.float32)

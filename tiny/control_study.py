@@ -23,6 +23,7 @@ from evaluation.metrics import mean, neighbours_in_order, spearman
 from parts import cli
 from parts.pipeline import TINY, load_generator, to_images
 from tiny import results, scenes
+from tiny.judge_study import shown
 
 TABLE = "control"
 SIZE = 128
@@ -72,7 +73,8 @@ def study(args):
         bar = tqdm(cases, row)
         records = [{"id": case.id, **figures_of(generator, form, case, seed)}
                    for seed, case in enumerate(bar)]
-        command = f"python -m tiny.control_study --prompts {args.prompts}"
+        command = shown([None, "-m", "tiny.control_study", "--prompts", args.prompts, "--adapter",
+                         args.adapter])
         results.add_figures(TABLE, row, {"form": form, "commands": [command]}, records)
     print(results.table_of(TABLE))
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds: Ctrl-C e
     from parts import interrupts
     interrupts.catch()
 
+import hashlib
 import json
 import math
 import sys
@@ -45,7 +46,7 @@ import qwen_vl
 from parts import chat, cli, clip, text_encoders, weights
 from parts import vae as vae_model
 from parts.cli import UserError
-from parts.files import append_rows, whole_records, write_whole
+from parts.files import append_rows, read_json, whole_records, write_json, write_whole
 from tiny import lessons, publish, scenes
 from tiny.initialise import initialise
 from tiny.pool import on_all_cores
@@ -193,13 +194,14 @@ SCHEDULES = {
 }
 
 
-def train(name, modules, loss_of, args, schedule=None):
+def train(name, modules, loss_of, args, schedule=None, inputs=""):
     """AdamW with warm-up and cosine decay; in the end the modules hold the EMA of their weights.
 
     loss_of(step, generator, rng, batch) -> (loss, {metric: number}). It ends when the samples are
     seen or --minutes are over: the decay follows whichever is nearer. The state is written to
     tiny/cache every minute. A killed stage goes on from there, and so does a finished one that is
-    given more samples; delete the state to start over.
+    given more samples; delete the state to start over. UserError for one that began with another
+    seed or other `inputs`, a digest of what the stage begins with.
     """
     schedule = schedule or SCHEDULES[name]
     # 1. begin, or go on from the state on disk
@@ -207,12 +209,16 @@ def train(name, modules, loss_of, args, schedule=None):
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.99),
                                   weight_decay=schedule.weight_decay, fused=True)
     averages = [p.detach().clone() for p in parameters]
+    began = [args.seed, inputs]
     path = CACHE / f"{name}.pt"
     whole_records(CACHE / f"{name}.log")  # cuts off a line that a killed stage left half-written
     step = 0
     spent = 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state.get("began", began) != began:
+            raise UserError(f"{path}: began with another --seed or other inputs; delete it to "
+                            f"start over")
         step = state["step"]
         spent = state["spent"]
         saved = state["parameters"] + state["ema"]
@@ -257,7 +263,7 @@ def train(name, modules, loss_of, args, schedule=None):
             last_save = time.time()
             spent = last_save - started
             state = {"step": step, "spent": spent, "parameters": [p.data for p in parameters],
-                     "ema": averages, "optimizer": optimizer.state_dict()}
+                     "ema": averages, "optimizer": optimizer.state_dict(), "began": began}
             save_state(path, state)
             record = {"step": step, "samples": step * schedule.batch, "seconds": spent, **shown}
             append_rows(CACHE / f"{name}.log", [record])
@@ -486,9 +492,15 @@ def encode_latents(pictures):
     def encode(temporary):
         write_array(temporary, np.float16, (len(pictures), 16, SIZE // 8, SIZE // 8), latents())
 
+    # of these pictures, by this encoder: others are encoded anew
+    file = WEIGHTS / "vae" / "diffusion_pytorch_model.safetensors"
+    some = pictures[::max(1, len(pictures) // 100)].tobytes()
+    inputs = hashlib.sha256(file.read_bytes() + some).hexdigest()[:16]
     path = CACHE / "latents.npy"
-    if not path.exists():
+    kept = CACHE / "latents.json"
+    if not path.exists() or not kept.exists() or read_json(kept) != {"inputs": inputs}:
         write_whole(path, encode)
+        write_json(kept, {"inputs": inputs})
     return np.load(path, mmap_mode="r")
 
 

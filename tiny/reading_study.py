@@ -1,10 +1,11 @@
 """How should the judge be read for a reward? Four ways, on pictures of the generator.
 
-    python -m tiny.reading_study        # 32 groups of 8 pictures, about 4 minutes on two cores
+    python -m tiny.reading_study        # 64 groups of 4 pictures, about 4 minutes on two cores
 
 A reward compares the pictures of a group, so a reading must tell them apart, and be right. Each
-group is drawn from one prompt of a validation case, with the target as numbers, by the sampler that
-reward feedback draws with. The meter says what valence and arousal each picture really has.
+group is drawn from one prompt of a validation case, with the target as numbers, as train_gen.py
+draws the miniature's: from one start, by four stochastic steps of six. The meter says what valence
+and arousal each picture really has.
 
 - answer: the likeliest answer, thought and all
 - mean of 8: the mean of that answer and seven that are drawn at random
@@ -16,6 +17,7 @@ The groups' figures go to docs/records/reading.jsonl.
 
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,22 +31,24 @@ from evaluation.metrics import spearman
 from parts import cli
 from parts.pipeline import TINY, judge_of, load_generator, load_judge, seeded, to_images
 from tiny import results, scenes
+from tiny.judge_study import shown
 
 SIZE = 128
 TABLE = "reading"
 WAYS = {"answer": 1, "mean of 8": 8, "logits": "logits", "thought, then logits": "thought"}
 DRAWING = flow_grpo.SDESettings(  # as train_gen.py draws the miniature's pictures
-    num_steps=6, noise_level=0.7, stochastic=range(6), trained=range(0))
+    num_steps=6, noise_level=0.7, stochastic=range(4), trained=range(0))
 
 
 @torch.no_grad()
 def draw_group(generator, case, group, seed):
-    """PIL images of one prompt, each from its own noise."""
+    """PIL images of one prompt, from one start."""
     prompt = data.with_numbers(case.neutral, case.v, case.a)
     texts = generator.encode_prompts([prompt] * group, DRAWING.guidance)
     noises = seeded(range(seed, seed + group))
     start = generator.starting_noise(noises, SIZE)
-    trajectory = flow_grpo.sample_sde(generator.mmdit, start, *texts, DRAWING, noises)
+    settings = replace(DRAWING, branch=group, shift=generator.shift)
+    trajectory = flow_grpo.sample_sde(generator.mmdit, start, *texts, settings, noises)
     return to_images(generator.decode(trajectory.latents))
 
 
@@ -64,9 +68,9 @@ def study(args):
     cases = held_out_cases(args.groups, seed=0, split="validation")
     groups = [draw_group(generator, case, args.group, i * args.group)
               for i, case in enumerate(tqdm(cases, "drawing"))]
-    command = f"python -m tiny.reading_study --groups {args.groups} --group {args.group}"
-    if args.adapter:
-        command += f" --adapter {args.adapter}"
+    adapter = ["--adapter", args.adapter] if args.adapter else []
+    command = shown([None, "-m", "tiny.reading_study", "--groups", args.groups, "--group",
+                     args.group, "--judge", args.judge, *adapter])
     for name, ways in WAYS.items():
         records = []
         for case, images in zip(cases, tqdm(groups, name), strict=True):
@@ -84,8 +88,8 @@ def study(args):
 def main(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
-    add("--groups", type=cli.integer(1, 10**5), default=32, help="(default: %(default)s)")
-    add("--group", type=cli.integer(2, 1024), default=8, help="pictures (default: %(default)s)")
+    add("--groups", type=cli.integer(1, 10**5), default=64, help="(default: %(default)s)")
+    add("--group", type=cli.integer(2, 1024), default=4, help="pictures (default: %(default)s)")
     add("--judge", default=str(TINY / "judge"), help="folder of the judge (default: %(default)s)")
     add("--adapter", help="of the generator (default: none)")
     args = parser.parse_args(argv)
