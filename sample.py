@@ -131,7 +131,8 @@ def complete(args, refuse):
     if (args.rounds > 1 or args.play) and args.n < 2:
         refuse(f"--n {args.n}: expected 2 or more, as feedback compares the best and the worst")
     preset = PRESETS[args.preset]
-    unlike = ["no-adapter" if args.no_adapter else args.adapter]  # the usual, told by the folder
+    # what is unlike the usual, for the folder's name; of a path the end tells it from others
+    unlike = ["no-adapter" if args.no_adapter else (args.adapter or "")[-40:]]
     # The preset's adapter changes the preset's own generator and fits no other.
     if not (args.adapter or args.no_adapter or args.model):
         args.adapter = preset["adapter"]
@@ -151,8 +152,8 @@ def complete(args, refuse):
         name = f"grid{args.grid}" if args.grid else f"v{args.v:g}_a{args.a:g}"
         name += f"_seed{args.seed}"
         if args.prompt != DEFAULT_PROMPT:  # a folder for each prompt
-            unlike.append(args.prompt)
-        words = [re.sub(r"\W+", "-", text.lower()).strip("-")[:40] for text in unlike if text]
+            unlike.append(args.prompt[:40])
+        words = [re.sub(r"\W+", "-", text.lower()).strip("-") for text in unlike if text]
         args.out = Path("out") / "_".join([name, *words])
     return args
 

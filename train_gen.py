@@ -390,7 +390,7 @@ def train(args, processes):
               lora.files_with_base(args.judge), clip.files_of_pickscore(args.pickscore),
               scorers.files_of(args.scorer))
     settings = vars(args) | {
-        "rows": data.digest(rows), "reward_function": own_reward.digest(args.reward),
+        "rows": data.digest(rows), "own": own_reward.digest(args.reward),
         "files": pipeline.fingerprints(args)}
     run = training.Run(args.out, settings, processes, CURVES, f"{args.model}, Flow-GRPO")
     models = load_models(args, processes.device)

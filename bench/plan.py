@@ -324,9 +324,9 @@ class GeneratorPlan:
             f"adds {added(fused, without)}, and in its plain form {added(plain, without)}.\n"
             f"An encoded prompt takes {size_of(models.encoding) / 1e6:.2f} MB of host memory and "
             f"{', '.join(times)}. --encoders leave encodes all prompts of a process at the start; "
-            f"gpu and cpu encode each when it comes, and keep {PROMPTS_KEPT:,}; cpu needs {figure(weights / 1e9)} GB "
-            f"for float32 weights in each process and computes {models.encoder.flops / 1e12:.1f} "
-            f"TFLOP a prompt there.")
+            f"gpu and cpu encode each when it comes, and keep {PROMPTS_KEPT:,}; "
+            f"cpu needs {figure(weights / 1e9)} GB for float32 weights in each process and "
+            f"computes {models.encoder.flops / 1e12:.1f} TFLOP a prompt there.")
 
 
 def shares(count, size):

@@ -150,7 +150,7 @@ def open_folder(args, command, cases, sources):
              "adapter": args.adapter, "weights": args.weights and str(args.weights),
              "sources": sources_told(args), "form": args.form, "size": args.size,
              "steps": args.sample_steps, "guidance": args.guidance, "seed": args.seed,
-             "cases": [str(args.cases), digest_of(cases)], "count": len(cases)}
+             "cases": str(args.cases), "cases_digest": digest_of(cases), "count": len(cases)}
     if sources:
         facts |= {"pictures": digest_of_files(sources.values()), "clip": args.clip}
     before = claim(args.out / "draw.json", facts, "run of evaluation draw")

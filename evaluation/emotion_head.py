@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
-from evaluation.cases import digest_of
+from evaluation.cases import digest_of_files
 from evaluation.run import stamp
 from parts import cli, clip
 from parts.cli import UserError
@@ -55,7 +55,9 @@ def pictures_of(args):
 def vectors_of(model, pictures, file, title):
     """Unit vectors [n,P] of the pictures at [(path, class)], from `file` if they are there."""
     if file.exists():
-        return torch.from_numpy(np.load(file))
+        vectors = torch.from_numpy(np.load(file))
+        if len(vectors) == len(pictures):  # else of a version that did not keep settings.json
+            return vectors
     parts = []
     for start in tqdm(range(0, len(pictures), 64), title, unit_scale=64, unit="picture"):
         images = [open_picture(path) for path, _ in pictures[start:start + 64]]
@@ -102,7 +104,7 @@ def train(args):
                             f"several of {', '.join(data.EMOTIONS)}")
     model = clip.CLIP.from_pretrained(args.clip, cli.device_of(args.device))
     paths = [path for own in pictures.values() for path, _ in own]
-    facts = {"clip": stamp(args.clip), "pictures": digest_of(paths)}
+    facts = {"clip": stamp(args.clip), "pictures": digest_of_files(paths)}
     folder = args.out.with_name(args.out.name + ".vectors")
     claim(folder / "settings.json", facts, "head's vectors")
     write_json(folder / "settings.json", facts)

@@ -318,9 +318,12 @@ def run_program(work, stopped="stopped; the same command goes on where it was"):
             "--checkpointing, a smaller --micro or --size")
         return 2
     except OSError as error:
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            say(f"error: {error.filename}: a file stands where a folder is needed; give another")
-            return 2
+        path = Path(error.filename or "")
+        if isinstance(error, (FileExistsError, NotADirectoryError)) and not error.filename2:
+            for each in (path, *path.parents):
+                if each.is_file():
+                    say(f"error: {each}: a file stands where a folder is needed; give another")
+                    return 2
         if error.errno not in FULL:
             say(f"error: {error}")
             return 2

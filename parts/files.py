@@ -133,9 +133,11 @@ def claim(file, facts, what):
 
 
 def compared(file, facts, what):
-    """As `claim`, of a folder that another process of the same program writes into."""
+    """As `claim` without the lock: for a folder that a process of this one's will take. A fact that
+    an older version did not know is no difference."""
     before = read_json(file) if file.exists() else facts
-    changed = [key for key in facts if before.get(key) != facts[key] and key != "command"]
+    changed = [key for key in facts
+               if before.get(key, facts[key]) != facts[key] and key != "command"]
     if changed:
         raise UserError(f"{file.parent} holds another {what} ({', '.join(changed)} changed); "
                         f"remove it or give another --out")
@@ -212,7 +214,7 @@ def kind_of(path):
     nothing is known of it."""
     path = Path(path)
     if path.is_file() and path.suffix != ".safetensors":
-        return "it is a file, no folder"
+        return "it is a file that is no .safetensors"
     if path.is_file() and path.suffix == ".safetensors":
         lora = b".lora_A." in path.open("rb").read(10**6)  # of the header's names
         return "it is an adapter, as --adapter takes it" if lora else ""

@@ -59,6 +59,7 @@ NO_SETTINGS = {"out", "device", "evaluate", "tensorboard"}  # flags that say not
 MAY_CHANGE = {  # settings that have no influence on what a step computes
     "steps", "epochs", "eval_every", "eval_rows", "save_every", "save_minutes", "micro",
     "checkpointing", "encoders", "mismatch"}
+DIGESTED = {"rows": "dataset of --data", "own": "function of --reward"}  # of which digests are kept
 START_ONLY = {"init_adapter"}  # models that a run with a checkpoint has no more need of
 # Bytes that bound what lies beside the values of tensors: in a checkpoint for each tensor, of the
 # log for each step, of the pictures of an evaluation (their own file, and a row of strip.png).
@@ -89,9 +90,7 @@ class Processes:
 
         Raises UserError if it cannot be divided.
         """
-        if len(items) % self.world:
-            raise UserError(f"{len(items)} items cannot be shared by {self.world} processes; "
-                            f"choose a multiple")
+        check_shares(len(items), "the items of a step", self)
         each = len(items) // self.world
         # contiguous, so that `gather` puts the parts back in the order of the whole
         return items[self.rank * each:(self.rank + 1) * each]
@@ -333,6 +332,10 @@ class Run:
         # 1. settings
         changed = [name for name in sorted(self.settings.keys() - MAY_CHANGE - {"files"})
                    if before.get(name) != self.settings[name]]
+        for name, what in DIGESTED.items():
+            if name in changed:
+                raise UserError(f"{self.folder} holds a run with another {what}; put that back "
+                                f"to go on, or choose another --out")
         if changed:
             held = ", ".join(f"{name} {before.get(name)!r}" for name in changed)
             given = ", ".join(repr(self.settings[name]) for name in changed)

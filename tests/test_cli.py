@@ -229,3 +229,12 @@ def test_programs_run_without_what_windows_lacks(tmp_path):
                           env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"})
     assert done.returncode == 0, done.stderr
     assert b"never learned '?'" in done.stderr and b"round 0: ?, " in done.stderr and (tmp_path / "index.html").exists()
+
+
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert cli.run_program(lambda path=path: path.mkdir()) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path}/file: a file stands where a folder is needed; give another\n"
+    (tmp_path / "folder").mkdir()
+    assert cli.run_program((tmp_path / "folder").mkdir) == 2 and "File exists" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_pictures_of_other_cases_with_the_same_ids_are_not_kept(tmp_path, record
     command = ["draw", "--method", "sdxl", "--cases", str(cases_file(tmp_path, cases)), "--out", str(tmp_path / "out")]
     assert main(command) == 0
     cases_file(tmp_path, [replace(case, v=1.0) for case in cases])
-    assert main(command) == 2 and "(cases changed)" in capsys.readouterr().err
+    assert main(command) == 2 and "(cases_digest changed)" in capsys.readouterr().err
 
 
 def test_pictures_edited_from_other_sources_are_not_kept(tmp_path, recorder, capsys):

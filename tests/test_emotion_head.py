@@ -1,6 +1,7 @@
 """The linear head behind Emo-A: learnt from pictures, kept vectors, its file, and the metric."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -64,14 +65,17 @@ def test_vectors_that_are_there_are_not_made_again(head, dataset, monkeypatch, c
     assert "of 12 test pictures, weight decay" in capsys.readouterr().out
 
 
-def test_vectors_of_another_clip_or_of_other_pictures_are_refused(head, dataset, capsys, monkeypatch):
+def test_vectors_of_another_clip_or_of_other_pictures_are_refused(head, dataset, capsys):
     flags = ["--data", str(dataset), "--out", str(head), "--device", "cpu"]
     assert emotion_head.main([*flags, "--clip", str(TINY / "other_clip")]) == 2
     assert "holds another head's vectors (clip changed); remove it or give another --out" in capsys.readouterr().err
-    found = emotion_head.pictures_of
-    monkeypatch.setattr(emotion_head, "pictures_of", lambda args: {split: own[::-1] for split, own in found(args).items()})
+    path = dataset / imagefolder.place_of("train", "train_0", ".png")
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(before[0] + b"another")
     assert emotion_head.main([*flags, "--clip", str(TINY / "clip")]) == 2
     assert "(pictures changed)" in capsys.readouterr().err
+    path.write_bytes(before[0])
+    os.utime(path, ns=(before[1], before[1]))
 
 
 def test_emo_a_is_the_share_of_pictures_of_the_wanted_class(head):

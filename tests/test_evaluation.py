@@ -227,6 +227,7 @@ def test_any_methods_pictures_are_evaluated_from_a_folder(tmp_path, capsys):
              str(tmp_path / "run"), "--seconds", "17", "--parameters", "12"]
     assert main(flags) == 0
     assert "| FLUX |" in capsys.readouterr().out and len(lines(tmp_path / "run" / "images.jsonl")) == 5
+    assert main([*flags, "--size", "64"]) == 2 and "another evaluation (size changed)" in capsys.readouterr().err
     turned = [for_others(dataclasses.replace(case, v=10 - case.v)) for case in cases]
     write_rows(tmp_path / "cases.jsonl", turned)
     assert main(flags) == 2 and "another evaluation (cases changed)" in capsys.readouterr().err

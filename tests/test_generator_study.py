@@ -66,7 +66,7 @@ def test_a_study_trains_what_is_missing_and_keeps_every_case(folders, capsys):
     shipped = load_file(folders / "shipped" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in shipped.values()} == {torch.bfloat16}
     assert load_generator(TINY, adapter=folders / "shipped").name.endswith(f"with {folders / 'shipped'}")
-    file = folders / "study/both_seed0/evaluation/evaluate.json"
+    file = folders / "study/both_seed0/evaluation_of_3/evaluate.json"
     assert json.loads(file.read_text())["settings"]["seed"] == 0
     written = file.stat().st_mtime_ns
     generator_study.main(SMALL)

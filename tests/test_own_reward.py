@@ -74,7 +74,7 @@ def test_the_reward_of_the_docs_trains_alone_and_a_changed_file_is_noticed(tmp_p
     assert 0 < after["reward_own"] < 1 and after["reward"] == pytest.approx(2 * after["reward_own"]) and "eval_own" in before
     file.write_text(code + "\n\n# other\n")
     assert train_gen.main(flags) == 2
-    assert "holds a run with reward_function '" in capsys.readouterr().err
+    assert "holds a run with another function of --reward; put that back" in capsys.readouterr().err
     file.write_text("def score(pictures, prompts, rows):\n    return [float('nan')] * len(pictures)\n")
     assert train_gen.main([*flags, "--out", str(tmp_path / "other")]) == 2
     assert "the reward own of a picture is nan, of row" in capsys.readouterr().err

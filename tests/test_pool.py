@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.launch import ROOT
-from tiny.pool import on_all_cores
+from tiny.pool import interrupted_once, on_all_cores
 
 
 def double(x):
@@ -44,6 +46,25 @@ def test_no_process_outlives_a_program_that_was_killed():
     while any(map(runs, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(runs, pids))
+
+
+def test_only_the_first_ctrl_c_raises_until_all_is_tidied():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupted_once():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # would raise anew, in the middle of the tidying
+            tidied = True
+    assert tidied and signal.getsignal(signal.SIGINT) is before
+
+
+def ignores_ctrl_c(_):
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_ctrl_c_is_for_the_program_that_owns_the_pool():
+    assert all(on_all_cores(ignores_ctrl_c, range(4), "processes"))
 
 
 def test_ctrl_c_twice_ends_a_program_and_its_processes():

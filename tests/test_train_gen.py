@@ -174,7 +174,7 @@ def test_other_rows_on_resume_are_noticed(dataset, unbroken, tmp_path, capsys):
     settings = tmp_path / "run" / "settings.json"
     settings.write_text(settings.read_text().replace(str(dataset), str(tmp_path / "dataset")))  # the same path, other rows
     assert train_gen.main(flags(tmp_path / "dataset", tmp_path / "run", "--steps", 6)) == 2
-    assert "holds a run with rows '" in capsys.readouterr().err
+    assert "holds a run with another dataset of --data; put that back" in capsys.readouterr().err
 
 
 def test_another_judge_in_the_same_folder_is_noticed_and_a_run_of_an_older_version_goes_on(dataset, unbroken, tmp_path, capsys):

@@ -4,8 +4,8 @@ It learns what a general judge knows: to describe a picture, to name its emotion
 answer. Every judgement says what is in the picture and how it looks, then the result. The figures
 of valence and arousal are not those the scene was drawn with: they are drawn, anew for each answer,
 from the lexicon's Gaussians of the scene's emotion class, as the paper labels its pictures (§4.1).
-No word of an answer stands for a level of either scale: what number belongs to what it sees is left
-to GRPO.
+No word of a judgement stands for a level of either scale: what number belongs to what it sees is
+left to GRPO. (The prompts of feedback, below, have numbers beside graded words.)
 
 Feedback is taught from two scenes with the same things in them, which stand for two pictures of
 one prompt, and a wished emotion: how each looks, by how much the better one misses the wish by its

@@ -13,12 +13,10 @@ from tqdm import tqdm
 def on_all_cores(function, items, title):
     """function(item) of each item, in their order, with a progress bar."""
     # processes, because drawing holds the interpreter lock
-    with interrupted_once():
-        pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
-        try:
-            yield from tqdm(pool.map(function, items, chunksize=16), title, len(items))
-        finally:  # after Ctrl-C, too: no further item is begun
-            pool.shutdown(cancel_futures=True)
+    # after Ctrl-C pool.map cancels what has not begun, in which a second Ctrl-C must not disturb it
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent)
+    with interrupted_once(), pool:
+        yield from tqdm(pool.map(function, items, chunksize=16), title, len(items))
 
 
 @contextmanager
