@@ -12,12 +12,14 @@ from evaluation.__main__ import main
 from evaluation.cases import (
     Case,
     for_others,
+    grid_of,
     held_out_cases,
     load_cases,
     pictures_of,
     seeds_of,
 )
 from parts.cli import UserError
+from tiny import scenes
 from tiny.dataset import write_tiny
 
 
@@ -107,3 +109,17 @@ def test_a_datasets_cases_carry_its_labels_and_a_grid_has_one_group_a_prompt(dat
     assert {(case.v, case.a) for case in cases[:9]} == {(v, a) for v in (1, 5, 9) for a in (1, 5, 9)}
     assert seeds_of(cases, 5) == [5] * 9 + [14] * 9
     assert seeds_of(held_out_cases(3), 5) == [5, 6, 7]
+
+
+def test_test_cases_are_of_reserved_pairs_and_those_of_validation_of_the_others(monkeypatch):
+    plain, made = scenes.random_scene, []
+    monkeypatch.setattr(scenes, "random_scene", lambda *given, **more: made.append(plain(*given, **more)) or made[-1])
+    held_out_cases(20)
+    held_out_cases(20, split="validation")
+    assert [scene.place in scenes.RESERVED.get(scene.subject, ()) for scene in made] == [True] * 20 + [False] * 20
+
+
+def test_a_case_of_a_grid_is_named_after_its_target():
+    cases = grid_of(held_out_cases(1), 3)
+    assert len({case.id for case in cases}) == 9
+    assert all(case.id == f"{case.group}_v{case.v:g}_a{case.a:g}" for case in cases)

@@ -191,3 +191,8 @@ def test_the_target_enters_a_rows_prompt_in_the_forms_asked_for():
     assert row.prompt("words") == data.with_words("a lake", 7.25, 3.0)
     without = data.Row("1", "1.png", "awe", 7.25, 3.0, "a lake")
     assert without.prompt("emotional") == row.prompt("words")
+
+
+def test_no_figure_of_the_lexicon_and_of_the_families_has_been_changed_by_mistake():
+    for table, sums in ((data.LEXICON, (39.24, 13.65, 39.34, 21.05)), (data.FAMILIES, (39.89, 4.10, 40.60, 5.99))):
+        assert np.sum(list(table.values()), axis=0) == pytest.approx(sums, abs=1e-9)

@@ -296,3 +296,19 @@ def test_what_cannot_work_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, 
     assert main(flags if flags[0] in ("cases", "table") else ["run", *flags]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_no_two_cases_of_feedback_share_a_seed_and_the_result_is_the_one_asked_for(monkeypatch):
+    seeds = []
+
+    def refine(*given, seed, rounds, images_per_round, readings):
+        seeds.extend(range(seed, seed + rounds * images_per_round))
+        return [feedback.Round("", [feedback.Picture(name, 0, feedback.Judgement(), loss)], 0, 0, None, None, "", {})
+                for name, loss in (("better", 1.0), ("last", 2.0))]
+
+    monkeypatch.setattr(feedback, "refine", refine)
+    for result in ("best", "last"):
+        seeds.clear()
+        args = run.parse_args(["--rounds", "2", "--n", "3", "--result", result])
+        images = run.draw_with(None, "feedback", args, None, held_out_cases(3), [4, 5, 6])
+        assert images == [{"best": "better"}.get(result, result)] * 3 and len(set(seeds)) == len(seeds) == 3 * 2 * 3

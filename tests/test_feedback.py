@@ -348,3 +348,22 @@ def test_the_result_is_the_best_picture_of_all_rounds_or_of_the_last():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="expected|1..9"):
         feedback.refine(**{"prompt": REQUEST, "v": 7, "a": 3, "generate": None, "judge": None, **settings})
+
+
+def test_a_loss_of_exactly_the_tolerance_is_good_enough():
+    world = World({ROUND_0: (7, 3)}, [])
+    rounds = feedback.refine(REQUEST, 7, 3, world.generate, world.judge, 3, 2)  # the tolerance is 0, and so is the first loss
+    assert len(rounds) == 1 and rounds[0].next_prompt is None
+
+
+def test_all_pictures_are_answered_for_from_one_seed_that_is_the_attempts():
+    seen = []
+
+    def generate(questions, n, limit, temperature, generator, progress):
+        seen.append([each.initial_seed() for each in generator])
+        return [[SimpleNamespace(text="")] * n for _ in questions]
+
+    judge = judge_of(SimpleNamespace(generate=generate), progress=False)
+    judge(["question"] * 3)
+    judge(["question"] * 3, 2, 4)
+    assert seen == [[0, 0, 0], [2, 2, 2]]

@@ -118,3 +118,25 @@ def test_the_tables_compare_case_by_case_and_follow_the_rounds(tmp_path, monkeyp
     assert pictures.endswith("| 3.00 [3.00, 3.00] | 2.00 [2.00, 2.00] |")
     assert best.endswith("| 2.00 [2.00, 2.00] | 1.00 [1.00, 1.00] |")
     assert changed.endswith("| 100 % of 2 | – |")  # the first case is settled
+
+
+def test_each_blind_judge_is_shown_what_its_row_says_and_one_that_never_saw_does_not_choose(monkeypatch):
+    (case, another), judges = held_out_cases(2), []
+
+    def refine(neutral, v, a, draw, judge, rounds, n, **options):
+        judges.append(judge)
+        return [feedback.Round("", [feedback.Picture("drawn", 0, feedback.Judgement(1.0, 1.0), 0.0)], 0, 0, None, None, "", {})]
+
+    monkeypatch.setattr(feedback, "refine", refine)
+    monkeypatch.setattr(feedback, "judge_images", lambda judge, images, readings: [feedback.Judgement(5.0, 5.0)] * len(images))
+    monkeypatch.setattr(study, "figures", lambda image, judgement, *_: {"judge": judgement.va})
+    monkeypatch.setattr(study, "by_round", lambda *_: {})
+    tools = study.Tools(lambda prompt, seeds: [(prompt, seed) for seed in seeds], "seeing", None, 2, 1)
+    found = study.run_case(case, another, 0, tools)
+    seeing, blank, strangers, nothing = judges
+    assert seeing == "seeing" and {each.judge for each in judges[1:]} == {"seeing"}
+    assert [each.comparing for each in judges[1:]] == [True, True, False]
+    grey = Image.new("RGB", (128, 128), (128, 128, 128))
+    assert blank.pictures == nothing.pictures == [grey, grey]
+    assert strangers.pictures == [(data.with_numbers(another.neutral, another.v, another.a), seed) for seed in (8, 9)]
+    assert [found[name]["judge"] for name in ("feedback", *BLIND)] == [(1, 1)] * 3 + [(5, 5)]

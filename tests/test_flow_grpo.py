@@ -643,3 +643,18 @@ def test_the_difference_loss_pulls_the_end_along_the_direction_and_to_the_refere
     end = -0.3 * velocity  # of x₀ = x − σ·v
     moved = -0.3 * (velocity - velocity.grad)
     assert ((moved - end) * direction).sum() > 0
+
+
+def test_the_direction_is_the_mean_of_advantage_times_what_a_picture_differs_by():
+    latents, advantages = drawn(0, 6, 2, 3, 3), drawn(1, 6)
+    direction = flow_grpo.towards_better(latents, advantages, 3)
+    for rows in (slice(0, 3), slice(3, 6)):
+        off = latents[rows] - latents[rows].mean(0)
+        expected = sum(a * own for a, own in zip(advantages[rows], off)) / 3
+        torch.testing.assert_close(direction[rows], expected.expand(3, -1, -1, -1))
+
+
+def test_the_difference_loss_is_a_mean_over_the_rows_unless_told_otherwise():
+    velocity, direction = drawn(0, 4, 2, 3, 3), drawn(1, 4, 2, 3, 3)
+    loss, _ = flow_grpo.difference_loss(velocity, direction)
+    torch.testing.assert_close(loss, (velocity * direction).mean())

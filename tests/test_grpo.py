@@ -467,3 +467,10 @@ def test_k3_is_unbiased():
     policy, reference = (torch.randn(50, generator=torch.Generator().manual_seed(i)).double().log_softmax(0) for i in (0, 1))
     expected = (policy.exp() * (policy - reference)).sum()
     assert torch.allclose((policy.exp() * grpo.k3_kl(policy, reference)).sum(), expected)
+
+
+def test_the_limit_of_the_mean_is_as_narrow_as_the_rounding():
+    x, mask, limits = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), {"mean": 0.1, "share": 1.0}
+    grpo.check_on_policy(x, x + 0.05, mask, limits)
+    with pytest.raises(UserError, match="allowed: mean 0.01"):
+        grpo.check_on_policy(x, x + 0.05, mask, limits, rounding=0.1)

@@ -559,3 +559,11 @@ def test_the_judges_training_has_no_fast_preset(capsys):
     with pytest.raises(SystemExit):
         parse("--what", "judge", "--preset", "fast")
     assert "--preset fast: only the generator's training has one" in capsys.readouterr().err
+
+
+def test_hours_are_those_of_all_steps_and_gpu_hours_those_of_all_gpus(small):
+    planned = small("--judge", "none", "--pickscore", "none")
+    *_, hours, whole = plan.cost_rows(planned, 2)
+    seconds = 1000 * planned.costs(2)["a step"][2:]
+    assert hours == ["1,000 steps, hours", "", "", *(plan.figure(s / 3600) for s in seconds)]
+    assert whole == ["GPU-hours of all", "", "", *(plan.figure(2 * s / 3600) for s in seconds)]

@@ -473,3 +473,19 @@ def test_the_emotional_question_names_label_and_mood_and_the_neutral_one_neither
     text = captions.ask(row, "emotional", tmp_path)[1]["content"][1]["text"]
     assert "awe" in text and "blissful" in text and "utterly still" in text and "$" not in text
     assert not any(label in captions.ask(row, "neutral", tmp_path)[1]["content"][1]["text"] for label in data.EMOTIONS)
+
+
+def test_pictures_are_shuffled_by_the_seed_before_they_are_split(emoset, tmp_path):
+    def sources(*more):
+        return [row["source"] for row in emoset_program.choose_rows(emoset_program.parse_args(flags(emoset, tmp_path, *more))).rows]
+
+    first = sources()
+    assert first != sorted(first) and len({source.split("/")[1] for source in first[:8]}) > 3  # EmoSet is sorted by class
+    assert first == sources() and first != sources("--seed", "1")
+
+
+def test_labels_may_be_drawn_from_the_family_of_a_class(emoset, tmp_path):
+    args = emoset_program.parse_args(flags(emoset, tmp_path, "--labels", "family"))
+    for number, row in enumerate(emoset_program.choose_rows(args).rows):
+        drawn = data.draw_va(row["label"], np.random.default_rng([0, number]), data.FAMILIES)
+        assert (row["v"], row["a"]) == pytest.approx(drawn, abs=1e-4) and row["labels"] == "family"

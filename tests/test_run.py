@@ -434,3 +434,18 @@ def test_tensorboard_itself_reads_the_figures(tmp_path):
     python = os.environ.get("OTHER_PYTHON", sys.executable)
     read = subprocess.run([python, "-c", READ_BY_TENSORBOARD, str(tmp_path)], capture_output=True, text=True)
     assert read.stdout.strip() == "[(1, 1.0), (2, 20.0), (3, 30.0)]", read.stderr[-2000:]
+
+
+def test_the_average_soon_forgets_its_first_steps_and_then_keeps_its_decay():
+    p = torch.nn.Parameter(torch.zeros(1))
+    ema, found = EMA([p], 0.9), []
+    for step, value in ((0, 1.0), (8, 1.0), (1000, 0.0)):
+        p.data.fill_(value)
+        ema.add(step)
+        found.append(ema.values[0].item())
+    assert found == pytest.approx([0.9, 0.95, 0.855])  # decays of 1/10, 9/18 and 0.9
+
+
+def test_the_epochs_of_one_seed_are_not_those_of_the_next():
+    second = [i for step in (2, 3) for i in batch_indices(step, 4, 8, seed=0)]
+    assert second != [i for step in (0, 1) for i in batch_indices(step, 4, 8, seed=1)]

@@ -190,3 +190,29 @@ def test_form_3_counts_preferences_and_averages_quality(tmp_path, capsys):
     assert head == "| metric | FLUX | ours |" and "**4.00 [4.00, 4.00]**" in quality
     assert "*25.0 % [" in preference and "**75.0 % [" in preference
     assert len(rate.read_ratings(path)) == 16
+
+
+def test_intervals_and_differences_keep_the_cases_of_a_grid_together(tmp_path):
+    def read(name, errors):
+        rows = [row | {"group": f"g{i // 5}"} for i, row in enumerate(records([(e, 1.0) for e in errors]))]
+        return tables.read_run(write_run(tmp_path / name, name, rows))
+
+    a, b = read("a", [float(i // 5) for i in range(20)]), read("b", [0.5] * 20)  # four scenes, alike within each
+    found = tables.compared(a + b, ["judge_v_error"], 0)["a"]["judge_v_error"]
+    assert found["high"] - found["low"] > 1.6  # 20 independent cases would give 1
+    assert found["difference_high"] - found["difference_low"] > 1.6
+
+
+def test_the_raters_of_a_case_are_no_independent_evidence():
+    ratings = [{"method": "ours", "case": f"c{i}", "rater": f"r{j}", "best": i % 2, "quality": quality}
+               for i, quality in enumerate((1, 2, 4, 5)) for j in range(8)]
+    found = tables.preference_table(ratings, 0)[1]["ours"]
+    assert found["quality"]["high"] - found["quality"]["low"] > 2  # 32 independent answers would give 1.1
+    assert found["preference"]["high"] - found["preference"]["low"] > 70
+
+
+def test_feedback_draws_all_rounds_of_pictures_for_a_case():
+    facts = {"images": None, "rounds": 3, "n": 4, "billions": 2.0}
+    methods = [tables.Method(form, form, records([(1, 1)], seconds=24.0), facts) for form in ("feedback", "numbers")]
+    found = tables.latency_table(methods)[1]
+    assert [found[form]["picture"] for form in ("feedback", "numbers")] == [2, 24]

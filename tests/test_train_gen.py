@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 import data
 import feedback
+import flow_grpo
+import grpo
 import mmdit
 import train_gen
 from parts import checkpoints, lora, pipeline
@@ -512,3 +515,94 @@ def test_senseless_settings_end_with_one_line(dataset, tmp_path, capsys, wrong, 
         code = stop.code
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") <= 2 and "Traceback" not in error
+
+
+def test_another_seed_draws_other_noise_windows_and_forms(ready):
+    _, rows, args = ready
+    args = Namespace(**vars(args) | {"form": ("numbers", "words")})
+    other = Namespace(**vars(args) | {"seed": args.seed + 1})
+    one, two = ([s.seed for step in range(3) for s in train_gen.samples_of(step, rows, each)] for each in (args, other))
+    assert set(one).isdisjoint(two)
+    one, two = ([train_gen.sde_settings(each, 3.0, step).trained for step in range(20)] for each in (args, other))
+    assert one != two
+
+
+def test_an_update_of_half_a_group_shares_starts_within_the_group_only(ready):
+    chunks, _ = roll_out(*ready, group=4, updates=2, micro=64, group_start="shared", readings=1)
+    assert [chunk.indices for chunk in chunks] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    for chunk in chunks:
+        before = chunk.trajectory.steps[0].before
+        assert torch.equal(before[0], before[1]) and torch.equal(before[2], before[3]) and not torch.equal(before[0], before[2])
+
+
+def test_a_window_lies_anywhere_among_the_steps_that_are_trained(ready):
+    args = Namespace(**vars(ready[2]) | {"window": 2, "window_within": 0, "sde_steps": 6, "skip_last": 2})
+    assert {train_gen.sde_settings(args, 3.0, step).trained for step in range(60)} == {range(i, i + 2) for i in range(3)}
+
+
+@pytest.mark.parametrize("name, more", [("flow_grpo_loss", {"updates": 2}), ("difference_loss", {
+    "loss": "difference", "group_start": "shared"})])
+def test_each_picture_is_trained_by_its_own_advantage_and_by_the_weights_of_the_settings(ready, monkeypatch, name, more):
+    plain, asked = getattr(flow_grpo, name), []
+    monkeypatch.setattr(flow_grpo, name, lambda *given, **named: asked.append((given, named)) or plain(*given, **named))
+    directions = []
+    towards = flow_grpo.towards_better
+    monkeypatch.setattr(flow_grpo, "towards_better", lambda latents, advantages, group: directions.append(advantages.tolist()) or towards(
+        latents, advantages, group))
+    changes(*ready, micro=2, beta=0.03, clip=0.002, **more)
+    if name == "flow_grpo_loss":
+        assert [given[2].tolist() for given, _ in asked] == [[1, 0.5]] * 3 + [[-1, -0.5]] * 3
+        assert all(given[4:] == (0.002, 0.03, 2 * 3) and not named for given, named in asked)
+    else:
+        assert directions == [[1, -1]] * 3 + [[0.5, -0.5]] * 3
+        assert all(given[3:] == (0.03, 4 * 3) and not named for given, named in asked)
+
+
+def test_the_kl_is_to_the_model_without_its_adapter(unbroken):
+    kl = [r["kl"] for r in log_of(unbroken[0])[1:]]
+    assert kl[0] == 0 and min(kl[1:]) > 0  # a new adapter changes nothing, a trained one does
+
+
+def test_by_their_noise_steps_weigh_so_that_all_levels_count():
+    sigmas, x = flow_grpo.sigma_schedule(6), torch.zeros(1, 1, 2, 2)
+    trajectory = Namespace(sigmas=sigmas, settings=Namespace(noise_level=0.5))
+    for k in range(5):
+        velocity = torch.zeros_like(x).requires_grad_()
+        step = flow_grpo.sde_step(velocity, x, sigmas[k], sigmas[k + 1], 0.5, x + 1)
+        weight = train_gen.step_weight(step, trajectory, k, "noise")
+        assert weight == pytest.approx(step.sigma_t**2 / step.std / 0.5) and train_gen.step_weight(step, trajectory, k, "equal") == 1
+
+
+def test_the_averaged_adapter_is_evaluated(dataset, tmp_path):
+    assert train_gen.main(flags(dataset, tmp_path, "--steps", 1, "--ema-every", 2)) == 0
+    before, after = ({name: x for name, x in r.items() if name.startswith("eval_")} for r in log_of(tmp_path))
+    assert before == after  # for it has not taken up the first step
+
+
+def test_each_update_has_its_learning_rate_and_the_std_that_was_asked_for(dataset, tmp_path, monkeypatch):
+    update, advantages, seen = train_gen.update, grpo.group_advantages, []
+
+    def remember(*given):
+        seen.append((given[3].param_groups[0]["lr"], given[3].param_groups[0]["weight_decay"]))
+        return update(*given)
+
+    monkeypatch.setattr(train_gen, "update", remember)
+    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, global_std: seen.append(global_std) or advantages(
+        rewards, global_std=global_std))
+    assert train_gen.main(flags(dataset, tmp_path, "--steps", 3)) == 0
+    assert seen[::2] == [False] * 3 and [wd for _, wd in seen[1::2]] == [1e-4] * 3
+    assert [lr for lr, _ in seen[1::2]] == pytest.approx([1e-3, 5.5e-4, 1e-4])
+
+
+def test_an_evaluation_draws_the_first_form_and_correlates_each_target_with_its_own_reading(ready, monkeypatch):
+    models, rows, args = ready
+    read, asked = iter([(row.v, 10 - row.a) for row in rows] * 2), []
+    monkeypatch.setattr(type(models.generator), "draw", lambda self, prompts, seeds, *rest: asked.append((prompts, seeds)) or torch.zeros(
+        len(prompts), 3, 128, 128, dtype=torch.uint8))
+    models = replace(models, judge=None, scorer=None, examiner=None, meter=lambda image: next(read))
+    args = Namespace(**vars(args) | {"form": ("words", "numbers"), "reward_weights": {"meter": 1.0}})
+    run = Namespace(**vars(RUN), stopped=lambda: False, save_pictures=lambda *_: None)
+    found = train_gen.evaluate(models, rows, args, run, 0)
+    assert (found["eval_meter_v_spearman"], found["eval_meter_a_spearman"]) == pytest.approx((1, -1))
+    assert [prompt for prompts, _ in asked for prompt in prompts] == [row.prompt("words") for row in rows]
+    assert [seed for _, seeds in asked for seed in seeds] == [10_000 + i for i in range(len(rows))]

@@ -5,6 +5,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -370,3 +371,69 @@ def test_the_form_the_prompts_ask_for_is_the_form_that_is_rewarded():
         text = chat.chat_text(conversation)
         assert all(tag in text for tag in feedback.TAGS) and all(key in text for key in json.loads(result))
         assert grpo.format_reward(f"<think>fog</think><answer>{result}</answer>") == 1
+
+
+def test_answers_of_another_temperature_are_trained_at_it_and_a_second_update_sees_the_first(dataset, tmp_path):
+    more = ("--steps", 1, "--temperature", 0.6, "--iterations", 2, "--lr", "1e-3")
+    assert train_judge.main(flags(dataset, tmp_path, *more)) == 0  # else --mismatch would end it
+    record = log_of(tmp_path)[1]
+    assert record["ratio_max_deviation"] == 0 and record["ratio"] != 1
+
+
+def test_the_kl_is_to_the_judge_before_training(unbroken):
+    kl = [r["kl"] for r in log_of(unbroken[0])[1:]]
+    assert abs(kl[0]) < 1e-9 and min(kl[1:]) > 1e-9
+
+
+def test_the_kl_of_an_adapter_is_to_the_judge_without_it(dataset, tmp_path):
+    assert train_judge.main(flags(dataset, tmp_path, "--steps", 2, "--lora", "--lr", "1e-2")) == 0
+    kl = [r["kl"] for r in log_of(tmp_path)[1:]]
+    assert abs(kl[0]) < 1e-9 and kl[1] > 1e-9
+
+
+def test_each_update_has_the_learning_rate_clip_and_beta_of_the_settings(dataset, tmp_path, monkeypatch):
+    update, loss, rates, asked = train_judge.update, grpo.grpo_loss, [], set()
+    monkeypatch.setattr(train_judge, "update", lambda model, reference, rollout, advantages, optimizer, *rest, **named: (
+        rates.append(optimizer.param_groups[0]["lr"]), update(model, reference, rollout, advantages, optimizer, *rest, **named))[1])
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *given, **named: (asked.add((given[5:], named["normalizer"])), loss(*given, **named))[1])
+    more = ("--steps", 3, "--lr", "1e-3", "--lr-end", "1e-4", "--clip", 0.3, "--beta", 0.01)
+    assert train_judge.main(flags(dataset, tmp_path, *more)) == 0
+    assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4]) and asked == {((0.3, 0.01), 4 * 4)}
+
+
+def test_an_evaluation_holds_each_answer_against_its_own_row(monkeypatch):
+    rows = [data.Row(str(i), Path(), label, v, a, "") for i, (label, v, a) in enumerate([("awe", 2.0, 6.0), ("fear", 4.0, 5.0)])]
+    said = {"regression": '{"valence": 3, "arousal": 3}', "class": '{"emotion_class": "awe"}'}
+
+    def generate(questions, *given, **named):
+        return [[SimpleNamespace(text=f"<think>x</think><answer>{said[task]}</answer>")] for task in questions]
+
+    monkeypatch.setattr(train_judge, "open_picture", lambda path: None)
+    monkeypatch.setattr(train_judge.feedback, "ask", lambda task, image: task)
+    args = train_judge.parse_args([])
+    model = torch.nn.Module()
+    model.generate = generate
+    found = train_judge.evaluate(model, rows, args, training.Processes(0, 1, torch.device("cpu")))
+    assert (found["eval_v_error"], found["eval_a_error"], found["eval_class_accuracy"]) == (1, 2.5, 0.5)
+
+
+def test_another_seed_asks_for_other_answers():
+    rows = [data.Row(str(i), Path(), "awe", 5, 5, "") for i in range(10)]
+    seeds = [{q.seed for step in range(3) for q in train_judge.questions_of(step, rows, train_judge.parse_args(["--seed", seed]))}
+             for seed in ("0", "1")]
+    assert seeds[0].isdisjoint(seeds[1])
+
+
+def test_the_adapter_has_the_rank_and_the_alpha_of_the_settings():
+    args = train_judge.parse_args([*SMALL, "--lora", "--lora-rank", "8", "--lora-alpha", "24"])
+    model = train_judge.load_judge(args, training.Processes(0, 1, torch.device("cpu")))
+    from parts import lora
+    assert {(layer.rank, layer.alpha) for layer in lora.lora_layers(model).values()} == {(8, 24.0)}
+
+
+def test_the_spread_of_rewards_is_that_within_each_group():
+    rollout = SimpleNamespace(rewards=torch.tensor([[0.0, 0.0], [1.0, 3.0], [5.0, 5.0]]), mask=torch.ones(3, 2, 1), sums={
+        "reward_format": 6, "cut": 0, "reward_va": 6, "reward_class": 0, "asked_va": 6, "asked_class": 0})
+    sums = {"loss": 0.0, "ratio": 6.0, "clip_fraction": 0.0, "kl": 0.0}
+    found = train_judge.summary(rollout, sums, {}, 1.0, training.Processes(0, 1, torch.device("cpu")))
+    assert found["zero_spread"] == pytest.approx(2 / 3) and found["reward_std"] == pytest.approx(2**0.5 / 3)

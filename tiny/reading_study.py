@@ -36,6 +36,7 @@ from tiny.judge_study import shown
 SIZE = 128
 TABLE = "reading"
 WAYS = {"answer": 1, "mean of 8": 8, "logits": "logits", "thought, then logits": "thought"}
+GROUP = 4
 DRAWING = flow_grpo.SDESettings(  # as train_gen.py draws the miniature's pictures
     num_steps=6, noise_level=0.7, stochastic=range(4), trained=range(0))
 
@@ -89,7 +90,7 @@ def main(argv=None):
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--groups", type=cli.integer(1, 10**5), default=64, help="(default: %(default)s)")
-    add("--group", type=cli.integer(2, 1024), default=4, help="pictures (default: %(default)s)")
+    add("--group", type=cli.integer(2, 1024), default=GROUP, help="pictures (default: %(default)s)")
     add("--judge", default=str(TINY / "judge"), help="folder of the judge (default: %(default)s)")
     add("--adapter", help="of the generator (default: none)")
     args = parser.parse_args(argv)
