@@ -53,7 +53,7 @@ def test_rows_are_written_as_records_and_read_back_as_a_table(folder, monkeypatc
         assert control_study.main(["--prompts", "2", "--adapter", "x"]) == 0
     heads = [json.loads(line) for line in (folder / "records" / "control.jsonl").read_text().splitlines()]
     assert len(heads) == 2 * (1 + 2)
-    assert heads[0]["commands"] == ["python -m tiny.control_study --prompts 2"]
+    assert heads[0]["commands"] == ["python -m tiny.control_study --prompts 2 --adapter x"]
     base, adapted = results.table_of("control").splitlines()[2:]
     assert base.startswith("| base, numbers | 1 | 3.0 [3.0, 3.0] |")
     assert adapted.startswith("| after reward feedback, numbers | 1 | 11.0 [11.0, 11.0] | 1.00 [1.00, 1.00] |")
