@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, on other numbers of processes, damaged ones, and foreign code."""
 
+import io
 import os
 import pickle
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint import metadata
 
 from parts import checkpoints, sharding
 from parts.cli import UserError
@@ -93,6 +95,24 @@ def test_a_damaged_or_foreign_checkpoint_is_named_in_one_line(tmp_path, monkeypa
         checkpoints.read(folder, zeros())
     assert "\n" not in str(raised.value) and not capfd.readouterr().err
     assert not (tmp_path / "harm").exists()
+
+
+def attribute(of, name):
+    """What getattr(of, name) is pickled as; Python 3.11.2 does so with a member of an enum."""
+    class Pickled:
+        def __reduce__(self):
+            return getattr, (of, name)
+
+    return io.BytesIO(pickle.dumps(Pickled()))
+
+
+def test_a_table_may_have_members_of_enums_as_an_early_python_writes_them_and_no_other_attribute():
+    kind = metadata._MEM_FORMAT_ENCODING
+    for member in kind:
+        assert checkpoints.MetadataUnpickler(attribute(kind, member.name)).load() is member
+    for of, name in ((metadata.TensorProperties, "create_from_tensor"), (kind, "__init__")):
+        with pytest.raises((ValueError, KeyError)):
+            checkpoints.MetadataUnpickler(attribute(of, name)).load()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
