@@ -82,15 +82,15 @@ TRIES = 3  # of a rewrite, before the prompt is kept as it is
 
 
 def conversation(system, images, text):
-    """Messages as parts/chat.py reads them."""
+    """Messages as parts/chat.py reads them. system: a template without $names."""
     content = [{"type": "image", "image": image} for image in images]
     content.append({"type": "text", "text": text})
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    return [{"role": "system", "content": fill(system)}, {"role": "user", "content": content}]
 
 
 def ask(task, image):
     """The conversation that puts one of TASKS to the judge about a PIL image."""
-    return conversation(fill(PROMPTS["system"]), [image], fill(PROMPTS[task]))
+    return conversation(PROMPTS["system"], [image], fill(PROMPTS[task]))
 
 
 def ask_compare(request, prompt, v, a, best, worst, why=None):
@@ -101,8 +101,7 @@ def ask_compare(request, prompt, v, a, best, worst, why=None):
     text = fill(PROMPTS["compare"], request=request, prompt=prompt, v=v, a=a,
                 best_v=best[1], best_a=best[2], worst_v=worst[1], worst_a=worst[2],
                 v_miss=miss(best[1], v), a_miss=miss(best[2], a))
-    system = fill(PROMPTS["feedback_system"])
-    return conversation(system, [best[0], worst[0]], text + once_more(why))
+    return conversation(PROMPTS["feedback_system"], [best[0], worst[0]], text + once_more(why))
 
 
 def miss(judged, wanted):
@@ -116,7 +115,7 @@ def miss(judged, wanted):
 def ask_rewrite(request, v, a, why=None):
     """The conversation that asks for a first prompt at (v, a): the VA-change task of Table 9."""
     text = fill(PROMPTS["rewrite"], request=request, v=v, a=a)
-    return conversation(fill(PROMPTS["feedback_system"]), [], text + once_more(why))
+    return conversation(PROMPTS["feedback_system"], [], text + once_more(why))
 
 
 def once_more(why):

@@ -274,8 +274,8 @@ def flow_grpo_loss(log_prob, old_log_prob, advantages, kl, clip=1e-4, beta=0.1, 
     advantages [B]: of the picture at its end, cut to ±advantage_clip. kl [B]: SDEStep.kl, or None
     if beta is 0. Only log_prob and kl are differentiated. Rows are summed and divided by
     `normalizer` (default B): give the rows × steps of this process's batch, and the losses of its
-    parts add up to the batch's. metrics, detached: means of
-    ratio, clip_fraction (where the clip takes the gradient away) and kl; greatest |ratio − 1|.
+    parts add up to the batch's. metrics, detached: means of ratio, clip_fraction (where the clip
+    takes the gradient away) and kl; greatest |ratio − 1|.
     """
     if kl is None and beta != 0:
         raise ValueError(f"beta is {beta}, so the KL is needed: give ref_velocity to the step")

@@ -4,8 +4,9 @@
     python -m bench.first_picture --steps 2 --size 64 --repeats 1  # some seconds
 
 Each run is a process of its own, the file system's cache warm. Ours draws one picture of the miniature (without its
-adapter, which the peer has not), asks the judge for its valence, arousal and class, and writes picture, page and record. The peer's script loads the same folder by
-`StableDiffusion3Pipeline`, draws one picture of the same prompt and saves it: no judge, no page. float32, on the CPU.
+adapter, which the peer has not), asks the judge for its valence, arousal and class, and writes picture, page and record.
+The peer's script loads the same folder by `StableDiffusion3Pipeline`, draws one picture of the same prompt and saves it:
+no judge, no page. Their pictures are compared. float32, on the CPU.
 """
 
 import json

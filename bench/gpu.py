@@ -42,6 +42,7 @@ import flow_grpo
 import grpo
 import mmdit
 import qwen_vl
+from bench.counter import size_of
 from bench.measure import Rows, Skipped, free, markdown, measured, peak_rates, profiled
 from kernels import FORMS
 from parts import cli, layouts, lora, ops, pipeline, sharding, vae
@@ -895,7 +896,7 @@ def both(ours, theirs, s, repeats, models):
 
     models: (ours, theirs), which lie there both. A peak is without the other one's parameters.
     """
-    our_size, their_size = (sum(p.nbytes for p in model.parameters()) / 1e9 for model in models)
+    our_size, their_size = (size_of(model.parameters()) / 1e9 for model in models)
     theirs_ms, _, theirs_peak = measured(theirs, s.device, repeats)
     ours_ms, _, ours_peak = measured(ours, s.device, repeats)
     return {"ours, ms": ours_ms, "theirs, ms": theirs_ms, "theirs/ours": theirs_ms / ours_ms,

@@ -489,3 +489,9 @@ def test_labels_may_be_drawn_from_the_family_of_a_class(emoset, tmp_path):
     for number, row in enumerate(emoset_program.choose_rows(args).rows):
         drawn = data.draw_va(row["label"], np.random.default_rng([0, number]), data.FAMILIES)
         assert (row["v"], row["a"]) == pytest.approx(drawn, abs=1e-4) and row["labels"] == "family"
+
+
+def test_a_dollar_in_the_captioner_s_system_prompt_is_written_twice(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    asked = captions.ask({"image": "a.png"}, "neutral", tmp_path, captions.PROMPTS | {"caption_system": "worth $$5"})
+    assert asked[0] == {"role": "system", "content": "worth $5"}
